@@ -1,0 +1,1 @@
+//! Small fixed hardware: power, reset, boot timer, panic port.

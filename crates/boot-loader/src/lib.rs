@@ -1,0 +1,1 @@
+//! Kernel, initrd, command line and tables to an entry state.

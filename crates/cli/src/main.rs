@@ -1,0 +1,2 @@
+//! The admin wrapper people type.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Counters owned by their component, gathered by name.

@@ -1,0 +1,1 @@
+//! One epoll thread that hosts workers.

@@ -1,0 +1,434 @@
+//! The mapped RAM of one guest: a cheap handle, copies in and out by guest address.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
+
+use crate::{MemoryPlan, PAGE_SIZE, RamRange};
+
+/// Why RAM could not be mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// The guest would be larger than the whole host.
+    #[error(
+        "guest memory of {} MiB is more than this host has ({} MiB of RAM and swap): ask for less",
+        asked_bytes >> 20, host_bytes >> 20
+    )]
+    MoreThanHost {
+        /// What was asked for.
+        asked_bytes: u64,
+        /// RAM plus swap of the host.
+        host_bytes: u64,
+    },
+    /// The host refused the mapping.
+    #[error("cannot map {} MiB of guest memory at guest address {start:#x}: {source}; \
+             ask for less memory or raise the limit (ulimit -v, vm.overcommit_memory)", size_bytes >> 20)]
+    Refused {
+        /// First guest address of the range.
+        start: u64,
+        /// Its length.
+        size_bytes: u64,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The mapped ranges do not make an address space.
+    #[error("cannot order the guest memory ranges: {0}")]
+    Ranges(String),
+}
+
+/// Why an access to RAM failed.
+#[derive(Debug, thiserror::Error)]
+pub enum AccessError {
+    /// Part of the range is not RAM.
+    #[error("guest address {addr:#x}+{len:#x} is not inside guest memory")]
+    Outside {
+        /// First address of the access.
+        addr: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// Reading the file that was to be placed in RAM failed.
+    #[error("cannot read {len} bytes at offset {offset} of the file: {source}")]
+    File {
+        /// Offset in the file.
+        offset: u64,
+        /// Bytes asked for.
+        len: u64,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// A handle on the RAM of one guest. Clones share the mapping; the last one unmaps it.
+#[derive(Debug, Clone)]
+pub struct GuestRam {
+    map: GuestMemoryMmap,
+}
+
+impl GuestRam {
+    /// Maps fresh, zeroed, anonymous memory for every range of `plan`. Pages are taken from the host
+    /// when first touched; huge ones where the host gives them.
+    ///
+    /// # Errors
+    /// The plan is larger than the host's RAM and swap, or the host refuses the mapping.
+    pub fn map(plan: &MemoryPlan) -> Result<Self, MapError> {
+        let host_bytes = host_memory_bytes();
+        let asked_bytes = plan.size_bytes();
+        if asked_bytes > host_bytes {
+            return Err(MapError::MoreThanHost {
+                asked_bytes,
+                host_bytes,
+            });
+        }
+        let regions = plan
+            .ranges()
+            .iter()
+            .map(map_range)
+            .collect::<Result<Vec<_>, _>>()?;
+        let map =
+            GuestMemoryMmap::from_regions(regions).map_err(|e| MapError::Ranges(e.to_string()))?;
+        Ok(Self { map })
+    }
+
+    /// The mapping as `vm-memory` sees it, for crates that speak to it directly.
+    #[must_use]
+    pub fn as_vm_memory(&self) -> &GuestMemoryMmap {
+        &self.map
+    }
+
+    /// All RAM, in bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.map.iter().map(GuestMemoryRegion::len).sum()
+    }
+
+    /// Every range with the host address it is mapped at.
+    pub fn mapped_ranges(&self) -> impl Iterator<Item = (RamRange, u64)> + '_ {
+        self.map.iter().map(|r| {
+            let range = RamRange {
+                start: r.start_addr().0,
+                size_bytes: r.len(),
+            };
+            (range, r.as_ptr() as u64)
+        })
+    }
+
+    /// Whether `len` bytes from `addr` on are all RAM, in one range.
+    #[must_use]
+    pub fn contains(&self, addr: u64, len: u64) -> bool {
+        self.map.iter().any(|r| {
+            let start = r.start_addr().0;
+            addr >= start && addr - start <= r.len() && len <= r.len() - (addr - start)
+        })
+    }
+
+    /// Copies guest memory at `addr` into `into`.
+    ///
+    /// # Errors
+    /// Part of the range is not RAM.
+    pub fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), AccessError> {
+        let len = into.len() as u64;
+        self.map
+            .read_slice(into, GuestAddress(addr))
+            .map_err(|_| AccessError::Outside { addr, len })
+    }
+
+    /// Copies `from` into guest memory at `addr`.
+    ///
+    /// # Errors
+    /// Part of the range is not RAM.
+    pub fn write(&self, addr: u64, from: &[u8]) -> Result<(), AccessError> {
+        let len = from.len() as u64;
+        self.map
+            .write_slice(from, GuestAddress(addr))
+            .map_err(|_| AccessError::Outside { addr, len })
+    }
+
+    /// Copies one plain value out of guest memory.
+    ///
+    /// # Errors
+    /// Part of the value is not in RAM.
+    pub fn read_plain<T: ByteValued + Default>(&self, addr: u64) -> Result<T, AccessError> {
+        let mut value = T::default();
+        self.read(addr, value.as_mut_slice())?;
+        Ok(value)
+    }
+
+    /// Copies one plain value into guest memory.
+    ///
+    /// # Errors
+    /// Part of the value is not in RAM.
+    pub fn write_plain<T: ByteValued>(&self, addr: u64, value: &T) -> Result<(), AccessError> {
+        self.write(addr, value.as_slice())
+    }
+
+    /// Places `len` bytes of `file` from `offset` on at `addr`.
+    ///
+    /// Whole pages whose file offset and guest address agree are mapped copy-on-write from the host's
+    /// page cache: nothing is copied, and all guests started from one file share it until they write.
+    /// The rest (edges, offsets that do not agree) is copied. The file should be replaced by rename, not
+    /// overwritten, while a guest runs from it: pages not yet touched come from the file.
+    ///
+    /// # Errors
+    /// The range is not RAM, or the file is shorter than asked or cannot be read.
+    pub fn place_file(
+        &self,
+        file: &File,
+        offset: u64,
+        addr: u64,
+        len: u64,
+    ) -> Result<(), AccessError> {
+        if !self.contains(addr, len) {
+            return Err(AccessError::Outside { addr, len });
+        }
+        let have = file
+            .metadata()
+            .map_err(|source| AccessError::File {
+                offset,
+                len,
+                source,
+            })?
+            .len();
+        if offset.checked_add(len).is_none_or(|end| end > have) {
+            let source = io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                format!("the file ends after {have} bytes"),
+            );
+            return Err(AccessError::File {
+                offset,
+                len,
+                source,
+            });
+        }
+        let head = addr.next_multiple_of(PAGE_SIZE) - addr;
+        let pages = len.saturating_sub(head) & !(PAGE_SIZE - 1);
+        if (addr ^ offset) & (PAGE_SIZE - 1) != 0 || pages == 0 {
+            return self.copy_file(file, offset, addr, len);
+        }
+        self.copy_file(file, offset, addr, head)?;
+        self.map_pages(file, offset + head, addr + head, pages)?;
+        let done = head + pages;
+        self.copy_file(file, offset + done, addr + done, len - done)
+    }
+
+    /// Copies `len` bytes of `file` from `offset` on to `addr`.
+    ///
+    /// # Errors
+    /// The range is not RAM, or the file is shorter than asked or cannot be read.
+    pub fn copy_file(
+        &self,
+        file: &File,
+        offset: u64,
+        addr: u64,
+        len: u64,
+    ) -> Result<(), AccessError> {
+        use std::os::unix::fs::FileExt;
+        if !self.contains(addr, len) {
+            return Err(AccessError::Outside { addr, len });
+        }
+        let ptr = self.host_ptr(addr, len)?;
+        // SAFETY: `host_ptr` checked that the range is inside one mapping that lives as long as `self`.
+        // No guest runs while its memory is being filled, and no other reference into RAM exists:
+        // this crate hands out copies only.
+        let into = unsafe {
+            std::slice::from_raw_parts_mut(ptr, usize::try_from(len).unwrap_or_default())
+        };
+        file.read_exact_at(into, offset)
+            .map_err(|source| AccessError::File {
+                offset,
+                len,
+                source,
+            })
+    }
+
+    fn map_pages(&self, file: &File, offset: u64, addr: u64, len: u64) -> Result<(), AccessError> {
+        let ptr = self.host_ptr(addr, len)?;
+        let failed = |source| AccessError::File {
+            offset,
+            len,
+            source,
+        };
+        let file_offset = libc::off_t::try_from(offset)
+            .map_err(|e| failed(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
+        // SAFETY: the range is page-aligned and inside one mapping of ours, so that MAP_FIXED replaces
+        // nothing else; the region's owner still unmaps the whole range in the end.
+        let got = unsafe {
+            libc::mmap(
+                ptr.cast(),
+                usize::try_from(len).unwrap_or_default(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                file_offset,
+            )
+        };
+        if got == libc::MAP_FAILED {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        Ok(())
+    }
+
+    fn host_ptr(&self, addr: u64, len: u64) -> Result<*mut u8, AccessError> {
+        if !self.contains(addr, len) {
+            return Err(AccessError::Outside { addr, len });
+        }
+        self.map
+            .get_host_address(GuestAddress(addr))
+            .map_err(|_| AccessError::Outside { addr, len })
+    }
+}
+
+fn map_range(range: &RamRange) -> Result<GuestRegionMmap, MapError> {
+    let refused = |source| MapError::Refused {
+        start: range.start,
+        size_bytes: range.size_bytes,
+        source,
+    };
+    let size = usize::try_from(range.size_bytes)
+        .map_err(|e| refused(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
+    let region = MmapRegionBuilder::new(size)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        .build()
+        .map_err(|e| match e {
+            vm_memory::mmap::MmapRegionError::Mmap(io) => refused(io),
+            other => refused(io::Error::other(other.to_string())),
+        })?;
+    // SAFETY: the range was mapped just above. Advice changes no content; a host without huge pages
+    // refuses it, and small pages serve as well.
+    unsafe { libc::madvise(region.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
+    GuestRegionMmap::new(region, GuestAddress(range.start)).ok_or_else(|| {
+        MapError::Ranges(format!(
+            "{:#x}+{:#x} wraps around",
+            range.start, range.size_bytes
+        ))
+    })
+}
+
+/// RAM and swap of this host, in bytes (sysinfo(2)); without limit where the host does not say.
+fn host_memory_bytes() -> u64 {
+    // SAFETY: sysinfo is plain numbers, for which all zeroes is a value; the call fills it.
+    let info = unsafe {
+        let mut info: libc::sysinfo = std::mem::zeroed();
+        if libc::sysinfo(&raw mut info) != 0 {
+            return u64::MAX;
+        }
+        info
+    };
+    (info.totalram + info.totalswap).saturating_mul(u64::from(info.mem_unit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn ram(mib: u64) -> GuestRam {
+        GuestRam::map(&MemoryPlan::around_hole(mib << 20).unwrap()).unwrap()
+    }
+
+    fn file_of(len: usize) -> (File, Vec<u8>) {
+        let bytes: Vec<u8> = (0..len).map(|i| (i * 7 % 251) as u8).collect();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        (file, bytes)
+    }
+
+    #[test]
+    fn copies_in_and_out_and_refuses_what_lies_outside() {
+        let ram = ram(1);
+        ram.write(0xffff0, &[7; 16]).unwrap();
+        let mut back = [0; 16];
+        ram.read(0xffff0, &mut back).unwrap();
+        assert_eq!(back, [7; 16]);
+        assert_eq!(ram.read_plain::<u32>(0xffff0).unwrap(), 0x0707_0707);
+        for (addr, len) in [(0xffff1, 16), (1 << 20, 1), (u64::MAX, 2), (0, 2 << 20)] {
+            assert!(!ram.contains(addr, len));
+            let e = ram.write(addr, &vec![0; len as usize]).unwrap_err();
+            assert!(e.to_string().contains(&format!("{addr:#x}")), "{e}");
+        }
+        assert!(ram.contains(1 << 20, 0));
+    }
+
+    #[test]
+    fn more_than_the_host_is_refused_with_both_figures() {
+        let plan = MemoryPlan::around_hole(16 << 40).unwrap();
+        let e = GuestRam::map(&plan).unwrap_err();
+        assert!(
+            e.to_string()
+                .contains("16777216 MiB is more than this host has"),
+            "{e}"
+        );
+    }
+
+    #[test]
+    fn a_file_is_placed_byte_for_byte_whatever_its_alignment() {
+        let (file, bytes) = file_of(20_000);
+        for (offset, addr, len) in [
+            (0, 0x1000, 20_000),
+            (0, 0x1001, 20_000),
+            (100, 0x3064, 12_345),
+            (4096, 0x2000, 4096),
+            (5, 0x2005, 10),
+            (0, 0x5000, 0),
+        ] {
+            let ram = ram(1);
+            ram.place_file(&file, offset, addr, len).unwrap();
+            let mut back = vec![0; len as usize + 1];
+            ram.read(addr, &mut back).unwrap();
+            let (offset, len) = (offset as usize, len as usize);
+            assert_eq!(back[..len], bytes[offset..offset + len]);
+            assert_eq!(back[len], 0, "what follows the file stays zero");
+        }
+    }
+
+    #[test]
+    fn guest_writes_never_reach_the_file() {
+        let (file, bytes) = file_of(8192);
+        let (a, b) = (ram(1), ram(1));
+        a.place_file(&file, 0, 0, 8192).unwrap();
+        b.place_file(&file, 0, 0, 8192).unwrap();
+        a.write(10, b"guest").unwrap();
+        let mut back = vec![0; 8192];
+        b.read(0, &mut back).unwrap();
+        assert_eq!(back, bytes);
+    }
+
+    #[test]
+    fn a_short_file_is_an_error_not_a_fault() {
+        let (file, _) = file_of(5000);
+        let e = ram(1).place_file(&file, 0, 0, 8192).unwrap_err();
+        assert!(e.to_string().contains("ends after 5000 bytes"), "{e}");
+        let e = ram(1).place_file(&file, u64::MAX, 0, 8).unwrap_err();
+        assert!(matches!(e, AccessError::File { .. }));
+        let e = ram(1).place_file(&file, 0, (1 << 20) - 8, 16).unwrap_err();
+        assert!(matches!(e, AccessError::Outside { .. }));
+    }
+
+    #[test]
+    fn ranges_report_where_they_are_mapped() {
+        let plan = MemoryPlan::around_hole((3 << 30) + (8 << 20)).unwrap();
+        let ram = GuestRam::map(&plan).unwrap();
+        let ranges: Vec<_> = ram.mapped_ranges().collect();
+        assert_eq!(
+            ranges[1].0,
+            RamRange {
+                start: 4 << 30,
+                size_bytes: 8 << 20
+            }
+        );
+        assert!(ranges.iter().all(|(_, host)| host % PAGE_SIZE == 0));
+        ram.write((4 << 30) + 5, b"high").unwrap();
+        assert!(
+            !ram.contains((3 << 30) - 4, 8),
+            "a value never straddles the hole"
+        );
+        assert_eq!(ram.size_bytes(), plan.size_bytes());
+    }
+}

@@ -1,0 +1,1 @@
+//! What this host can do, and the files of its VMs.

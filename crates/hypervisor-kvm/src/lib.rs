@@ -1,0 +1,1 @@
+//! The port to CPU virtualisation on KVM.

@@ -1,0 +1,1 @@
+//! The port to CPU virtualisation, and a scripted fake of it.

@@ -1,0 +1,1 @@
+//! Validates, builds and drives exactly one VM.

@@ -1,0 +1,1 @@
+//! 16550 serial port and the consoles behind it.

@@ -1,0 +1,1 @@
+//! Thread roles and their seccomp filters.

@@ -1,0 +1,1 @@
+//! One vCPU thread and its state machine.

@@ -1,0 +1,2 @@
+//! The thin VMM: one process runs one guest.
+fn main() {}
