@@ -1,0 +1,138 @@
+//! The wire types. Names, defaults and values are Firecracker's; only what this build can do is here.
+//!
+//! Reading them is `reader.rs`'s job: serde's derived readers stop at the first mistake, ours lists all.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+/// A whole machine description, as in `--config-file`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VmConfig {
+    /// What the guest boots. Required.
+    pub boot_source: BootSource,
+    /// Processors and memory.
+    pub machine_config: MachineConfig,
+    /// Where log lines go, and which; none: the program's own default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logger: Option<Logger>,
+    /// Where counters are written; none: nowhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
+    /// Where the serial console writes; none: standard output.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
+}
+
+/// What the guest boots.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct BootSource {
+    /// The kernel image on the host.
+    pub kernel_image_path: PathBuf,
+    /// The initial RAM disk on the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initrd_path: Option<PathBuf>,
+    /// The kernel's command line; none: the program's own default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub boot_args: Option<String>,
+}
+
+/// Processors and memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct MachineConfig {
+    /// Number of vCPUs.
+    pub vcpu_count: u8,
+    /// Size of guest RAM, in MiB.
+    pub mem_size_mib: u64,
+    /// Whether the guest sees two threads per core. Only `false` is built.
+    pub smt: bool,
+    /// Whether pages the guest writes are remembered for diff snapshots. Only `false` is built.
+    pub track_dirty_pages: bool,
+    /// Which CPU features are hidden from the guest.
+    pub cpu_template: CpuTemplate,
+    /// Which host pages back guest RAM.
+    pub huge_pages: HugePages,
+}
+
+impl Default for MachineConfig {
+    /// What Firecracker builds when the description has no `machine-config`.
+    fn default() -> Self {
+        Self {
+            vcpu_count: 1,
+            mem_size_mib: 128,
+            smt: false,
+            track_dirty_pages: false,
+            cpu_template: CpuTemplate::None,
+            huge_pages: HugePages::None,
+        }
+    }
+}
+
+/// Which CPU features are hidden from the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub enum CpuTemplate {
+    /// None.
+    #[default]
+    None,
+}
+
+/// Which host pages back guest RAM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub enum HugePages {
+    /// The host's ordinary pages.
+    #[default]
+    None,
+}
+
+/// Where log lines go, and which. An absent field leaves the program's own default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Logger {
+    /// A file or named pipe on the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_path: Option<PathBuf>,
+    /// The least serious level that is written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub level: Option<LogLevel>,
+    /// Whether a line names its level.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub show_level: Option<bool>,
+    /// Whether a line names the source file and line it comes from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub show_log_origin: Option<bool>,
+    /// Only lines from this module path are written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub module: Option<String>,
+}
+
+/// How serious a log line is. Read without regard to case; `Warn` is taken for `Warning`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum LogLevel {
+    /// Nothing is written.
+    Off,
+    /// Something failed.
+    Error,
+    /// Something is odd.
+    Warning,
+    /// Something worth knowing.
+    Info,
+    /// For whoever looks for a mistake.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+/// Where counters are written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Metrics {
+    /// A file or named pipe on the host.
+    pub metrics_path: PathBuf,
+}
+
+/// Where the serial console writes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Serial {
+    /// A file or named pipe on the host; none: standard output.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial_out_path: Option<PathBuf>,
+}
