@@ -1,1 +1,72 @@
-//! The port to CPU virtualisation, and a scripted fake of it.
+//! The port to CPU virtualisation: what the machine needs of a hypervisor, as two traits and plain values.
+//!
+//! [`Partition`] is one guest's address space and interrupt wiring, [`VirtualCpu`] one of its processors.
+//! The port on KVM is `alveole-hypervisor-kvm`; the scripted fake in [`fake`] (feature `fake`, for tests
+//! only) plays a guest from a list of exits.
+//!
+//! Deliberately does not know: KVM, devices, threads, what the guest runs.
+
+mod cpu;
+mod cpuid;
+#[cfg(feature = "fake")]
+pub mod fake;
+
+pub use cpu::{
+    CpuError, CpuExit, CpuPosition, InitialState, Kick, StuckReason, VirtualCpu, format_bytes,
+};
+pub use cpuid::{CpuidEntry, find_leaf};
+
+use alveole_guest_memory::GuestRam;
+use alveole_interrupts::IrqLine;
+
+/// One guest: its physical memory, its interrupt lines, its processors.
+pub trait Partition: Send + Sync {
+    /// Shows `ram` to the guest. Called once, before the first processor runs.
+    ///
+    /// # Errors
+    /// The hypervisor refuses a range.
+    fn map_ram(&mut self, ram: &GuestRam) -> Result<(), PartitionError>;
+
+    /// The CPUID leaves that this host and hypervisor can give to a guest. Nothing that is not in this
+    /// list may be advertised.
+    ///
+    /// # Errors
+    /// The hypervisor does not answer.
+    fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, PartitionError>;
+
+    /// Largest number of processors a guest can have here.
+    fn max_cpus(&self) -> u32;
+
+    /// Whether the local APIC timer has the TSC deadline mode.
+    fn has_tsc_deadline_timer(&self) -> bool;
+
+    /// Makes the processor with this APIC id.
+    ///
+    /// # Errors
+    /// The hypervisor refuses one more processor.
+    fn create_cpu(&self, apic_id: u32) -> Result<Box<dyn VirtualCpu>, PartitionError>;
+
+    /// An edge-triggered interrupt line wired to global system interrupt `gsi`.
+    ///
+    /// # Errors
+    /// No such interrupt, or the host is out of file descriptors.
+    fn irq_line(&self, gsi: u32) -> Result<IrqLine, PartitionError>;
+}
+
+/// Why the hypervisor could not do its part.
+#[derive(Debug, thiserror::Error)]
+pub enum PartitionError {
+    /// The hypervisor cannot be opened at all. The text names cause and cure.
+    #[error("{0}")]
+    Unavailable(String),
+    /// One request was refused.
+    #[error("{act} was refused: {source}{}", if hint.is_empty() { String::new() } else { format!("; {hint}") })]
+    Refused {
+        /// What was asked, with its values.
+        act: String,
+        /// What the host said.
+        source: std::io::Error,
+        /// What to do about it, or empty.
+        hint: &'static str,
+    },
+}

@@ -1,0 +1,204 @@
+//! One KVM virtual machine: memory slots, in-kernel interrupt controllers, irqfds.
+
+use std::ffi::CString;
+use std::io;
+
+use alveole_guest_memory::GuestRam;
+use alveole_hypervisor::{CpuidEntry, Partition, PartitionError, VirtualCpu};
+use alveole_interrupts::IrqLine;
+use kvm_bindings::{
+    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+use crate::KVM_PATH;
+use crate::cpu::KvmCpu;
+
+/// The KVM API number; it has been 12 since Linux 2.6.22 and later additions are capabilities.
+const API_VERSION: i32 = 12;
+/// Three pages that Intel processors want for real mode, in the hole below 4 GiB.
+const TSS_ADDR: usize = 0xfffb_d000;
+/// What this program cannot do without, and since when Linux has it.
+const NEEDED: [(Cap, &str, &str); 5] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP", "2.6.22"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "2.6.24"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID", "2.6.26"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD", "2.6.32"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "4.13"),
+];
+
+/// One guest under KVM.
+pub struct KvmPartition {
+    kvm: Kvm,
+    vm: VmFd,
+}
+
+impl KvmPartition {
+    /// Opens `/dev/kvm` and makes an empty guest with in-kernel interrupt controllers (local APICs,
+    /// I/O APIC with 24 lines, PIC; no PIT: guests take the APIC timer and kvm-clock).
+    ///
+    /// # Errors
+    /// KVM is missing, not accessible, too old, or refuses a guest; the text says what to do.
+    pub fn new() -> Result<Self, PartitionError> {
+        Self::with_device(KVM_PATH)
+    }
+
+    /// The same with another device node.
+    ///
+    /// # Errors
+    /// As [`KvmPartition::new`].
+    pub fn with_device(path: &str) -> Result<Self, PartitionError> {
+        let kvm = open(path)?;
+        check(&kvm, path)?;
+        let vm = loop {
+            match kvm.create_vm() {
+                // A signal during the (sometimes long) set-up; nothing has been made yet.
+                Err(e) if e.errno() == libc::EINTR => {}
+                other => {
+                    break other.map_err(refused(
+                        "making a virtual machine (KVM_CREATE_VM)",
+                        "is the host out of memory, or another hypervisor holding the processor?",
+                    ))?;
+                }
+            }
+        };
+        vm.set_tss_address(TSS_ADDR).map_err(refused(
+            "placing the task state pages (KVM_SET_TSS_ADDR)",
+            "",
+        ))?;
+        vm.create_irq_chip().map_err(refused(
+            "making the interrupt controllers (KVM_CREATE_IRQCHIP)",
+            "",
+        ))?;
+        Ok(Self { kvm, vm })
+    }
+}
+
+fn open(path: &str) -> Result<Kvm, PartitionError> {
+    let name = CString::new(path)
+        .map_err(|_| PartitionError::Unavailable(format!("{path:?} is not a path")))?;
+    Kvm::new_with_path(name).map_err(|e| {
+        let source = io::Error::from(e);
+        PartitionError::Unavailable(match source.kind() {
+            io::ErrorKind::NotFound => format!(
+                "{path} does not exist: this machine offers no KVM; load its module (modprobe kvm-intel or \
+                 kvm-amd), switch on virtualisation in the firmware or nested virtualisation in the cloud, \
+                 or run in the lab (tools/lab)"
+            ),
+            io::ErrorKind::PermissionDenied => format!(
+                "no permission to open {path}: become a member of the group that owns it \
+                 (usermod -aG kvm $USER, then log in again)"
+            ),
+            _ => format!("cannot open {path}: {source}; `alveole doctor` says more"),
+        })
+    })
+}
+
+fn check(kvm: &Kvm, path: &str) -> Result<(), PartitionError> {
+    let version = kvm.get_api_version();
+    if version != API_VERSION {
+        return Err(PartitionError::Unavailable(format!(
+            "{path} is no KVM this program knows: it reports API version {version}, {API_VERSION} is \
+             needed; is another program's device at this path?"
+        )));
+    }
+    for (cap, name, since) in NEEDED {
+        if !kvm.check_extension(cap) {
+            return Err(PartitionError::Unavailable(format!(
+                "the KVM of this machine is too old: it lacks {name}, which Linux has since {since}; \
+                 run a newer kernel"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Makes a [`PartitionError::Refused`] from the error of one ioctl.
+pub(crate) fn refused(
+    act: impl Into<String>,
+    hint: &'static str,
+) -> impl FnOnce(kvm_ioctls::Error) -> PartitionError {
+    let act = act.into();
+    move |e| PartitionError::Refused {
+        act,
+        source: e.into(),
+        hint,
+    }
+}
+
+impl Partition for KvmPartition {
+    fn map_ram(&mut self, ram: &GuestRam) -> Result<(), PartitionError> {
+        for (slot, (range, host_addr)) in (0u32..).zip(ram.mapped_ranges()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: range.start,
+                memory_size: range.size_bytes,
+                userspace_addr: host_addr,
+            };
+            // SAFETY: the range is mapped, and the machine keeps its `GuestRam` for as long as the
+            // partition lives; ranges of one `GuestRam` do not overlap.
+            unsafe { self.vm.set_user_memory_region(region) }.map_err(refused(
+                format!(
+                    "showing {} MiB at guest address {:#x} to the guest (KVM_SET_USER_MEMORY_REGION)",
+                    range.size_bytes >> 20,
+                    range.start
+                ),
+                "is the guest memory larger than this processor can address?",
+            ))?;
+        }
+        Ok(())
+    }
+
+    fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, PartitionError> {
+        let list = self
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(refused(
+                "asking for the processor features that can be offered (KVM_GET_SUPPORTED_CPUID)",
+                "",
+            ))?;
+        Ok(list
+            .as_slice()
+            .iter()
+            .map(|e| CpuidEntry {
+                leaf: e.function,
+                subleaf: e.index,
+                subleaf_matters: e.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
+                eax: e.eax,
+                ebx: e.ebx,
+                ecx: e.ecx,
+                edx: e.edx,
+            })
+            .collect())
+    }
+
+    fn max_cpus(&self) -> u32 {
+        u32::try_from(self.kvm.get_max_vcpus()).unwrap_or(u32::MAX)
+    }
+
+    fn has_tsc_deadline_timer(&self) -> bool {
+        self.kvm.check_extension(Cap::TscDeadlineTimer)
+    }
+
+    fn create_cpu(&self, apic_id: u32) -> Result<Box<dyn VirtualCpu>, PartitionError> {
+        let fd = self.vm.create_vcpu(u64::from(apic_id)).map_err(refused(
+            format!("making processor {apic_id} (KVM_CREATE_VCPU)"),
+            "give the guest fewer processors, or raise the limits on files and locked memory",
+        ))?;
+        Ok(Box::new(KvmCpu::new(fd, apic_id)))
+    }
+
+    fn irq_line(&self, gsi: u32) -> Result<IrqLine, PartitionError> {
+        let act = format!("wiring interrupt line {gsi} (KVM_IRQFD)");
+        let line = IrqLine::new().map_err(|source| PartitionError::Refused {
+            act: act.clone(),
+            source,
+            hint: "raise the limit on open files (ulimit -n)",
+        })?;
+        self.vm
+            .register_irqfd(line.event_fd(), gsi)
+            .map_err(refused(act, ""))?;
+        Ok(line)
+    }
+}

@@ -1,0 +1,278 @@
+//! A hypervisor that plays guests from a script: every run of a processor takes the next [`Step`].
+//!
+//! For tests of everything above the port, without KVM. What the guest would have read is recorded.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use alveole_guest_memory::GuestRam;
+use alveole_interrupts::IrqLine;
+
+use crate::{
+    CpuError, CpuExit, CpuPosition, CpuidEntry, InitialState, Kick, Partition, PartitionError,
+    StuckReason, VirtualCpu,
+};
+
+/// One thing the scripted guest does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Reads one element of a port.
+    PortRead(u16, usize),
+    /// Writes bytes to a port, one element of that width.
+    PortWrite(u16, Vec<u8>),
+    /// Writes bytes to a port, one byte at a time (`rep outsb`).
+    PortWriteString(u16, Vec<u8>),
+    /// Reads MMIO.
+    MmioRead(u64, usize),
+    /// Writes MMIO.
+    MmioWrite(u64, Vec<u8>),
+    /// Runs code that needs nobody until it is kicked.
+    Compute,
+    /// Faults three times.
+    TripleFault,
+    /// Meets an instruction nobody can emulate.
+    Stuck(StuckReason),
+    /// The hypervisor fails.
+    Fail,
+}
+
+#[derive(Default)]
+struct Shared {
+    scripts: Vec<VecDeque<Step>>,
+    reads: Vec<Vec<u8>>,
+    configured: Vec<(u32, Vec<CpuidEntry>, InitialState)>,
+    lines: Vec<(u32, IrqLine)>,
+    ram: Option<GuestRam>,
+}
+
+/// The scripted partition. Clones share the script and the record.
+#[derive(Clone, Default)]
+pub struct FakePartition {
+    shared: Arc<Mutex<Shared>>,
+    refuse_cpu: Option<u32>,
+}
+
+impl FakePartition {
+    /// A partition whose processor `i` plays `scripts[i]` and then computes until kicked.
+    #[must_use]
+    pub fn new(scripts: Vec<Vec<Step>>) -> Self {
+        let scripts = scripts.into_iter().map(VecDeque::from).collect();
+        Self {
+            shared: Arc::new(Mutex::new(Shared {
+                scripts,
+                ..Shared::default()
+            })),
+            refuse_cpu: None,
+        }
+    }
+
+    /// The same, but making processor `apic_id` fails.
+    #[must_use]
+    pub fn refusing_cpu(mut self, apic_id: u32) -> Self {
+        self.refuse_cpu = Some(apic_id);
+        self
+    }
+
+    /// What the guest read so far, one entry an access, in the order the accesses were completed.
+    #[must_use]
+    pub fn reads(&self) -> Vec<Vec<u8>> {
+        self.lock().reads.clone()
+    }
+
+    /// How each processor was configured: APIC id, CPUID, first state.
+    #[must_use]
+    pub fn configured(&self) -> Vec<(u32, Vec<CpuidEntry>, InitialState)> {
+        self.lock().configured.clone()
+    }
+
+    /// The interrupt lines handed out, with their numbers.
+    #[must_use]
+    pub fn lines(&self) -> Vec<(u32, IrqLine)> {
+        self.lock().lines.clone()
+    }
+
+    /// The RAM the guest was shown.
+    #[must_use]
+    pub fn ram(&self) -> Option<GuestRam> {
+        self.lock().ram.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Partition for FakePartition {
+    fn map_ram(&mut self, ram: &GuestRam) -> Result<(), PartitionError> {
+        self.lock().ram = Some(ram.clone());
+        Ok(())
+    }
+
+    fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, PartitionError> {
+        let leaf = |leaf, eax, ecx, edx| CpuidEntry {
+            leaf,
+            eax,
+            ecx,
+            edx,
+            ..Default::default()
+        };
+        Ok(vec![
+            leaf(0, 0xb, 0, 0),
+            leaf(1, 0, 1 << 21, 1 << 9),
+            leaf(0xb, 0, 0, 0),
+        ])
+    }
+
+    fn max_cpus(&self) -> u32 {
+        64
+    }
+
+    fn has_tsc_deadline_timer(&self) -> bool {
+        true
+    }
+
+    fn create_cpu(&self, apic_id: u32) -> Result<Box<dyn VirtualCpu>, PartitionError> {
+        if self.refuse_cpu == Some(apic_id) {
+            return Err(PartitionError::Refused {
+                act: format!("making processor {apic_id}"),
+                source: io::Error::from_raw_os_error(12),
+                hint: "the script says so",
+            });
+        }
+        Ok(Box::new(FakeCpu {
+            apic_id,
+            partition: self.clone(),
+            kick: Arc::new(FakeKick::default()),
+            buffer: Vec::new(),
+            reading: false,
+        }))
+    }
+
+    fn irq_line(&self, gsi: u32) -> Result<IrqLine, PartitionError> {
+        let line = IrqLine::new().map_err(|source| PartitionError::Refused {
+            act: format!("making interrupt line {gsi}"),
+            source,
+            hint: "",
+        })?;
+        self.lock().lines.push((gsi, line.clone()));
+        Ok(line)
+    }
+}
+
+#[derive(Default)]
+struct FakeKick {
+    kicked: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Kick for FakeKick {
+    fn bind_to_this_thread(&self) {}
+    fn kick(&self) {
+        *self.kicked.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.changed.notify_all();
+    }
+    fn clear(&self) {
+        *self.kicked.lock().unwrap_or_else(PoisonError::into_inner) = false;
+    }
+}
+
+struct FakeCpu {
+    apic_id: u32,
+    partition: FakePartition,
+    kick: Arc<FakeKick>,
+    buffer: Vec<u8>,
+    reading: bool,
+}
+
+impl VirtualCpu for FakeCpu {
+    fn configure(
+        &mut self,
+        cpuid: &[CpuidEntry],
+        state: &InitialState,
+    ) -> Result<(), PartitionError> {
+        self.partition
+            .lock()
+            .configured
+            .push((self.apic_id, cpuid.to_vec(), *state));
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<CpuExit<'_>, CpuError> {
+        if std::mem::take(&mut self.reading) {
+            self.partition.lock().reads.push(self.buffer.clone());
+        }
+        let kicked = self
+            .kick
+            .kicked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if *kicked {
+            return Ok(CpuExit::Interrupted);
+        }
+        let step = {
+            let mut shared = self.partition.lock();
+            let script = shared.scripts.get_mut(self.apic_id as usize);
+            script
+                .and_then(VecDeque::pop_front)
+                .unwrap_or(Step::Compute)
+        };
+        let data = &mut self.buffer;
+        Ok(match step {
+            Step::Compute => {
+                let waited = self.kick.changed.wait_while(kicked, |k| !*k);
+                drop(waited);
+                CpuExit::Interrupted
+            }
+            Step::PortRead(port, size_bytes) => {
+                self.reading = true;
+                *data = vec![0; size_bytes];
+                CpuExit::PortRead {
+                    port,
+                    size_bytes,
+                    data,
+                }
+            }
+            Step::PortWrite(port, bytes) => {
+                *data = bytes;
+                CpuExit::PortWrite {
+                    port,
+                    size_bytes: data.len(),
+                    data,
+                }
+            }
+            Step::PortWriteString(port, bytes) => {
+                *data = bytes;
+                CpuExit::PortWrite {
+                    port,
+                    size_bytes: 1,
+                    data,
+                }
+            }
+            Step::MmioRead(addr, size_bytes) => {
+                self.reading = true;
+                *data = vec![0; size_bytes];
+                CpuExit::MmioRead { addr, data }
+            }
+            Step::MmioWrite(addr, bytes) => {
+                *data = bytes;
+                CpuExit::MmioWrite { addr, data }
+            }
+            Step::TripleFault => CpuExit::TripleFault,
+            Step::Stuck(reason) => CpuExit::Stuck(reason),
+            Step::Fail => return Err(CpuError::Run(io::Error::from_raw_os_error(5))),
+        })
+    }
+
+    fn kick(&self) -> Arc<dyn Kick> {
+        self.kick.clone()
+    }
+
+    fn position(&mut self) -> CpuPosition {
+        CpuPosition {
+            rip: 0x1000,
+            known: true,
+            ..CpuPosition::default()
+        }
+    }
+}
