@@ -1,0 +1,335 @@
+//! The thread that runs one processor.
+
+use std::io;
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use alveole_hypervisor::{CpuExit, CpuPosition, Kick, StuckReason, VirtualCpu};
+use alveole_io_bus::{Bus, MachineRequest, Outcome};
+use alveole_thread_sandbox::Role;
+
+use crate::exits::{AccessKind, ExitCounts};
+use crate::state::{Effect, Input, State, next};
+
+/// The two address spaces a processor reaches.
+#[derive(Debug, Clone)]
+pub struct Buses {
+    /// 16-bit port space.
+    pub ports: Bus,
+    /// Guest-physical addresses that are not RAM.
+    pub memory: Bus,
+}
+
+/// What the machine orders a processor to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Run guest code.
+    Run,
+    /// Pause, and report that.
+    Pause,
+    /// End the thread.
+    Stop,
+}
+
+/// Word from a processor.
+#[derive(Debug)]
+pub struct Report {
+    /// Which processor.
+    pub cpu: u32,
+    /// When it happened.
+    pub at: Instant,
+    /// What happened.
+    pub kind: ReportKind,
+}
+
+/// What a processor reports.
+#[derive(Debug)]
+pub enum ReportKind {
+    /// It is paused, as ordered.
+    Paused,
+    /// The guest asks something of the machine. After [`MachineRequest::PowerOff`] and
+    /// [`MachineRequest::Reset`] the processor waits for orders, else it goes on.
+    Asked(MachineRequest, CpuPosition),
+    /// The processor cannot go on; it waits for the order to stop.
+    Ended(EndReason, CpuPosition),
+    /// The sandbox could not be entered; the thread is gone.
+    NoSandbox(String),
+}
+
+/// Why a processor cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EndReason {
+    /// It faulted while handling a double fault.
+    TripleFault,
+    /// The hypervisor gave up on it.
+    Stuck(StuckReason),
+    /// The host cannot run it any more.
+    HostError(String),
+}
+
+/// Why a processor could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// The host gave no thread.
+    #[error(
+        "cannot start the thread of processor {index}: {source}; is the limit on processes (ulimit -u) reached?"
+    )]
+    NoThread {
+        /// Which processor.
+        index: u32,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// A processor that is ready to get its thread.
+pub struct Vcpu {
+    /// Its number, from 0.
+    pub index: u32,
+    /// The configured processor.
+    pub cpu: Box<dyn VirtualCpu>,
+    /// What it reaches.
+    pub buses: Buses,
+    /// Where its reports go. Called on the processor's thread; must not block.
+    pub report: Box<dyn Fn(Report) + Send>,
+}
+
+/// The machine's end of a processor.
+pub struct VcpuHandle {
+    index: u32,
+    orders: Sender<Order>,
+    kick: Arc<dyn Kick>,
+    counts: Arc<ExitCounts>,
+    first_run: Arc<OnceLock<Instant>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vcpu {
+    /// Starts the thread. It enters its sandbox and then waits for orders.
+    ///
+    /// # Errors
+    /// The host gives no thread.
+    pub fn start(self) -> Result<VcpuHandle, VcpuError> {
+        let (orders, inbox) = mpsc::channel();
+        let index = self.index;
+        let kick = self.cpu.kick();
+        let counts = Arc::new(ExitCounts::new(index));
+        let first_run = Arc::new(OnceLock::new());
+        let runner = Runner {
+            vcpu: self,
+            orders: inbox,
+            kick: kick.clone(),
+            counts: counts.clone(),
+            first_run: first_run.clone(),
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu {index}"))
+            .spawn(move || runner.live())
+            .map_err(|source| VcpuError::NoThread { index, source })?;
+        Ok(VcpuHandle {
+            index,
+            orders,
+            kick,
+            counts,
+            first_run,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl VcpuHandle {
+    /// The processor's number.
+    #[must_use]
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// Sends an order and makes a running processor look at it. An order to a thread that is gone is lost.
+    pub fn order(&self, order: Order) {
+        if self.orders.send(order).is_ok() {
+            self.kick.kick();
+        }
+    }
+
+    /// Its exits so far.
+    #[must_use]
+    pub fn counts(&self) -> &Arc<ExitCounts> {
+        &self.counts
+    }
+
+    /// When it was about to run its first instruction.
+    #[must_use]
+    pub fn first_run(&self) -> Option<Instant> {
+        self.first_run.get().copied()
+    }
+
+    /// Orders the processor to stop and waits until its thread is gone.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.order(Order::Stop);
+            // A thread that panicked has said so already.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for VcpuHandle {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+struct Runner {
+    vcpu: Vcpu,
+    orders: Receiver<Order>,
+    kick: Arc<dyn Kick>,
+    counts: Arc<ExitCounts>,
+    first_run: Arc<OnceLock<Instant>>,
+}
+
+impl Runner {
+    fn live(mut self) {
+        self.kick.bind_to_this_thread();
+        if let Err(e) =
+            alveole_thread_sandbox::enter(Role::Vcpu, &format!("vcpu {}", self.vcpu.index))
+        {
+            self.report(ReportKind::NoSandbox(e.to_string()));
+            return;
+        }
+        let (mut state, mut effect) = next(State::Created, Input::Entered);
+        loop {
+            let input = match effect {
+                Effect::Leave => return,
+                Effect::TellPaused => {
+                    self.report(ReportKind::Paused);
+                    self.wait()
+                }
+                Effect::Wait => self.wait(),
+                Effect::RunGuest => self.run(),
+            };
+            (state, effect) = next(state, input);
+        }
+    }
+
+    fn wait(&self) -> Input {
+        // A machine that is gone orders nothing any more.
+        self.orders.recv().map_or(Input::Stop, input_of)
+    }
+
+    fn run(&mut self) -> Input {
+        self.first_run.get_or_init(Instant::now);
+        loop {
+            match self.run_once() {
+                Next::GoOn => {}
+                Next::LookAtOrders => {
+                    // Cleared first: a kick that comes later ends the next run.
+                    self.kick.clear();
+                    match self.orders.try_recv() {
+                        Ok(order) => return input_of(order),
+                        Err(TryRecvError::Disconnected) => return Input::Stop,
+                        Err(TryRecvError::Empty) => {}
+                    }
+                }
+                Next::Asked(request) => {
+                    let position = self.vcpu.cpu.position();
+                    self.report(ReportKind::Asked(request, position));
+                    if matches!(request, MachineRequest::PowerOff | MachineRequest::Reset) {
+                        return Input::Yielded;
+                    }
+                }
+                Next::Ended(reason) => {
+                    let position = self.vcpu.cpu.position();
+                    self.report(ReportKind::Ended(reason, position));
+                    return Input::Yielded;
+                }
+            }
+        }
+    }
+
+    fn run_once(&mut self) -> Next {
+        let Self {
+            vcpu: Vcpu { cpu, buses, .. },
+            counts,
+            ..
+        } = self;
+        match cpu.run() {
+            Ok(CpuExit::PortRead {
+                port,
+                size_bytes,
+                data,
+            }) => {
+                counts.access(AccessKind::PortRead, u64::from(port));
+                first_request(
+                    data.chunks_mut(size_bytes.max(1))
+                        .map(|element| buses.ports.read(u64::from(port), element)),
+                )
+            }
+            Ok(CpuExit::PortWrite {
+                port,
+                size_bytes,
+                data,
+            }) => {
+                counts.access(AccessKind::PortWrite, u64::from(port));
+                first_request(
+                    data.chunks(size_bytes.max(1))
+                        .map(|element| buses.ports.write(u64::from(port), element)),
+                )
+            }
+            Ok(CpuExit::MmioRead { addr, data }) => {
+                counts.access(AccessKind::MmioRead, addr);
+                first_request(std::iter::once(buses.memory.read(addr, data)))
+            }
+            Ok(CpuExit::MmioWrite { addr, data }) => {
+                counts.access(AccessKind::MmioWrite, addr);
+                first_request(std::iter::once(buses.memory.write(addr, data)))
+            }
+            Ok(CpuExit::Interrupted) => {
+                counts.interrupted();
+                Next::LookAtOrders
+            }
+            Ok(CpuExit::TripleFault) => Next::Ended(EndReason::TripleFault),
+            Ok(CpuExit::Stuck(reason)) => Next::Ended(EndReason::Stuck(reason)),
+            Err(e) => Next::Ended(EndReason::HostError(e.to_string())),
+        }
+    }
+
+    fn report(&self, kind: ReportKind) {
+        // Nobody listens when the machine is going down: then nobody needs to know.
+        let _ = self.vcpu.reports.send(Report {
+            cpu: self.vcpu.index,
+            at: Instant::now(),
+            kind,
+        });
+    }
+}
+
+enum Next {
+    GoOn,
+    LookAtOrders,
+    Asked(MachineRequest),
+    Ended(EndReason),
+}
+
+/// Carries out the elements of one exit in order, up to the first that asks something of the machine.
+fn first_request(outcomes: impl Iterator<Item = Outcome>) -> Next {
+    for outcome in outcomes {
+        if let Outcome::Asks(request) = outcome {
+            return Next::Asked(request);
+        }
+    }
+    Next::GoOn
+}
+
+fn input_of(order: Order) -> Input {
+    match order {
+        Order::Run => Input::Run,
+        Order::Pause => Input::Pause,
+        Order::Stop => Input::Stop,
+    }
+}
