@@ -1,33 +1,57 @@
 //! Wire types of a machine description: the JSON that Firecracker's `--config-file` takes.
 //!
+//! Reading is strict: an unknown field, a field given twice, or a device that this build does not have
+//! is an error, never skipped in silence. Everything that is wrong with a description is listed at
+//! once, each with its line, its column and what to do.
+//!
 //! Deliberately does not know: which values make sense together (`machine::validate` does), where the
 //! text came from, what any of it is used for.
 
+mod error;
+mod object;
+mod read;
+#[cfg(test)]
+mod tests;
 mod types;
 
+pub use error::{ConfigError, Problem, Problems};
 pub use types::{
     BootSource, CpuTemplate, HugePages, LogLevel, Logger, MachineConfig, Metrics, Serial, VmConfig,
 };
 
-/// Why a machine description could not be read.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum ConfigError {}
+/// The longest description that is read. A real one has a few kilobytes; a path given by mistake may
+/// lead to a disk image.
+pub const MAX_SIZE_BYTES: usize = 1 << 20;
+
+/// Problems that are listed; of more, only their number is told. A file that is something else
+/// altogether would fill the screen.
+pub const MAX_PROBLEMS: usize = 32;
 
 impl VmConfig {
     /// Reads a machine description. `file_name` is only used in messages.
     ///
     /// # Errors
-    /// The text is no JSON, or not this JSON; everything that is wrong with it is listed.
+    /// The text is too long, empty, no JSON, or not this JSON; then everything that is wrong with it is
+    /// listed.
     pub fn from_json(text: &str, file_name: &str) -> Result<Self, ConfigError> {
-        Self::from_json_bytes(text.as_bytes(), file_name)
+        object::read_document(text, file_name, read::vm_config)
     }
 
     /// As [`VmConfig::from_json`], for bytes that may not be UTF-8.
     ///
     /// # Errors
-    /// As [`VmConfig::from_json`].
+    /// As [`VmConfig::from_json`]; or the bytes are not UTF-8.
     pub fn from_json_bytes(bytes: &[u8], file_name: &str) -> Result<Self, ConfigError> {
-        let _ = (bytes, file_name);
-        Ok(Self::default())
+        object::check_size(bytes.len(), file_name)?;
+        let text = std::str::from_utf8(bytes).map_err(|e| {
+            let valid = bytes.get(..e.valid_up_to()).unwrap_or_default();
+            let (line, column) = object::position_after(&String::from_utf8_lossy(valid));
+            ConfigError::NotUtf8 {
+                file: file_name.to_owned(),
+                line,
+                column,
+            }
+        })?;
+        Self::from_json(text, file_name)
     }
 }

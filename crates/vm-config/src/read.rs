@@ -1,0 +1,157 @@
+//! Which fields a machine description has, and what this build can do with each.
+
+use crate::object::{Leaf, Object, Value};
+use crate::types::{
+    BootSource, CpuTemplate, HugePages, LogLevel, Logger, MachineConfig, Metrics, Serial, VmConfig,
+};
+
+pub(crate) fn vm_config(top: &mut Object<'_>) -> VmConfig {
+    let config = VmConfig {
+        boot_source: top.required_section("boot-source", boot_source),
+        machine_config: top
+            .section("machine-config", machine_config)
+            .unwrap_or_default(),
+        logger: top.section("logger", logger),
+        metrics: top.section("metrics", metrics),
+        serial: top.section("serial", serial),
+    };
+    for (key, what) in [
+        ("drives", "block devices are"),
+        ("network-interfaces", "network devices are"),
+        ("vsock", "the vsock device is"),
+        ("entropy", "the entropy device is"),
+        ("balloon", "the balloon device is"),
+        ("pmem", "persistent memory devices are"),
+        ("memory-hotplug", "memory hotplug is"),
+        ("mmds-config", "the metadata service is"),
+        ("cpu-config", "custom CPU templates are"),
+    ] {
+        top.not_built(key, what);
+    }
+    config
+}
+
+fn boot_source(section: &mut Object<'_>) -> BootSource {
+    BootSource {
+        kernel_image_path: section.required("kernel_image_path"),
+        initrd_path: section.optional("initrd_path"),
+        boot_args: section.optional("boot_args"),
+    }
+}
+
+fn machine_config(section: &mut Object<'_>) -> MachineConfig {
+    MachineConfig {
+        vcpu_count: section.required("vcpu_count"),
+        mem_size_mib: section.required("mem_size_mib"),
+        smt: only_false(
+            section,
+            "smt",
+            "the guest sees one thread per core; threads that share a core are",
+        ),
+        track_dirty_pages: only_false(
+            section,
+            "track_dirty_pages",
+            "diff snapshots, for which pages are tracked, are",
+        ),
+        cpu_template: template(section),
+        huge_pages: huge_pages(section),
+    }
+}
+
+/// A switch of Firecracker's that cannot be switched on here. `what` says what is not built.
+fn only_false(section: &mut Object<'_>, name: &'static str, what: &str) -> bool {
+    let Some(value) = section.take(name) else {
+        return false;
+    };
+    let on = value.read().unwrap_or_default();
+    if on {
+        value.wrong(format_args!(
+            "true cannot be had: {what} not built yet; set it to false"
+        ));
+    }
+    on
+}
+
+fn template(section: &mut Object<'_>) -> CpuTemplate {
+    const KNOWN: &[&str] = &["C3", "T2", "T2S", "T2CL", "T2A", "V1N1"];
+    // Firecracker takes null here, unlike for huge_pages.
+    let value = section.take("cpu_template").filter(|v| !v.is_null());
+    only_none(value, KNOWN, "CPU templates are", "CPU template");
+    CpuTemplate::None
+}
+
+fn huge_pages(section: &mut Object<'_>) -> HugePages {
+    const KNOWN: &[&str] = &["Transparent", "2M"];
+    let value = section.take("huge_pages");
+    only_none(value, KNOWN, "huge pages are", "kind of huge pages");
+    HugePages::None
+}
+
+/// A choice of Firecracker's of which only "None" can be had here.
+fn only_none(value: Option<Value<'_>>, known: &[&str], what: &str, kind: &str) {
+    let Some(value) = value else {
+        return;
+    };
+    let Some(chosen) = value.read::<String>() else {
+        return;
+    };
+    if known.contains(&chosen.as_str()) {
+        value.wrong(format_args!(
+            "{chosen:?} cannot be had: {what} not built yet; set it to \"None\""
+        ));
+    } else if chosen != "None" {
+        let known = known.join(", ");
+        value.wrong(format_args!(
+            "{} is no {kind}; of None, {known} this build has only \"None\"",
+            value.shown()
+        ));
+    }
+}
+
+fn logger(section: &mut Object<'_>) -> Logger {
+    Logger {
+        log_path: section.optional("log_path"),
+        level: section.optional("level"),
+        show_level: section.optional("show_level"),
+        show_log_origin: section.optional("show_log_origin"),
+        module: section.optional("module"),
+    }
+}
+
+impl Leaf for LogLevel {
+    const EXPECTED: &'static str = "one of Off, Error, Warning, Info, Debug, Trace";
+
+    fn from_json(raw: &str) -> Option<Self> {
+        let name: String = serde_json::from_str(raw).ok()?;
+        Some(match name.to_ascii_lowercase().as_str() {
+            "off" => Self::Off,
+            "error" => Self::Error,
+            "warning" | "warn" => Self::Warning,
+            "info" => Self::Info,
+            "debug" => Self::Debug,
+            "trace" => Self::Trace,
+            _ => return None,
+        })
+    }
+}
+
+fn metrics(section: &mut Object<'_>) -> Metrics {
+    let metrics = Metrics {
+        metrics_path: section.required("metrics_path"),
+    };
+    only_false(
+        section,
+        "emit_id",
+        "metrics that carry the id of the VM are",
+    );
+    section.not_built("properties", "metrics with properties of your own are");
+    metrics
+}
+
+fn serial(section: &mut Object<'_>) -> Serial {
+    let serial = Serial {
+        serial_out_path: section.optional("serial_out_path"),
+    };
+    section.not_built("rate_limiter", "rate limiters are");
+    serial
+}
