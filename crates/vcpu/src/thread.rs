@@ -165,12 +165,8 @@ impl VcpuHandle {
         self.first_run.get().copied()
     }
 
-    /// Orders the processor to stop and waits until its thread is gone.
-    pub fn stop(mut self) {
-        self.end();
-    }
-
-    fn end(&mut self) {
+    /// Orders the processor to stop and waits until its thread is gone. What it counted stays.
+    pub fn stop(&mut self) {
         if let Some(thread) = self.thread.take() {
             self.order(Order::Stop);
             // A thread that panicked has said so already.
@@ -181,7 +177,7 @@ impl VcpuHandle {
 
 impl Drop for VcpuHandle {
     fn drop(&mut self) {
-        self.end();
+        self.stop();
     }
 }
 
@@ -300,8 +296,7 @@ impl Runner {
     }
 
     fn report(&self, kind: ReportKind) {
-        // Nobody listens when the machine is going down: then nobody needs to know.
-        let _ = self.vcpu.reports.send(Report {
+        (self.vcpu.report)(Report {
             cpu: self.vcpu.index,
             at: Instant::now(),
             kind,

@@ -1,0 +1,212 @@
+//! A vCPU thread from start to stop on the scripted hypervisor, inside its real sandbox.
+
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use alveole_hypervisor::fake::{FakePartition, Step};
+use alveole_hypervisor::{Partition, StuckReason};
+use alveole_io_bus::{BusBuilder, BusDevice, MachineRequest, Outcome};
+use alveole_vcpu::{AccessKind, Buses, EndReason, Order, Report, ReportKind, Vcpu, VcpuHandle};
+
+/// Reads give the offset plus one; a write of 0xee asks for a reset, 0xbb says booted.
+struct Board(Arc<Mutex<Vec<u8>>>);
+
+impl BusDevice for Board {
+    fn read(&mut self, offset: u64, into: &mut [u8]) -> Outcome {
+        into.fill(offset as u8 + 1);
+        Outcome::Done
+    }
+    fn write(&mut self, _: u64, from: &[u8]) -> Outcome {
+        self.0.lock().unwrap().extend_from_slice(from);
+        match from[0] {
+            0xee => Outcome::Asks(MachineRequest::Reset),
+            0xbb => Outcome::Asks(MachineRequest::Booted),
+            _ => Outcome::Done,
+        }
+    }
+}
+
+struct Rig {
+    partition: FakePartition,
+    vcpu: VcpuHandle,
+    reports: Receiver<Report>,
+    written: Arc<Mutex<Vec<u8>>>,
+}
+
+fn rig(script: Vec<Step>) -> Rig {
+    rig_of(0, script)
+}
+
+fn rig_of(index: u32, script: Vec<Step>) -> Rig {
+    let partition = FakePartition::new(vec![script]);
+    let written = Arc::new(Mutex::new(Vec::new()));
+    let mut ports = BusBuilder::new();
+    ports
+        .place(
+            "board",
+            0x10,
+            4,
+            Arc::new(Mutex::new(Board(written.clone()))),
+        )
+        .unwrap();
+    let mut memory = BusBuilder::new();
+    memory
+        .place(
+            "board",
+            0xc000_0000,
+            8,
+            Arc::new(Mutex::new(Board(written.clone()))),
+        )
+        .unwrap();
+    let (sender, reports) = channel();
+    let vcpu = Vcpu {
+        index,
+        cpu: partition.create_cpu(0).unwrap(),
+        buses: Buses {
+            ports: ports.freeze(),
+            memory: memory.freeze(),
+        },
+        report: Box::new(move |r| sender.send(r).unwrap()),
+    };
+    Rig {
+        partition,
+        vcpu: vcpu.start().unwrap(),
+        reports,
+        written,
+    }
+}
+
+impl Rig {
+    fn next(&self) -> ReportKind {
+        self.reports
+            .recv_timeout(Duration::from_secs(10))
+            .expect("no report in 10 s")
+            .kind
+    }
+}
+
+#[test]
+fn nothing_runs_before_the_order() {
+    let mut rig = rig(vec![Step::PortWrite(0x10, vec![0xee])]);
+    assert!(rig.reports.recv_timeout(Duration::from_millis(50)).is_err());
+    assert!(rig.vcpu.first_run().is_none());
+    rig.vcpu.order(Order::Run);
+    assert!(matches!(rig.next(), ReportKind::Asked(MachineRequest::Reset, p) if p.known));
+    assert!(rig.vcpu.first_run().is_some());
+    rig.vcpu.stop();
+}
+
+#[test]
+fn accesses_are_answered_element_by_element_and_counted() {
+    let mut rig = rig(vec![
+        Step::PortRead(0x11, 2),
+        Step::PortRead(0x999, 4),
+        Step::MmioRead(0xc000_0003, 1),
+        Step::PortWriteString(0x10, vec![1, 2, 3]),
+        Step::MmioWrite(0xdead_0000, vec![9]),
+        Step::PortWrite(0x10, vec![0xee]),
+    ]);
+    rig.vcpu.order(Order::Run);
+    assert!(matches!(
+        rig.next(),
+        ReportKind::Asked(MachineRequest::Reset, _)
+    ));
+    rig.vcpu.stop();
+    assert_eq!(rig.partition.reads(), [vec![2, 2], vec![0xff; 4], vec![4]]);
+    assert_eq!(*rig.written.lock().unwrap(), [1, 2, 3, 0xee]);
+    let counts = rig.vcpu.counts().accesses();
+    let of = |kind, addr| {
+        counts
+            .iter()
+            .find(|a| (a.kind, a.addr) == (kind, addr))
+            .unwrap()
+            .count
+    };
+    assert_eq!(of(AccessKind::PortWrite, 0x10), 2);
+    assert_eq!(of(AccessKind::PortRead, 0x999), 1);
+    assert_eq!(of(AccessKind::MmioWrite, 0xdead_0000), 1);
+}
+
+#[test]
+fn booted_lets_the_guest_go_on() {
+    let mut rig = rig(vec![
+        Step::MmioWrite(0xc000_0000, vec![0xbb]),
+        Step::PortWrite(0x10, vec![0xee]),
+    ]);
+    rig.vcpu.order(Order::Run);
+    assert!(matches!(
+        rig.next(),
+        ReportKind::Asked(MachineRequest::Booted, _)
+    ));
+    assert!(matches!(
+        rig.next(),
+        ReportKind::Asked(MachineRequest::Reset, _)
+    ));
+    rig.vcpu.stop();
+}
+
+#[test]
+fn ends_are_told_apart_and_wait_for_the_stop() {
+    let stuck = StuckReason::Emulation {
+        instruction: vec![0x0f, 0x0b],
+    };
+    for (step, want) in [
+        (Step::TripleFault, EndReason::TripleFault),
+        (Step::Stuck(stuck.clone()), EndReason::Stuck(stuck)),
+    ] {
+        let mut rig = rig(vec![step]);
+        rig.vcpu.order(Order::Run);
+        match rig.next() {
+            ReportKind::Ended(reason, position) => assert!(reason == want && position.known),
+            other => panic!("{other:?}"),
+        }
+        rig.vcpu.stop();
+    }
+    let rig = rig(vec![Step::Fail]);
+    rig.vcpu.order(Order::Run);
+    assert!(matches!(
+        rig.next(),
+        ReportKind::Ended(EndReason::HostError(_), _)
+    ));
+}
+
+#[test]
+fn pause_and_resume_a_computing_guest_a_thousand_times() {
+    let mut rig = rig(vec![]);
+    for _ in 0..1000 {
+        rig.vcpu.order(Order::Run);
+        rig.vcpu.order(Order::Pause);
+        assert!(matches!(rig.next(), ReportKind::Paused));
+    }
+    rig.vcpu.stop();
+    rig.vcpu.stop();
+    assert!(
+        rig.reports.try_recv().is_err(),
+        "a stopped processor is silent"
+    );
+}
+
+#[test]
+fn a_dropped_machine_leaves_no_thread() {
+    let threads = || {
+        let all = std::fs::read_dir("/proc/self/task").unwrap();
+        all.filter(|t| {
+            let comm = t.as_ref().unwrap().path().join("comm");
+            std::fs::read_to_string(comm).is_ok_and(|c| c.trim() == "vcpu 77")
+        })
+        .count()
+    };
+    let rig = rig_of(77, vec![]);
+    rig.vcpu.order(Order::Run);
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while threads() == 0 {
+        // The thread gives itself its name.
+        assert!(
+            std::time::Instant::now() < deadline,
+            "no thread called vcpu 77"
+        );
+    }
+    drop(rig);
+    assert_eq!(threads(), 0);
+}
