@@ -1,0 +1,170 @@
+//! The UART as the guest sees it.
+
+use std::convert::Infallible;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use alveole_interrupts::IrqLine;
+use alveole_io_bus::{BusDevice, Outcome};
+use vm_superio::Trigger;
+use vm_superio::serial::{Serial, SerialEvents};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::SerialCounters;
+use crate::out_queue::OutQueue;
+use crate::panic_line::{LineWatch, PanicLine};
+
+/// Ports that a 16550 takes.
+pub const UART_PORTS: u64 = 8;
+
+/// Offset of the transmitter holding register.
+const THR: u8 = 0;
+/// Offset of the modem control register, which ends loop-back mode.
+const MCR: u8 = 4;
+
+/// The UART, to be placed on a port bus: [`UART_PORTS`] ports, one byte each.
+pub struct Uart {
+    registers: Registers,
+    queue: Arc<OutQueue>,
+}
+
+impl Uart {
+    pub(crate) fn new(registers: Registers, queue: Arc<OutQueue>) -> Self {
+        Self { registers, queue }
+    }
+
+    fn port(offset: u64) -> Option<u8> {
+        u8::try_from(offset)
+            .ok()
+            .filter(|&o| u64::from(o) < UART_PORTS)
+    }
+}
+
+impl BusDevice for Uart {
+    fn read(&mut self, offset: u64, into: &mut [u8]) -> Outcome {
+        let (Some(port), [byte]) = (Self::port(offset), into) else {
+            return Outcome::Refused;
+        };
+        *byte = self.registers.lock().read(port);
+        Outcome::Done
+    }
+
+    fn write(&mut self, offset: u64, from: &[u8]) -> Outcome {
+        let (Some(port), &[byte]) = (Self::port(offset), from) else {
+            return Outcome::Refused;
+        };
+        if port == THR {
+            // Before the lock: the event loop takes it for input and must not wait for a console.
+            self.queue.wait_for_room();
+        }
+        let mut serial = self.registers.lock();
+        // Nothing here can fail: neither the interrupt nor the queue has an error.
+        let _ = serial.write(port, byte);
+        if port == MCR {
+            serial.events().ring_if_wanted();
+        }
+        Outcome::Done
+    }
+}
+
+type Inner = Serial<Edge, RxBell, Output>;
+
+/// The registers, shared by the bus and the worker that brings input.
+#[derive(Clone)]
+pub(crate) struct Registers(Arc<Mutex<Inner>>);
+
+impl Registers {
+    pub(crate) fn new(
+        irq: IrqLine,
+        queue: Arc<OutQueue>,
+        bell: Arc<EventFd>,
+        panic_line: PanicLine,
+    ) -> Self {
+        let bell = RxBell {
+            wanted: AtomicBool::new(false),
+            bell,
+        };
+        let output = Output {
+            queue,
+            lines: LineWatch::new(panic_line),
+        };
+        Self(Arc::new(Mutex::new(Serial::with_events(
+            Edge(irq),
+            bell,
+            output,
+        ))))
+    }
+
+    /// Gives the guest as many of `bytes` as its FIFO takes; how many. When some are left, the bell
+    /// rings once the guest has read all it has.
+    pub(crate) fn receive(&self, bytes: &[u8], counters: &SerialCounters) -> usize {
+        let mut serial = self.lock();
+        // A full FIFO and loop-back mode take nothing.
+        let taken = serial.enqueue_raw_bytes(bytes).unwrap_or(0);
+        if taken < bytes.len() {
+            serial.events().wanted.store(true, Ordering::Relaxed);
+        }
+        counters.bytes_in.add(taken as u64);
+        taken
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The interrupt: one edge each.
+struct Edge(IrqLine);
+
+impl Trigger for Edge {
+    type E = Infallible;
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.pulse();
+        Ok(())
+    }
+}
+
+/// Wakes the event loop when the guest has emptied its FIFO and more is waiting. Only touched under
+/// the lock of the registers.
+struct RxBell {
+    wanted: AtomicBool,
+    bell: Arc<EventFd>,
+}
+
+impl RxBell {
+    fn ring_if_wanted(&self) {
+        if self.wanted.swap(false, Ordering::Relaxed) {
+            // Fails only with the counter at its maximum: the loop has been woken already.
+            let _ = self.bell.write(1);
+        }
+    }
+}
+
+impl SerialEvents for RxBell {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        self.ring_if_wanted();
+    }
+}
+
+/// Where the transmitter sends its bytes.
+struct Output {
+    queue: Arc<OutQueue>,
+    lines: LineWatch,
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            self.lines.see(byte);
+            self.queue.push(byte);
+        }
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
