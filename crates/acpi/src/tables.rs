@@ -1,0 +1,156 @@
+//! The fixed tables and where each lies: RSDP, XSDT, FADT, MADT, DSDT, in this order.
+
+use acpi_tables::Aml;
+use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+
+use crate::{AcpiError, Board, MAX_SIZE_BYTES, PowerRegisters, Tables, dsdt};
+
+const OEM: [u8; 6] = *b"ALVEOL";
+const OEM_TABLE: [u8; 8] = *b"ALVEOLE ";
+const OEM_REVISION: u32 = 1;
+
+/// Length of the header of every table but the RSDP (ACPI 6.5, 5.2.6).
+const HEADER_LEN: u32 = 36;
+/// Every table starts on such a boundary; the RSDP must (5.2.5.1).
+const ALIGN: usize = 16;
+/// The legacy area, in which the tables must lie, ends here.
+const PLACE_END: u64 = 1 << 20;
+
+/// Where every processor has its local APIC (Intel SDM vol. 3A, 11.4.1).
+const LOCAL_APIC_ADDR: u32 = 0xfee0_0000;
+/// The first id that a Processor Local APIC structure cannot hold (ACPI 6.5, 5.2.12.12).
+const FIRST_X2APIC_ID: u32 = 255;
+
+/// `IAPC_BOOT_ARCH` (table 5.11). What is not said to be absent a kernel probes for; the keyboard
+/// controller (bit 1) and legacy devices (bit 0) are absent while their bits are clear.
+const NO_VGA: u16 = 1 << 2;
+const NO_CMOS_RTC: u16 = 1 << 5;
+
+pub(crate) fn lay_out(board: &Board, at: u64) -> Result<Tables, AcpiError> {
+    let madt = madt(board);
+    let dsdt = table(*b"DSDT", 2, &dsdt::aml(board));
+
+    let xsdt_at = Rsdp::len().next_multiple_of(ALIGN);
+    let fadt_at = (xsdt_at + XSDT_LEN).next_multiple_of(ALIGN);
+    let madt_at = (fadt_at + FADT_LEN).next_multiple_of(ALIGN);
+    let dsdt_at = (madt_at + madt.len()).next_multiple_of(ALIGN);
+    let size_bytes = dsdt_at + dsdt.len();
+    if size_bytes > MAX_SIZE_BYTES {
+        return Err(AcpiError::TooLarge(size_bytes));
+    }
+    let end = at.checked_add(size_bytes as u64);
+    if !at.is_multiple_of(ALIGN as u64) || end.is_none_or(|end| end > PLACE_END) {
+        return Err(AcpiError::Place { at, size_bytes });
+    }
+
+    let addr = |offset: usize| at + offset as u64;
+    let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
+    xsdt.add_entry(addr(fadt_at));
+    xsdt.add_entry(addr(madt_at));
+    let parts = [
+        (0, bytes_of(&Rsdp::new(OEM, addr(xsdt_at)))),
+        (xsdt_at, bytes_of(&xsdt)),
+        (fadt_at, fadt(board.power, addr(dsdt_at))),
+        (madt_at, madt),
+        (dsdt_at, dsdt),
+    ];
+    let mut bytes = Vec::with_capacity(size_bytes);
+    for (offset, part) in parts {
+        bytes.resize(offset, 0);
+        bytes.extend(part);
+    }
+    Ok(Tables {
+        rsdp_addr: at,
+        bytes,
+        load_addr: at,
+    })
+}
+
+const XSDT_LEN: usize = HEADER_LEN as usize + 2 * 8;
+/// Length of a FADT of revision 6.
+const FADT_LEN: usize = 276;
+
+/// Fixed ACPI description table (ACPI 6.5, 5.2.9).
+fn fadt(power: PowerRegisters, dsdt_addr: u64) -> Vec<u8> {
+    let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
+        .dsdt_64(dsdt_addr)
+        .preferred_pm_profile(PmProfile::EnterpriseServer)
+        .flag(Flags::Wbinvd)
+        // Set means: not fixed hardware. The power button is a device; there is no sleep button.
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::Headless)
+        .flag(Flags::HwReducedAcpi);
+    fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
+    fadt.reset_reg = port(power.reset_port);
+    fadt.reset_value = power.reset_value;
+    fadt.sleep_control_reg = port(power.sleep_control_port);
+    fadt.sleep_status_reg = port(power.sleep_status_port);
+    bytes_of(&fadt.finalize())
+}
+
+/// A register of one byte at a port (ACPI 6.5, 5.2.3.2).
+fn port(port: u16) -> GAS {
+    GAS::new(
+        AddressSpace::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        port.into(),
+    )
+}
+
+/// Multiple APIC description table (ACPI 6.5, 5.2.12). `PCAT_COMPAT` stays clear: there is no 8259. No
+/// interrupt source overrides either: what is wired says its own trigger in the DSDT.
+///
+/// Written by hand because `acpi_tables` has no x2APIC structure.
+fn madt(board: &Board) -> Vec<u8> {
+    const ENABLED: u32 = 1;
+    let mut body = Vec::new();
+    body.extend(LOCAL_APIC_ADDR.to_le_bytes());
+    body.extend(0u32.to_le_bytes());
+    for &id in &board.cpu_apic_ids {
+        match u8::try_from(id) {
+            // 5.2.12.2: type, length, uid, id, flags.
+            Ok(short) if id < FIRST_X2APIC_ID => body.extend([0, 8, short, short]),
+            // 5.2.12.12: type, length, reserved, id, flags; the uid comes last.
+            _ => {
+                body.extend([9, 16, 0, 0]);
+                body.extend(id.to_le_bytes());
+            }
+        }
+        body.extend(ENABLED.to_le_bytes());
+        if id >= FIRST_X2APIC_ID {
+            body.extend(id.to_le_bytes());
+        }
+    }
+    // 5.2.12.3: type, length, id, reserved, address, first interrupt.
+    body.extend([1, 12, 0, 0]);
+    body.extend(board.io_apic_addr.to_le_bytes());
+    body.extend(0u32.to_le_bytes());
+    table(*b"APIC", 6, &body)
+}
+
+fn table(signature: [u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
+    let mut table = Sdt::new(
+        signature,
+        HEADER_LEN,
+        revision,
+        OEM,
+        OEM_TABLE,
+        OEM_REVISION,
+    );
+    table.append_slice(body);
+    table.as_slice().to_vec()
+}
+
+fn bytes_of(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
