@@ -1,2 +1,68 @@
 //! The admin wrapper people type.
-fn main() {}
+//!
+//! Turns a command line into a machine description and becomes the VMM, or shows what the host can do.
+//! Deliberately does not know: how a guest is built or run (`alveole-vmm` does), how the host is
+//! examined (`alveole-host` does).
+
+mod console;
+mod doctor;
+mod lab;
+mod memory_size;
+mod run;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+
+const START: &str = "\
+alveole runs microVMs: small Linux guests, each in a process of its own.
+
+To start with:
+  alveole doctor                                    what this machine can do, and what to mend
+  alveole run --kernel vmlinux --initrd initrd.img  boot a guest on this terminal
+  alveole run --lab --kernel …                      the same where KVM cannot run guests
+
+alveole --help shows everything.
+";
+
+/// Runs microVMs: small Linux guests, each in a process of its own.
+#[derive(Parser)]
+#[command(name = "alveole", version, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boot a guest; this process becomes the VMM
+    Run(run::RunArgs),
+    /// Show what this machine can do, and what to do about what it cannot
+    Doctor(doctor::DoctorArgs),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        None => print(START).map(|()| ExitCode::SUCCESS),
+        Some(Command::Run(args)) => run::run(&args).map(|never| match never {}),
+        Some(Command::Doctor(args)) => doctor::doctor(&args),
+    };
+    done.unwrap_or_else(|e| {
+        // A standard error that is gone is no reason to fail in another way.
+        let _ = writeln!(io::stderr(), "alveole: {e:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Prints to standard output. A reader that has seen enough (`alveole doctor | head`) is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+            Err(e).context("cannot write to standard output")
+        }
+        _ => Ok(()),
+    }
+}

@@ -112,7 +112,8 @@ fn named(variable: &'static str, value: Option<OsString>) -> Result<Option<PathB
     };
     let path = PathBuf::from(value);
     match runnable(&path) {
-        Ok(()) => Ok(Some(path)),
+        // Absolute, because a bare name would be looked for in PATH when it is run.
+        Ok(()) => Ok(Some(std::path::absolute(&path).unwrap_or(path))),
         Err(why) => Err(NotFound::Named {
             variable,
             path,

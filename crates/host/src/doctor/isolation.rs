@@ -75,7 +75,10 @@ pub(super) fn cgroup() -> Finding {
     let own = read("/proc/self/cgroup")
         .and_then(|text| own_cgroup(&text))
         .unwrap_or_default();
-    let directory = mount.join(own.trim_start_matches('/'));
+    let directory = match own.trim_start_matches('/') {
+        "" => mount.clone(),
+        path => mount.join(path),
+    };
     // In a namespace whose root is not what is mounted, the own path does not exist.
     let directory = if directory.is_dir() { directory } else { mount };
     judge_cgroup(
