@@ -64,7 +64,8 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) boot_timer: bool,
 
-    /// Run in the lab: a host in software, for machines whose KVM cannot run guests
+    /// Run in the lab: a host in software, for machines whose KVM cannot run guests. Standard input
+    /// that is a pipe or a file is read to its end first
     #[arg(long)]
     pub(crate) lab: bool,
 
