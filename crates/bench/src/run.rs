@@ -1,0 +1,277 @@
+//! Runs one process and watches it: when a byte comes out, when it ends; never for longer than agreed.
+//!
+//! Every process is the leader of a group of its own, which is killed when the run is dropped, and
+//! when this program is told to end. Does not know what it runs.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+/// The leader of the group that runs now, or 0.
+static RUNNING: AtomicU32 = AtomicU32::new(0);
+
+/// How much of what a failed process said is told.
+const MOST_WORDS: usize = 400;
+
+/// Makes an order to end leave neither a process nor `scratch` behind.
+///
+/// # Errors
+/// No handler can be installed.
+pub(crate) fn end_on_signals(scratch: PathBuf) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
+    thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            kill_group(RUNNING.load(Ordering::SeqCst));
+            let _ = fs::remove_dir_all(&scratch);
+            std::process::exit(128 + signal);
+        }
+    });
+    Ok(())
+}
+
+fn kill_group(leader: u32) {
+    if let Some(pid) = i32::try_from(leader).ok().and_then(Pid::from_raw) {
+        let _ = kill_process_group(pid, Signal::KILL);
+    }
+}
+
+/// A process under observation.
+pub(crate) struct Run {
+    child: Child,
+    /// Just before it was started.
+    start: Instant,
+    deadline: Instant,
+    stderr: PathBuf,
+    /// The last of what came out, for whoever asks what went wrong.
+    said: Vec<u8>,
+    output: Option<std::process::ChildStdout>,
+    ended: bool,
+}
+
+impl Run {
+    /// Starts `program`. Its stdin stays open and silent; `stderr` is a file to write.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub(crate) fn start(
+        program: &OsStr,
+        arguments: &[OsString],
+        stderr: &Path,
+        timeout: Duration,
+    ) -> anyhow::Result<Self> {
+        let errors =
+            File::create(stderr).with_context(|| format!("cannot write {}", stderr.display()))?;
+        let mut command = Command::new(program);
+        command.args(arguments).process_group(0);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(errors);
+        let start = Instant::now();
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot run {}", program.display()))?;
+        RUNNING.store(child.id(), Ordering::SeqCst);
+        let output = child.stdout.take();
+        Ok(Self {
+            child,
+            start,
+            deadline: start + timeout,
+            stderr: stderr.to_path_buf(),
+            said: Vec::new(),
+            output,
+            ended: false,
+        })
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for `marker` in the output; how long after the start it came.
+    ///
+    /// # Errors
+    /// The process ended or the time was over before.
+    pub(crate) fn wait_for(&mut self, marker: u8) -> Result<Duration, String> {
+        loop {
+            let Some(output) = &mut self.output else {
+                let (_, how) = self.wait_for_end()?;
+                return Err(self.failure(&format!("ended ({how}) before its guest's init ran")));
+            };
+            if !wait_readable(output, self.deadline) {
+                return Err(self.failure("time-out before its guest's init ran"));
+            }
+            let mut some = [0; 4096];
+            let count = output.read(&mut some).unwrap_or(0);
+            let now = self.start.elapsed();
+            if count == 0 {
+                self.output = None;
+            }
+            self.keep(&some[..count]);
+            if some[..count].contains(&marker) {
+                return Ok(now);
+            }
+        }
+    }
+
+    /// Waits for the end of the process; how long after the start it came, and how.
+    ///
+    /// # Errors
+    /// The time was over before.
+    pub(crate) fn wait_for_end(&mut self) -> Result<(Duration, ExitStatus), String> {
+        let pid = Pid::from_child(&self.child);
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| format!("pidfd_open: {e}"))?;
+        loop {
+            let mut fds = vec![PollFd::new(&pidfd, PollFlags::IN)];
+            if let Some(output) = &self.output {
+                fds.push(PollFd::new(output, PollFlags::IN));
+            }
+            if !wait_any(&mut fds, self.deadline) {
+                return Err(self.failure("time-out before the process ended"));
+            }
+            if !fds[0].revents().is_empty() {
+                let after = self.start.elapsed();
+                return match self.reap() {
+                    Some(status) => Ok((after, status)),
+                    None => Err("cannot wait for the process".into()),
+                };
+            }
+            let mut some = [0; 4096];
+            let count = self
+                .output
+                .as_mut()
+                .and_then(|output| output.read(&mut some).ok());
+            match count {
+                Some(count @ 1..) => self.keep(&some[..count]),
+                _ => self.output = None,
+            }
+        }
+    }
+
+    /// A sentence on what went wrong, with what the process said last.
+    pub(crate) fn failure(&self, what: &str) -> String {
+        let errors = fs::read_to_string(&self.stderr).unwrap_or_default();
+        let output = String::from_utf8_lossy(&self.said);
+        let mut text = String::new();
+        for said in [output.trim(), errors.trim()] {
+            let skip = said.chars().count().saturating_sub(MOST_WORDS);
+            let tail: String = said.chars().skip(skip).collect();
+            if !tail.is_empty() {
+                let one_line = tail.split_whitespace().collect::<Vec<_>>().join(" ");
+                text += &format!(
+                    "; said: {}",
+                    one_line.replace(|c: char| c.is_control(), "?")
+                );
+            }
+        }
+        format!("{what}{text}")
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        self.said.extend_from_slice(bytes);
+        let surplus = self.said.len().saturating_sub(4096);
+        self.said.drain(..surplus);
+    }
+
+    /// Also ends what it left behind in its group, whose number is surely its own until now.
+    fn reap(&mut self) -> Option<ExitStatus> {
+        kill_group(self.child.id());
+        let status = self.child.wait().ok();
+        self.ended = status.is_some();
+        status
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.reap();
+        }
+        RUNNING.store(0, Ordering::SeqCst);
+    }
+}
+
+fn wait_readable(fd: &impl std::os::fd::AsFd, deadline: Instant) -> bool {
+    wait_any(&mut [PollFd::new(fd, PollFlags::IN)], deadline)
+}
+
+fn wait_any(fds: &mut [PollFd<'_>], deadline: Instant) -> bool {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(left) = Timespec::try_from(left) else {
+            return false;
+        };
+        match poll(fds, Some(&left)) {
+            Ok(0) => return false,
+            Ok(_) => return true,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(script: &str, timeout: Duration) -> (Run, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let words = ["-c".into(), script.into()];
+        let run = Run::start("sh".as_ref(), &words, &dir.path().join("stderr"), timeout).unwrap();
+        (run, dir)
+    }
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_marker_then_the_end() {
+        let (mut run, _dir) = run(
+            "printf 'ab'; sleep 0.05; printf '\\002'; sleep 0.05; exit 3",
+            LONG,
+        );
+        let marker = run.wait_for(2).unwrap();
+        let (end, status) = run.wait_for_end().unwrap();
+        assert!(marker < end, "{marker:?} {end:?}");
+        assert_eq!(status.code(), Some(3));
+    }
+
+    #[test]
+    fn no_marker_is_a_failure_that_quotes() {
+        let (mut run, _dir) = run("echo out; echo err >&2; exit 1", LONG);
+        let said = run.wait_for(2).unwrap_err();
+        assert!(
+            said.contains("exit status: 1") && said.contains("out; said: err"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn time_is_limited_and_groups_are_killed() {
+        let (mut run, _dir) = run("sleep 1000 & echo $!; wait", Duration::from_millis(200));
+        let said = run.wait_for(2).unwrap_err();
+        assert!(said.starts_with("time-out"), "{said}");
+        let pid: i32 = String::from_utf8_lossy(&run.said).trim().parse().unwrap();
+        assert!(run.wait_for_end().unwrap_err().starts_with("time-out"));
+        drop(run);
+        // Killed; it may be a zombie for a moment, until the first process takes it.
+        let stat = format!("/proc/{pid}/stat");
+        let gone = || fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z "));
+        let until = Instant::now() + LONG;
+        while !gone() {
+            assert!(Instant::now() < until, "{pid} lives");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
