@@ -26,12 +26,15 @@ const WAIT_SECONDS: u64 = 60;
 const SYS_WRITE: usize = 1;
 const SYS_OPEN: usize = 2;
 const SYS_MMAP: usize = 9;
+const SYS_IOCTL: usize = 16;
 const SYS_NANOSLEEP: usize = 35;
 const SYS_REBOOT: usize = 169;
 
 const O_RDWR_SYNC: usize = 0o4_010_002;
 const PROT_WRITE: usize = 2;
 const MAP_SHARED: usize = 1;
+
+const TCSBRK: usize = 0x5409;
 
 const REBOOT_MAGIC: [usize; 2] = [0xfee1_dead, 0x2812_1969];
 const REBOOT_OFF: usize = 0x4321_fedc;
@@ -61,6 +64,8 @@ extern "C" fn main(stack: *const usize) -> ! {
     let marker = MARKER;
     call(SYS_WRITE, [1, &raw const marker as usize, 1, 0, 0, 0]);
     tell_boot_timer();
+    // The driver sends by interrupt; an end of the guest would not wait for that.
+    call(SYS_IOCTL, [1, TCSBRK, 1, 0, 0, 0]);
     match wanted_end(stack) {
         b'r' => reboot(REBOOT_RESTART),
         b'w' => {
@@ -72,11 +77,24 @@ extern "C" fn main(stack: *const usize) -> ! {
 }
 
 fn tell_boot_timer() {
-    let file = call(SYS_OPEN, [c"/dev/mem".as_ptr() as usize, O_RDWR_SYNC, 0, 0, 0, 0]);
+    let file = call(
+        SYS_OPEN,
+        [c"/dev/mem".as_ptr() as usize, O_RDWR_SYNC, 0, 0, 0, 0],
+    );
     if file < 0 {
         return;
     }
-    let page = call(SYS_MMAP, [0, 4096, PROT_WRITE, MAP_SHARED, file as usize, BOOT_TIMER_ADDR]);
+    let page = call(
+        SYS_MMAP,
+        [
+            0,
+            4096,
+            PROT_WRITE,
+            MAP_SHARED,
+            file as usize,
+            BOOT_TIMER_ADDR,
+        ],
+    );
     if page > 0 {
         // SAFETY: a page that was just mapped and that no Rust object lives in. Where there is no
         // such device, the write goes nowhere.

@@ -132,7 +132,9 @@ impl Plan {
             Arguments::Fast => (Measure::InitFast, Measure::ExitFast),
             Arguments::Given => (Measure::InitGiven, Measure::ExitGiven),
         };
-        Ok(vec![(to_init, ms(init)), (to_exit, ms(exit))])
+        let mut samples = vec![(to_init, ms(init)), (to_exit, ms(exit))];
+        samples.extend(run.faults().map(|count| (Measure::Faults, count as f64)));
+        Ok(samples)
     }
 
     fn trace(&self, column: &Column) -> Result<Vec<(Measure, f64)>, String> {

@@ -19,6 +19,7 @@ pub(crate) enum Measure {
     IoctlsBefore,
     Runs,
     SystemCalls,
+    Faults,
     Pss,
     PrivateDirty,
     Rss,
@@ -29,7 +30,7 @@ pub(crate) enum Measure {
 }
 
 impl Measure {
-    pub(crate) const ALL: [Self; 16] = [
+    pub(crate) const ALL: [Self; 17] = [
         Self::FirstRun,
         Self::FirstRunOwn,
         Self::InitFast,
@@ -39,6 +40,7 @@ impl Measure {
         Self::IoctlsBefore,
         Self::Runs,
         Self::SystemCalls,
+        Self::Faults,
         Self::Pss,
         Self::PrivateDirty,
         Self::Rss,
@@ -66,6 +68,7 @@ impl Measure {
                 "KVM_RUN calls, boot to exit (exits to user space)",
             ),
             Self::SystemCalls => ("system_calls", "system calls, boot to exit"),
+            Self::Faults => ("page_faults", "page faults of the VMM, boot to exit"),
             Self::Pss => ("pss_mib", "PSS beside guest RAM, MiB"),
             Self::PrivateDirty => ("private_dirty_mib", "of it private dirty, MiB"),
             Self::Rss => ("rss_mib", "RSS beside guest RAM, MiB"),

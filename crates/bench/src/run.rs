@@ -58,6 +58,7 @@ pub(crate) struct Run {
     said: Vec<u8>,
     output: Option<std::process::ChildStdout>,
     ended: bool,
+    faults: Option<u64>,
 }
 
 impl Run {
@@ -93,11 +94,17 @@ impl Run {
             said: Vec::new(),
             output,
             ended: false,
+            faults: None,
         })
     }
 
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// How many page faults all its threads had; known when it has ended.
+    pub(crate) fn faults(&self) -> Option<u64> {
+        self.faults
     }
 
     /// Waits for `marker` in the output; how long after the start it came.
@@ -143,6 +150,9 @@ impl Run {
             }
             if !fds[0].revents().is_empty() {
                 let after = self.start.elapsed();
+                // Until it is waited for, the kernel keeps its account.
+                let stat = fs::read_to_string(format!("/proc/{}/stat", self.id()));
+                self.faults = stat.ok().and_then(|stat| faults(&stat));
                 return match self.reap() {
                     Some(status) => Ok((after, status)),
                     None => Err("cannot wait for the process".into()),
@@ -203,6 +213,15 @@ impl Drop for Run {
     }
 }
 
+/// Minor and major faults in the text of a `/proc/PID/stat`.
+fn faults(stat: &str) -> Option<u64> {
+    // The name of the program, in brackets, may hold anything.
+    let fields: Vec<_> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    // The state is field 3 of proc(5), minor faults are field 10, major ones 12.
+    let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+    Some(field(10)? + field(12)?)
+}
+
 fn wait_readable(fd: &impl std::os::fd::AsFd, deadline: Instant) -> bool {
     wait_any(&mut [PollFd::new(fd, PollFlags::IN)], deadline)
 }
@@ -245,6 +264,16 @@ mod tests {
         let (end, status) = run.wait_for_end().unwrap();
         assert!(marker < end, "{marker:?} {end:?}");
         assert_eq!(status.code(), Some(3));
+    }
+
+    #[test]
+    fn faults_are_counted() {
+        let stat = "7 (a) b) Z 1 7 7 0 -1 4228 5000 1 20 2 3 4";
+        assert_eq!(faults(stat), Some(5020));
+        assert_eq!(faults("7 (a) Z 1"), None);
+        let (mut run, _dir) = run("exit 0", LONG);
+        run.wait_for_end().unwrap();
+        assert!(run.faults().unwrap() > 10);
     }
 
     #[test]
