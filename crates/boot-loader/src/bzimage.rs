@@ -134,7 +134,11 @@ impl Place {
         let preferred = u64_at(head, at!(pref_address));
         let [loadflags] = field(head, at!(loadflags));
         if loadflags & LOADED_HIGH == 0 {
-            return Err(bad("loadflags", loadflags, "which is a zImage, to be loaded below 1 MiB"));
+            return Err(bad(
+                "loadflags",
+                loadflags,
+                "which is a zImage, to be loaded below 1 MiB",
+            ));
         }
         if !(layout::HIGH_RAM_START..HOLE_START).contains(&preferred) {
             return Err(bad(

@@ -32,7 +32,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
-use alveole_guest_memory::{AccessError, GuestRam};
+use alveole_guest_memory::{AccessError, GuestRam, PAGE_SIZE};
 
 pub use error::{KernelFault, LoadError};
 use initrd::Initrd;
@@ -156,10 +156,7 @@ pub fn load(
         .map(|(file, path)| Initrd::fit(file, path, &kernel, &memory))
         .transpose()?;
 
-    let put = |file: &File, offset, addr, len| match placement {
-        Placement::Map => ram.place_file(file, offset, addr, len),
-        Placement::Copy => ram.copy_file(file, offset, addr, len),
-    };
+    let put = |file, offset, addr, len| put(ram, placement, file, offset, addr, len);
     for part in &kernel.parts {
         put(source.kernel, part.offset, part.addr, part.file_size).map_err(failed("the kernel"))?;
     }
@@ -180,6 +177,20 @@ pub fn load(
         kernel: kernel.range,
         initrd,
     })
+}
+
+fn put(
+    ram: &GuestRam,
+    placement: Placement,
+    file: &File,
+    offset: u64,
+    addr: u64,
+    len: u64,
+) -> Result<(), AccessError> {
+    match placement {
+        Placement::Copy => ram.copy_file(file, offset, addr, len),
+        Placement::Map => ram.place_file(file, offset, addr, len),
+    }
 }
 
 /// What every kernel is told, in the form its entry wants.
