@@ -32,7 +32,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
-use alveole_guest_memory::{AccessError, GuestRam, PAGE_SIZE};
+use alveole_guest_memory::{AccessError, GuestRam};
 
 pub use error::{KernelFault, LoadError};
 use initrd::Initrd;

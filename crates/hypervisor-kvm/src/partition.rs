@@ -66,10 +66,6 @@ impl KvmPartition {
             "placing the task state pages (KVM_SET_TSS_ADDR)",
             "",
         ))?;
-        vm.create_irq_chip().map_err(refused(
-            "making the interrupt controllers (KVM_CREATE_IRQCHIP)",
-            "",
-        ))?;
         Ok(Self { kvm, vm })
     }
 }
@@ -147,7 +143,12 @@ impl Partition for KvmPartition {
                 "is the guest memory larger than this processor can address?",
             ))?;
         }
-        Ok(())
+        // Only now: making the controllers starts an RCU grace period at ease, and a memory slot that is
+        // set meanwhile waits it out (5 ms measured, against 0.3 ms in this order).
+        self.vm.create_irq_chip().map_err(refused(
+            "making the interrupt controllers (KVM_CREATE_IRQCHIP)",
+            "",
+        ))
     }
 
     fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, PartitionError> {

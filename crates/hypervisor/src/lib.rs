@@ -21,7 +21,7 @@ use alveole_interrupts::IrqLine;
 
 /// One guest: its physical memory, its interrupt lines, its processors.
 pub trait Partition: Send + Sync {
-    /// Shows `ram` to the guest. Called once, before the first processor runs.
+    /// Shows `ram` to the guest. Called once, before any processor or interrupt line is asked for.
     ///
     /// # Errors
     /// The hypervisor refuses a range.

@@ -1,0 +1,32 @@
+//! Step 3: every device is on its bus.
+
+use alveole_guest_memory::GuestRam;
+use alveole_hypervisor::Partition;
+use alveole_serial::Console;
+
+use crate::build::memory::WithPartition;
+use crate::build::{BuildError, Options};
+use crate::catalog::{self, Devices};
+
+/// Every device is on its bus.
+pub(super) struct WithDevices {
+    pub(super) ram: GuestRam,
+    pub(super) partition: Box<dyn Partition>,
+    pub(super) devices: Devices,
+}
+
+impl WithPartition {
+    pub(super) fn place_devices(
+        self,
+        console: Console,
+        options: Options,
+    ) -> Result<WithDevices, BuildError> {
+        let Self { ram, partition } = self;
+        let devices = catalog::place(partition.as_ref(), console, options.boot_timer)?;
+        Ok(WithDevices {
+            ram,
+            partition,
+            devices,
+        })
+    }
+}

@@ -1,0 +1,87 @@
+//! Builds a machine in typed steps, each of which consumes the one before, so that the compiler keeps the
+//! order: memory → partition → devices → boot → processors → sealed.
+
+mod boot;
+mod devices;
+mod memory;
+mod processors;
+mod seal;
+
+use std::sync::mpsc::Receiver;
+
+use alveole_event_loop::{EventLoopError, Worker};
+use alveole_hypervisor::{Partition, PartitionError};
+use alveole_io_bus::BusError;
+use alveole_serial::Console;
+
+use crate::{Event, HostResources, Machine, Mailbox, ValidConfig};
+
+/// What a machine is to do beyond its description.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// Give the guest the boot timer.
+    pub boot_timer: bool,
+    /// End the machine when the console's terminal vanishes.
+    pub end_with_terminal: bool,
+}
+
+/// Why a machine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] alveole_guest_memory::MapError),
+    /// The tables could not be written to guest memory.
+    #[error("cannot write the machine's tables: {0}")]
+    Tables(#[from] alveole_guest_memory::AccessError),
+    /// The machine's own description to the guest.
+    #[error(transparent)]
+    Acpi(#[from] alveole_acpi::AcpiError),
+    /// Kernel, initrd or command line.
+    #[error(transparent)]
+    Boot(#[from] alveole_boot_loader::LoadError),
+    /// The hypervisor.
+    #[error(transparent)]
+    Partition(#[from] PartitionError),
+    /// Fewer processors are possible here than asked for.
+    #[error("vcpu_count is {asked}: the hypervisor of this host gives a guest at most {most}")]
+    TooManyCpus {
+        /// What was asked.
+        asked: u32,
+        /// What is possible.
+        most: u32,
+    },
+    /// Two devices in one place: a mistake in this program.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// The devices loop.
+    #[error(transparent)]
+    Loop(#[from] EventLoopError),
+    /// A processor's thread.
+    #[error(transparent)]
+    Vcpu(#[from] alveole_vcpu::VcpuError),
+    /// The devices thread.
+    #[error("cannot start the devices thread: {0}; is the limit on processes (ulimit -u) reached?")]
+    Thread(std::io::Error),
+}
+
+/// Builds the machine that `config` describes on `partition`. `workers` run on its devices loop.
+///
+/// # Errors
+/// Anything the host, the hypervisor or the files cannot give; nothing is left behind.
+pub fn build(
+    config: &ValidConfig,
+    resources: HostResources,
+    console: Console,
+    partition: Box<dyn Partition>,
+    workers: Vec<Box<dyn Worker>>,
+    (mailbox, events): (Mailbox, Receiver<Event>),
+    options: Options,
+) -> Result<Machine, BuildError> {
+    memory::plan_memory(config)?
+        .create_partition(config, partition)?
+        .place_devices(console, options)?
+        .load_boot(config, &resources)?
+        .create_processors(config, &mailbox)?
+        .seal(workers, mailbox, events, options)
+}

@@ -1,0 +1,81 @@
+//! Step 5: the processors exist, know what they are and where they start.
+
+use alveole_board_devices::PowerButton;
+use alveole_guest_memory::GuestRam;
+use alveole_hypervisor::{InitialState, Partition};
+use alveole_serial::{ConsoleHandle, ConsoleWorker};
+use alveole_vcpu::cpuid::guest_cpuid;
+use alveole_vcpu::{Buses, Vcpu};
+
+use crate::build::BuildError;
+use crate::build::boot::WithBoot;
+use crate::catalog::Devices;
+use crate::{Event, Mailbox, ValidConfig};
+
+/// The processors exist.
+pub(super) struct WithProcessors {
+    pub(super) ram: GuestRam,
+    pub(super) partition: Box<dyn Partition>,
+    pub(super) power_button: PowerButton,
+    pub(super) console: ConsoleHandle,
+    pub(super) console_worker: ConsoleWorker,
+    pub(super) vcpus: Vec<Vcpu>,
+}
+
+impl WithBoot {
+    pub(super) fn create_processors(
+        self,
+        config: &ValidConfig,
+        mailbox: &Mailbox,
+    ) -> Result<WithProcessors, BuildError> {
+        let Self {
+            ram,
+            partition,
+            devices,
+            entry,
+        } = self;
+        let Devices {
+            ports,
+            memory,
+            power_button,
+            console,
+            console_worker,
+            nodes: _,
+        } = devices;
+        let buses = Buses {
+            ports: ports.freeze(),
+            memory: memory.freeze(),
+        };
+        let supported = partition.supported_cpuid()?;
+        let tsc_deadline = partition.has_tsc_deadline_timer();
+        let mut vcpus = Vec::new();
+        for index in 0..config.cpus {
+            let mut cpu = partition.create_cpu(index)?;
+            let state = if index == 0 {
+                entry
+            } else {
+                InitialState::WaitForStartup
+            };
+            cpu.configure(
+                &guest_cpuid(&supported, index, config.cpus, tsc_deadline),
+                &state,
+            )?;
+            let mailbox = mailbox.clone();
+            let report = Box::new(move |report| mailbox.send(Event::Vcpu(report)));
+            vcpus.push(Vcpu {
+                index,
+                cpu,
+                buses: buses.clone(),
+                report,
+            });
+        }
+        Ok(WithProcessors {
+            ram,
+            partition,
+            power_button,
+            console,
+            console_worker,
+            vcpus,
+        })
+    }
+}

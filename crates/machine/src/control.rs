@@ -1,0 +1,280 @@
+//! The control thread: the one owner of a machine's state from the first instruction to the end.
+//!
+//! Everybody else (processors, console, signals) sends [`Event`]s and waits for nothing. Waiting goes one
+//! way only: control waits for processors and for the devices loop, never the other way round.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use alveole_board_devices::PowerButton;
+use alveole_counters::Registry;
+use alveole_event_loop::LoopHandle;
+use alveole_guest_memory::GuestRam;
+use alveole_hypervisor::{CpuPosition, Partition};
+use alveole_io_bus::MachineRequest;
+use alveole_serial::{ConsoleEvent, ConsoleHandle};
+use alveole_thread_sandbox::Role;
+use alveole_vcpu::{EndReason, Order, Report, ReportKind, VcpuHandle};
+
+use crate::catalog;
+use crate::lifecycle::{Command, Lifecycle, permit};
+use crate::{End, build::Options};
+
+/// How long a guest may go on after its kernel has said that it panicked: time for a crash dump's first
+/// words and for `panic=` to reset the machine. A kernel told not to reboot would spin for ever.
+const PANIC_GRACE: Duration = Duration::from_secs(10);
+/// How long the console may take to write what the guest said last. A reader that does not read must not
+/// keep a dead machine alive.
+const CONSOLE_FLUSH: Duration = Duration::from_secs(2);
+
+/// Something that control must know of.
+#[derive(Debug)]
+pub enum Event {
+    /// Word from a processor.
+    Vcpu(Report),
+    /// Word from the person at the console.
+    Console(ConsoleEvent),
+    /// A signal to this process.
+    Signal(i32),
+    /// The devices loop is gone, and why.
+    LoopEnded(String),
+}
+
+/// Where events are sent. Sending never blocks.
+#[derive(Debug, Clone)]
+pub struct Mailbox(Sender<Event>);
+
+impl Mailbox {
+    /// A mailbox and the end that control reads.
+    #[must_use]
+    pub fn new() -> (Self, Receiver<Event>) {
+        let (sender, receiver) = mpsc::channel();
+        (Self(sender), receiver)
+    }
+
+    /// Sends an event. Lost when the machine has ended.
+    pub fn send(&self, event: Event) {
+        let _ = self.0.send(event);
+    }
+}
+
+/// The moments of a boot.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Milestones {
+    /// The first processor was about to run its first instruction.
+    pub first_instruction: Option<Instant>,
+    /// The guest said that its init runs.
+    pub booted: Option<Instant>,
+}
+
+/// A machine that is built and waits for [`Machine::run`].
+pub struct Machine {
+    pub(crate) state: Lifecycle,
+    pub(crate) vcpus: Vec<VcpuHandle>,
+    pub(crate) events: Receiver<Event>,
+    pub(crate) console: ConsoleHandle,
+    pub(crate) power_button: PowerButton,
+    pub(crate) devices: LoopHandle,
+    pub(crate) devices_thread: Option<JoinHandle<()>>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) options: Options,
+    pub(crate) booted: Option<Instant>,
+    /// When, on which processor and where the guest's kernel said that it panicked.
+    pub(crate) panicked: Option<(Instant, u32, CpuPosition)>,
+    pub(crate) asked_to_stop: bool,
+    /// After the processors: they go first when the machine is dropped, then what they run on.
+    pub(crate) _partition: Box<dyn Partition>,
+    pub(crate) _ram: GuestRam,
+}
+
+impl Machine {
+    /// All counters of this machine.
+    #[must_use]
+    pub fn counters(&self) -> &Arc<Registry> {
+        &self.registry
+    }
+
+    /// The moments of the boot so far.
+    #[must_use]
+    pub fn milestones(&self) -> Milestones {
+        Milestones {
+            first_instruction: self.vcpus.first().and_then(VcpuHandle::first_run),
+            booted: self.booted,
+        }
+    }
+
+    /// Confines the calling thread to the control role, lets the guest run and drives it until it ends.
+    ///
+    /// `tick` is called every `period`, and once when the guest has ended (for counters), and when the
+    /// guest has said that its init runs.
+    pub fn run(&mut self, period: Duration, tick: &mut dyn FnMut(&Self)) -> End {
+        let end =
+            match alveole_thread_sandbox::enter_with(Role::Control, "control", catalog::SECCOMP) {
+                Ok(()) => self.drive(period, tick),
+                Err(e) => End::HostError(e.to_string()),
+            };
+        self.wind_down();
+        tick(self);
+        end
+    }
+
+    fn drive(&mut self, period: Duration, tick: &mut dyn FnMut(&Self)) -> End {
+        if let Err(why) = self.change(Command::Start) {
+            return End::HostError(why.into());
+        }
+        for vcpu in &self.vcpus {
+            vcpu.order(Order::Run);
+        }
+        let mut next_tick = Instant::now() + period;
+        loop {
+            let deadline = match &self.panicked {
+                Some((at, ..)) => next_tick.min(*at + PANIC_GRACE),
+                None => next_tick,
+            };
+            match self
+                .events
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                Ok(event) => {
+                    let was_booted = self.booted;
+                    if let Some(end) = self.handle(event) {
+                        return end;
+                    }
+                    if was_booted.is_none() && self.booted.is_some() {
+                        tick(self);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Some((at, cpu, position)) = &self.panicked
+                        && at.elapsed() >= PANIC_GRACE
+                    {
+                        return self.panic(*cpu, position.clone());
+                    }
+                    tick(self);
+                    next_tick = Instant::now() + period;
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return End::HostError("every thread of the machine is gone".into());
+                }
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) -> Option<End> {
+        match event {
+            Event::Vcpu(report) => self.handle_report(report),
+            Event::Console(ConsoleEvent::Quit) => Some(End::Quit),
+            Event::Console(ConsoleEvent::PowerButton) => {
+                self.press_power_button();
+                None
+            }
+            Event::Console(ConsoleEvent::TerminalLost) => {
+                self.options.end_with_terminal.then_some(End::TerminalLost)
+            }
+            Event::Signal(number) => self.handle_signal(number),
+            Event::LoopEnded(why) => Some(End::HostError(why)),
+        }
+    }
+
+    /// SIGTERM asks the guest to power off; the second one, and any other signal, ends the machine.
+    fn handle_signal(&mut self, number: i32) -> Option<End> {
+        const SIGTERM: i32 = 15;
+        if number != SIGTERM || self.asked_to_stop {
+            return Some(End::Signal(number));
+        }
+        self.asked_to_stop = true;
+        log::info!("SIGTERM: pressing the guest's power button; a second SIGTERM ends it at once");
+        self.press_power_button();
+        None
+    }
+
+    fn press_power_button(&mut self) {
+        match self.change(Command::PressPowerButton) {
+            Ok(()) => self.power_button.press(),
+            Err(why) => log::warn!("the power button does nothing: {why}"),
+        }
+    }
+
+    fn handle_report(&mut self, report: Report) -> Option<End> {
+        let cpu = report.cpu;
+        match report.kind {
+            ReportKind::Paused => None,
+            ReportKind::NoSandbox(why) => Some(End::HostError(why)),
+            ReportKind::Asked(MachineRequest::Booted, _) => {
+                self.booted.get_or_insert(report.at);
+                None
+            }
+            ReportKind::Asked(MachineRequest::Panicked, position) => {
+                self.panicked.get_or_insert((report.at, cpu, position));
+                None
+            }
+            ReportKind::Asked(MachineRequest::PowerOff, position) => {
+                Some(End::PowerOff { cpu, position })
+            }
+            ReportKind::Asked(MachineRequest::Reset, position) => {
+                if self.has_panicked() {
+                    return Some(self.panic(cpu, position));
+                }
+                Some(End::Reboot { cpu, position })
+            }
+            ReportKind::Ended(EndReason::TripleFault, position) => {
+                if self.has_panicked() {
+                    return Some(self.panic(cpu, position));
+                }
+                Some(End::TripleFault { cpu, position })
+            }
+            ReportKind::Ended(EndReason::Stuck(reason), position) => Some(End::Stuck {
+                cpu,
+                reason,
+                position,
+            }),
+            ReportKind::Ended(EndReason::HostError(why), position) => {
+                Some(End::HostError(format!("vCPU {cpu} {position}: {why}")))
+            }
+        }
+    }
+
+    /// A kernel without the driver of the panic port still says on the console that it panicked.
+    fn has_panicked(&self) -> bool {
+        self.panicked.is_some() || self.console.last_panic_line().is_some()
+    }
+
+    fn panic(&self, cpu: u32, position: CpuPosition) -> End {
+        End::Panic {
+            cpu,
+            position,
+            message: self.console.last_panic_line(),
+        }
+    }
+
+    fn change(&mut self, command: Command) -> Result<(), &'static str> {
+        self.state = permit(self.state, command)?;
+        Ok(())
+    }
+
+    /// Processors first, then the devices: nobody works for a guest that does not run.
+    fn wind_down(&mut self) {
+        let _ = self.change(Command::Stop);
+        for vcpu in &mut self.vcpus {
+            vcpu.stop();
+        }
+        let lost = self.console.flush(CONSOLE_FLUSH);
+        if lost > 0 {
+            log::warn!("nobody took the last {lost} bytes of the console");
+        }
+        self.devices.stop();
+        if let Some(thread) = self.devices_thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if self.devices_thread.is_some() {
+            self.wind_down();
+        }
+    }
+}

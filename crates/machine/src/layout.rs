@@ -1,0 +1,31 @@
+//! Where things lie in the guest: ports, physical addresses and interrupt numbers that are the machine's
+//! choice. What the boot loader chooses stands in `alveole_boot_loader`'s layout.
+//!
+//! | address space | range | what |
+//! |---|---|---|
+//! | ports | 0x60, 0x64 | keyboard controller, reset only |
+//! | ports | 0x3f8-0x3ff | serial port |
+//! | ports | 0x505 | panic port (pvpanic) |
+//! | ports | 0x600-0x602 | power: sleep control, sleep status, reset |
+//! | memory | 0xc000_0000 | boot timer (as Firecracker's), only when asked for |
+//! | memory | 0xfec0_0000, 0xfee0_0000 | I/O APIC, local APICs (the hypervisor's) |
+//! | GSI | 4, 5 | serial port, power button |
+
+/// First port of the serial port (COM1).
+pub(crate) const SERIAL_PORT: u16 = 0x3f8;
+/// Its interrupt, as on every PC.
+pub(crate) const SERIAL_GSI: u32 = 4;
+/// First port of the keyboard controller; the command port is four further on.
+pub(crate) const KEYBOARD_PORT: u16 = 0x60;
+/// The panic port, where QEMU has it.
+pub(crate) const PANIC_PORT: u16 = 0x505;
+/// First of the power ports.
+pub(crate) const POWER_PORT: u16 = 0x600;
+/// Interrupt of the power button.
+pub(crate) const POWER_BUTTON_GSI: u32 = 5;
+/// The boot timer; the first address behind low RAM.
+pub(crate) const BOOT_TIMER_ADDR: u64 = 0xc000_0000;
+/// The I/O APIC, where the hypervisor puts it.
+pub(crate) const IO_APIC_ADDR: u32 = 0xfec0_0000;
+/// The ACPI tables: in the area that PCs keep for firmware and that is never RAM for the kernel.
+pub(crate) const ACPI_ADDR: u64 = 0xe_0000;

@@ -1,0 +1,147 @@
+//! From a wire description to a checked one. All rules that need more than one field or the machine's
+//! limits live here, each with its message; every broken rule is reported, not only the first.
+
+use std::path::PathBuf;
+
+use alveole_guest_memory::MemoryPlan;
+use alveole_vm_config::VmConfig;
+
+/// Most processors of one guest: the machine tables are tested up to here.
+pub const MAX_CPUS: u32 = 64;
+/// Least memory that a 64-bit distribution kernel unpacks itself in, in MiB.
+pub const MIN_MEMORY_MIB: u64 = 64;
+/// What a kernel is told when the description has no `boot_args`. Unlike Firecracker's default it needs no
+/// switches against devices that are not there: ACPI says so.
+const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
+
+/// A description that keeps all rules. Only [`validate`] makes one.
+#[derive(Debug, Clone)]
+pub struct ValidConfig {
+    pub(crate) cpus: u32,
+    pub(crate) memory: MemoryPlan,
+    pub(crate) kernel_path: PathBuf,
+    pub(crate) initrd_path: Option<PathBuf>,
+    pub(crate) cmdline: String,
+}
+
+impl ValidConfig {
+    /// Number of processors.
+    #[must_use]
+    pub fn cpus(&self) -> u32 {
+        self.cpus
+    }
+
+    /// Size of guest RAM, in bytes.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory.size_bytes()
+    }
+}
+
+/// A broken rule.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Invalid {
+    /// No processor.
+    #[error("vcpu_count is 0: a guest needs at least 1 processor")]
+    NoCpu,
+    /// Too many processors.
+    #[error("vcpu_count is {0}: this machine has at most {MAX_CPUS} processors")]
+    TooManyCpus(u32),
+    /// Too little memory.
+    #[error("mem_size_mib is {0}: a 64-bit kernel needs at least {MIN_MEMORY_MIB} MiB")]
+    TooLittleMemory(u64),
+    /// The size cannot be laid out.
+    #[error("mem_size_mib is {mib}: {why}")]
+    Memory {
+        /// The size.
+        mib: u64,
+        /// Why not.
+        why: String,
+    },
+    /// No kernel.
+    #[error("kernel_image_path is empty: name the kernel to boot")]
+    NoKernel,
+}
+
+/// Checks `config` against the machine's rules.
+///
+/// # Errors
+/// Every broken rule.
+pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
+    let mut broken = Vec::new();
+    let cpus = u32::from(config.machine_config.vcpu_count);
+    match cpus {
+        0 => broken.push(Invalid::NoCpu),
+        1..=MAX_CPUS => {}
+        _ => broken.push(Invalid::TooManyCpus(cpus)),
+    }
+    let mib = config.machine_config.mem_size_mib;
+    let memory = if mib < MIN_MEMORY_MIB {
+        broken.push(Invalid::TooLittleMemory(mib));
+        None
+    } else {
+        MemoryPlan::around_hole(mib.min(u64::MAX >> 20) << 20)
+            .map_err(|e| {
+                broken.push(Invalid::Memory {
+                    mib,
+                    why: e.to_string(),
+                })
+            })
+            .ok()
+    };
+    let boot = &config.boot_source;
+    if boot.kernel_image_path.as_os_str().is_empty() {
+        broken.push(Invalid::NoKernel);
+    }
+    match memory {
+        Some(memory) if broken.is_empty() => Ok(ValidConfig {
+            cpus,
+            memory,
+            kernel_path: boot.kernel_image_path.clone(),
+            initrd_path: boot.initrd_path.clone(),
+            cmdline: boot
+                .boot_args
+                .clone()
+                .unwrap_or_else(|| DEFAULT_CMDLINE.into()),
+        }),
+        _ => Err(broken),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(cpus: u8, mib: u64, kernel: &str) -> VmConfig {
+        let mut c = VmConfig::default();
+        c.machine_config.vcpu_count = cpus;
+        c.machine_config.mem_size_mib = mib;
+        c.boot_source.kernel_image_path = kernel.into();
+        c
+    }
+
+    #[test]
+    fn every_broken_rule_is_listed() {
+        let broken = validate(&config(0, 0, "")).unwrap_err();
+        assert_eq!(
+            broken,
+            [
+                Invalid::NoCpu,
+                Invalid::TooLittleMemory(0),
+                Invalid::NoKernel
+            ]
+        );
+        let broken = validate(&config(65, u64::MAX, "k")).unwrap_err();
+        assert!(matches!(broken[0], Invalid::TooManyCpus(65)));
+        assert!(broken[1].to_string().contains("16 TiB"), "{}", broken[1]);
+    }
+
+    #[test]
+    fn the_limits_themselves_are_fine() {
+        for (cpus, mib) in [(1, MIN_MEMORY_MIB), (64, 16 << 20)] {
+            let valid = validate(&config(cpus, mib, "k")).unwrap();
+            assert_eq!(valid.memory_bytes(), mib << 20);
+            assert_eq!(valid.cpus(), u32::from(cpus));
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! The command line of `alveole-vmm`: text to [`Args`], nothing else.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use alveole_serial::{ConsoleTarget, FileStart};
+use alveole_vm_config::LogLevel;
+
+/// What `--help` prints.
+pub(crate) const HELP: &str = "\
+alveole-vmm: runs one virtual machine in this process
+
+usage: alveole-vmm --config-file FILE --no-api [options]
+
+  --config-file FILE    description of the machine, as Firecracker reads it (JSON)
+  --no-api              run what the file describes (the API socket is not built yet)
+  --console WHERE       serial console: stdio (default), file:PATH, unix:PATH, none
+  --boot-timer          say how long it took from the start of this process to the first
+                        guest instruction and to the guest's init
+  --id ID               name of this machine in log lines (default: anonymous-instance)
+  --log-path FILE       write log lines to FILE (default: standard error)
+  --level LEVEL         Off, Error, Warning (default), Info, Debug or Trace
+  --module PATH         only log lines whose module path starts with PATH
+  --show-level          name the level in log lines
+  --show-log-origin     name file and line of origin in log lines
+  --metrics-path FILE   write counters to FILE, one JSON line a minute and one at the end
+  --version, --help
+
+exit status: 0 the guest powered off or was ended from the console, 3 it asked for a reset,
+4 its kernel panicked, 5 a triple fault, 6 KVM could not run it, 1 the host failed,
+148 a system call was refused by the sandbox, 152 the description is wrong, 153 the command
+line is wrong, 128+N ended by signal N
+";
+
+/// What the command line asks for.
+#[derive(Debug, Default)]
+pub(crate) struct Args {
+    pub(crate) config_file: Option<PathBuf>,
+    pub(crate) no_api: bool,
+    pub(crate) console: Option<ConsoleTarget>,
+    pub(crate) boot_timer: bool,
+    pub(crate) id: Option<String>,
+    pub(crate) log_path: Option<PathBuf>,
+    pub(crate) level: Option<LogLevel>,
+    pub(crate) module: Option<String>,
+    pub(crate) show_level: bool,
+    pub(crate) show_log_origin: bool,
+    pub(crate) metrics_path: Option<PathBuf>,
+}
+
+/// What to do.
+#[derive(Debug)]
+pub(crate) enum Request {
+    Run(Args),
+    Help,
+    Version,
+}
+
+/// Longest `--id`, as Firecracker has it.
+const MAX_ID_CHARS: usize = 64;
+
+/// Reads the command line.
+///
+/// # Errors
+/// A word that is not understood: what it is and what is expected.
+pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request, String> {
+    use lexopt::Arg::{Long, Short, Value};
+    let mut args = Args::default();
+    let mut parser = lexopt::Parser::from_args(words);
+    while let Some(word) = parser.next().map_err(|e| e.to_string())? {
+        let name = match word {
+            Short('h') => "help".into(),
+            Short('V') => "version".into(),
+            Long(name) => name.to_owned(),
+            Short(other) => return Err(format!("unknown option -{other}")),
+            Value(value) => return Err(format!("unexpected word {value:?}")),
+        };
+        let mut text = || -> Result<String, String> {
+            let value = parser.value().map_err(|e| e.to_string())?;
+            value
+                .into_string()
+                .map_err(|v| format!("--{name} {}: not UTF-8", v.display()))
+        };
+        match name.as_str() {
+            "help" => return Ok(Request::Help),
+            "version" => return Ok(Request::Version),
+            "no-api" => args.no_api = true,
+            "boot-timer" => args.boot_timer = true,
+            "show-level" => args.show_level = true,
+            "show-log-origin" => args.show_log_origin = true,
+            "config-file" => args.config_file = Some(text()?.into()),
+            "log-path" => args.log_path = Some(text()?.into()),
+            "metrics-path" => args.metrics_path = Some(text()?.into()),
+            "module" => args.module = Some(text()?),
+            "console" => args.console = Some(console(&text()?)?),
+            "level" => args.level = Some(level(&text()?)?),
+            "id" => args.id = Some(id(text()?)?),
+            _ => return Err(format!("unknown option --{name}")),
+        }
+    }
+    Ok(Request::Run(args))
+}
+
+fn console(value: &str) -> Result<ConsoleTarget, String> {
+    match value.split_once(':') {
+        None if value == "stdio" => Ok(ConsoleTarget::Terminal),
+        None if value == "none" => Ok(ConsoleTarget::None),
+        Some(("file", path)) if !path.is_empty() => Ok(file_console(path)),
+        Some(("unix", path)) if !path.is_empty() => Ok(ConsoleTarget::Socket(path.into())),
+        _ => Err(format!(
+            "--console {value:?}: expected stdio, file:PATH, unix:PATH or none"
+        )),
+    }
+}
+
+/// A console file: what it held before stays, and nothing limits it but the disk.
+pub(crate) fn file_console(path: impl Into<PathBuf>) -> ConsoleTarget {
+    ConsoleTarget::File {
+        path: path.into(),
+        start: FileStart::Append,
+        limit_bytes: None,
+    }
+}
+
+fn level(value: &str) -> Result<LogLevel, String> {
+    let known = [
+        ("off", LogLevel::Off),
+        ("error", LogLevel::Error),
+        ("warn", LogLevel::Warning),
+        ("warning", LogLevel::Warning),
+        ("info", LogLevel::Info),
+        ("debug", LogLevel::Debug),
+        ("trace", LogLevel::Trace),
+    ];
+    known
+        .into_iter()
+        .find(|(name, _)| name.eq_ignore_ascii_case(value))
+        .map(|(_, level)| level)
+        .ok_or_else(|| {
+            format!("--level {value:?}: expected Off, Error, Warning, Info, Debug or Trace")
+        })
+}
+
+fn id(value: String) -> Result<String, String> {
+    let fits = (1..=MAX_ID_CHARS).contains(&value.chars().count());
+    if fits && value.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
+        return Ok(value);
+    }
+    Err(format!(
+        "--id {value:?}: expected 1 to {MAX_ID_CHARS} letters, digits and hyphens"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(line: &str) -> Result<Args, String> {
+        match parse(line.split_whitespace().map(OsString::from))? {
+            Request::Run(args) => Ok(args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn firecrackers_words_are_understood() {
+        let a = run("--no-api --config-file=vm.json --id a-1 --level warn --boot-timer").unwrap();
+        assert_eq!(a.config_file, Some("vm.json".into()));
+        assert!(a.no_api && a.boot_timer);
+        assert_eq!(a.level, Some(LogLevel::Warning));
+        assert_eq!(a.id.as_deref(), Some("a-1"));
+    }
+
+    #[test]
+    fn wrong_words_are_named() {
+        for (line, want) in [
+            ("--nope", "--nope"),
+            ("-x", "-x"),
+            ("stray", "stray"),
+            ("--config-file", "config-file"),
+            ("--level loud", "loud"),
+            ("--id a/b", "a/b"),
+            (
+                "--console tty",
+                "expected stdio, file:PATH, unix:PATH or none",
+            ),
+            ("--console file:", "expected stdio"),
+            ("--no-api=1", "no-api"),
+        ] {
+            let e = run(line).unwrap_err();
+            assert!(e.contains(want), "{line}: {e}");
+        }
+    }
+
+    #[test]
+    fn consoles() {
+        assert!(matches!(
+            run("--console none").unwrap().console,
+            Some(ConsoleTarget::None)
+        ));
+        let a = run("--console unix:/run/x:y.sock").unwrap();
+        assert!(
+            matches!(a.console, Some(ConsoleTarget::Socket(p)) if p.as_os_str() == "/run/x:y.sock")
+        );
+    }
+}

@@ -1,0 +1,56 @@
+//! Exit codes, and the one place that prints why the program ends.
+
+use std::process::ExitCode;
+
+use alveole_machine::End;
+
+/// Why the program ends without, or before, a guest.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The command line is wrong.
+    Usage(String),
+    /// The description of the machine is wrong.
+    Config(String),
+    /// The host cannot give what is needed.
+    Host(String),
+}
+
+/// The exit code of an ended machine. Codes from 148 on are Firecracker's.
+fn code_of(end: &End) -> u8 {
+    match end {
+        End::PowerOff { .. } | End::Quit => 0,
+        End::HostError(_) => 1,
+        End::Reboot { .. } => 3,
+        End::Panic { .. } => 4,
+        End::TripleFault { .. } => 5,
+        End::Stuck { .. } => 6,
+        End::TerminalLost => 129,
+        End::Signal(number) => u8::try_from(128 + number).unwrap_or(128),
+    }
+}
+
+/// Says how the machine ended.
+pub(crate) fn ended(end: &End) -> ExitCode {
+    let code = code_of(end);
+    log::info!("{end}");
+    say(&end.to_string());
+    ExitCode::from(code)
+}
+
+/// Says why there is no machine.
+pub(crate) fn failed(failure: &Failure) -> ExitCode {
+    let (text, code) = match failure {
+        Failure::Usage(text) => (format!("{text}; see alveole-vmm --help"), 153),
+        Failure::Config(text) => (text.clone(), 152),
+        Failure::Host(text) => (text.clone(), 1),
+    };
+    log::error!("{text}");
+    say(&text);
+    ExitCode::from(code)
+}
+
+/// Prints one message for people on standard error; a standard error that is gone is no reason to fail.
+pub(crate) fn say(text: &str) {
+    use std::io::Write;
+    let _ = std::io::stderr().write_all(format!("alveole-vmm: {text}\n").as_bytes());
+}

@@ -1,0 +1,219 @@
+//! Log lines to a file or to standard error, in Firecracker's format:
+//! `2026-01-31T12:00:00.123456789 [id:thread:LEVEL:file:line] text`.
+//!
+//! The one mutable global of the program (the `log` facade asks for it). A line that cannot be written (a
+//! full disk) is dropped and counted: logging must never stop the guest. The next line that can be written
+//! is preceded by the number of lost ones.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use alveole_vm_config::LogLevel;
+use log::{LevelFilter, Log, Metadata, Record};
+
+/// What is written, and how.
+pub(crate) struct Settings<'a> {
+    pub(crate) path: Option<&'a Path>,
+    pub(crate) id: String,
+    pub(crate) level: LogLevel,
+    pub(crate) show_level: bool,
+    pub(crate) show_origin: bool,
+    pub(crate) module: Option<String>,
+}
+
+struct Logger {
+    /// None: standard error.
+    file: Option<Mutex<File>>,
+    id: String,
+    show_level: bool,
+    show_origin: bool,
+    module: Option<String>,
+    lost_lines: AtomicU64,
+}
+
+/// Starts logging. A refused system call is reported to the same file.
+///
+/// # Errors
+/// The log file cannot be opened.
+pub(crate) fn start(settings: Settings<'_>) -> Result<(), String> {
+    let file = settings.path.map(open).transpose()?;
+    if let Some(file) = &file {
+        alveole_thread_sandbox::set_report_log(file.as_raw_fd());
+    }
+    let logger = Logger {
+        file: file.map(Mutex::new),
+        id: settings.id,
+        show_level: settings.show_level,
+        show_origin: settings.show_origin,
+        module: settings.module,
+        lost_lines: AtomicU64::new(0),
+    };
+    log::set_boxed_logger(Box::new(logger)).map_err(|e| e.to_string())?;
+    log::set_max_level(match settings.level {
+        LogLevel::Off => LevelFilter::Off,
+        LogLevel::Error => LevelFilter::Error,
+        LogLevel::Warning => LevelFilter::Warn,
+        LogLevel::Info => LevelFilter::Info,
+        LogLevel::Debug => LevelFilter::Debug,
+        LogLevel::Trace => LevelFilter::Trace,
+    });
+    Ok(())
+}
+
+/// Opens a file (or a named pipe that somebody reads) to append to.
+pub(crate) fn open(path: &Path) -> Result<File, String> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        // A named pipe without a reader is an error now, not a wait for ever.
+        .custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits())
+        .open(path)
+        .map_err(|e| {
+            let hint = match e.kind() {
+                io::ErrorKind::NotFound => "; does its directory exist?",
+                io::ErrorKind::PermissionDenied => "; may this user write there?",
+                _ if e.raw_os_error() == Some(nix::libc::ENXIO) => "; nobody reads this pipe",
+                _ => "",
+            };
+            format!("cannot open {path:?} to write to: {e}{hint}")
+        })
+}
+
+impl Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.module
+            .as_ref()
+            .is_none_or(|m| metadata.target().starts_with(m.as_str()))
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let line = self.format(record);
+        let lost = self.lost_lines.swap(0, Ordering::Relaxed);
+        let mut text = String::new();
+        if lost > 0 {
+            text = format!("alveole-vmm: {lost} log lines before this one could not be written\n");
+        }
+        text.push_str(&line);
+        let written = match &self.file {
+            // One write for one line: lines of several threads never mix.
+            Some(file) => file
+                .lock()
+                .is_ok_and(|mut f| f.write_all(text.as_bytes()).is_ok()),
+            None => io::stderr().write_all(text.as_bytes()).is_ok(),
+        };
+        if !written {
+            self.lost_lines.fetch_add(lost + 1, Ordering::Relaxed);
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+impl Logger {
+    fn format(&self, record: &Record<'_>) -> String {
+        let thread = std::thread::current();
+        let mut head = format!(
+            "{} [{}:{}",
+            timestamp(),
+            self.id,
+            thread.name().unwrap_or("-")
+        );
+        if self.show_level {
+            head.push_str(&format!(":{}", record.level()));
+        }
+        if self.show_origin {
+            head.push_str(&format!(
+                ":{}:{}",
+                record.file().unwrap_or("?"),
+                record.line().unwrap_or(0)
+            ));
+        }
+        // A guest-made text must not be able to forge a second line.
+        let text = record.args().to_string().replace('\n', "\n    ");
+        format!("{head}] {text}\n")
+    }
+}
+
+/// Now, in UTC, with nanoseconds.
+fn timestamp() -> String {
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    let (days, second) = (now.as_secs() / 86_400, now.as_secs() % 86_400);
+    let (year, month, day) = civil_date(days);
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:09}",
+        second / 3600,
+        second / 60 % 60,
+        second % 60,
+        now.subsec_nanos()
+    )
+}
+
+/// Year, month and day of a number of days since 1970-01-01, in the Gregorian calendar.
+fn civil_date(days: u64) -> (u64, u64, u64) {
+    // Counted from 0000-03-01, so that the leap day is the last of its year; 400 years have 146,097 days.
+    let z = days + 719_468;
+    let (era, day_of_era) = (z / 146_097, z % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    (era * 400 + year_of_era + u64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        for (days, date) in [
+            (0, (1970, 1, 1)),
+            (58, (1970, 2, 28)),
+            (59, (1970, 3, 1)),
+            (11_016, (2000, 2, 29)),
+            (11_017, (2000, 3, 1)),
+            (20_454, (2026, 1, 1)),
+            (47_540, (2100, 2, 28)),
+            (47_541, (2100, 3, 1)),
+        ] {
+            assert_eq!(civil_date(days), date, "{days}");
+        }
+        assert_eq!(timestamp().len(), "2026-01-31T12:00:00.123456789".len());
+    }
+
+    #[test]
+    fn a_line_stays_one_entry() {
+        let logger = Logger {
+            file: None,
+            id: "x".into(),
+            show_level: true,
+            show_origin: false,
+            module: Some("alveole".into()),
+            lost_lines: AtomicU64::new(0),
+        };
+        let record = Record::builder()
+            .args(format_args!("a\nb"))
+            .level(log::Level::Warn)
+            .build();
+        let line = logger.format(&record);
+        assert!(line.ends_with(":WARN] a\n    b\n"), "{line}");
+        assert!(
+            !logger.enabled(record.metadata()),
+            "another module is filtered out"
+        );
+    }
+}

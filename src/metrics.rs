@@ -1,0 +1,60 @@
+//! Counters to a file: one JSON object a line, one line a minute and one at the end.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::time::{Instant, SystemTime};
+
+use alveole_machine::Machine;
+use serde_json::{Map, Value, json};
+
+/// Where counters go.
+pub(crate) struct MetricsFile {
+    file: File,
+    /// When this process started.
+    started: Instant,
+}
+
+impl MetricsFile {
+    /// Opens the file.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub(crate) fn open(path: &Path, started: Instant) -> Result<Self, String> {
+        Ok(Self {
+            file: crate::logger::open(path)?,
+            started,
+        })
+    }
+
+    /// Writes one line with all counters of `machine`. A line that cannot be written is lost.
+    pub(crate) fn write(&mut self, machine: &Machine) {
+        let mut line = Map::new();
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        line.insert("utc_timestamp_ms".into(), json!(now.as_millis() as u64));
+        let since_start = |at: Option<Instant>| {
+            at.map(|at| at.saturating_duration_since(self.started).as_micros() as u64)
+        };
+        let milestones = machine.milestones();
+        line.insert(
+            "boot".into(),
+            json!({
+                "first_instruction_us": since_start(milestones.first_instruction),
+                "init_us": since_start(milestones.booted),
+            }),
+        );
+        for (set, counters) in machine.counters().gather() {
+            let counters: Map<_, _> = counters
+                .into_iter()
+                .map(|(name, n)| (name, Value::from(n)))
+                .collect();
+            line.insert(set, counters.into());
+        }
+        let text = format!("{}\n", Value::Object(line));
+        if let Err(e) = self.file.write_all(text.as_bytes()) {
+            log::warn!("cannot write counters: {e}");
+        }
+    }
+}

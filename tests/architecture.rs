@@ -1,0 +1,372 @@
+//! The rules of the house that a compiler does not know, read from `cargo metadata` and the tree:
+//! knowledge flows one way, one owner per fact, the VMM stays small. `crates/README.md` explains them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use cargo_metadata::{DependencyKind, Metadata, MetadataCommand, Package};
+
+/// The layers, lowest first. An arrow may only point to a lower layer.
+const LAYERS: [&[&str]; 6] = [
+    &[
+        "guest-memory",
+        "io-bus",
+        "interrupts",
+        "vm-config",
+        "counters",
+        "thread-sandbox",
+        "acpi",
+    ],
+    &["hypervisor", "hypervisor-kvm", "event-loop", "boot-loader"],
+    &["vcpu"],
+    &["serial", "board-devices"],
+    &["machine", "host"],
+    &["vmm", "cli", "bench"],
+];
+
+/// Arrows inside a layer, each with its reason.
+const SIDEWAYS: [(&str, &str, &str); 1] = [(
+    "hypervisor-kvm",
+    "hypervisor",
+    "an implementation knows the port that it implements",
+)];
+
+/// Who may name which external crate: one owner per fact.
+const OWNERS: [(&str, &[&str]); 8] = [
+    ("kvm-ioctls", &["hypervisor-kvm"]),
+    ("kvm-bindings", &["hypervisor-kvm"]),
+    ("event-manager", &["event-loop"]),
+    ("vm-memory", &["guest-memory"]),
+    ("linux-loader", &["boot-loader"]),
+    ("acpi_tables", &["acpi"]),
+    ("vm-superio", &["serial"]),
+    ("seccompiler", &["thread-sandbox"]),
+];
+
+/// Crates that may hold unsafe code, and why.
+const UNSAFE: [(&str, &str); 4] = [
+    ("guest-memory", "maps guest RAM"),
+    (
+        "hypervisor-kvm",
+        "issues ioctls and reads the page shared with the kernel",
+    ),
+    ("thread-sandbox", "installs filters and a signal handler"),
+    ("serial", "restores the terminal from signal handlers"),
+];
+
+/// What the VMM must never link, and why.
+const NOT_IN_THE_VMM: [(&str, &str); 6] = [
+    ("tokio", "no async runtime in the guest-facing process"),
+    ("clap", "half a megabyte for a dozen options"),
+    ("anyhow", "errors are typed below the programs"),
+    ("alveole-host", "host-side work lives in another process"),
+    ("alveole-cli", "host-side work lives in another process"),
+    ("libloading", "no code is loaded at run time"),
+];
+
+/// Most external packages in the VMM's dependency tree.
+const MOST_EXTERNAL_PACKAGES: usize = 60;
+/// Longest `src/main.rs`: it wires, it does not work.
+const MOST_MAIN_LINES: usize = 200;
+/// Longest source file, tests left out.
+const MOST_FILE_LINES: usize = 700;
+
+fn metadata() -> Metadata {
+    MetadataCommand::new()
+        .manifest_path(root().join("Cargo.toml"))
+        .exec()
+        .unwrap()
+}
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Our packages by their short name: `alveole-vcpu` is `vcpu`.
+fn ours(metadata: &Metadata) -> BTreeMap<String, &Package> {
+    metadata
+        .workspace_packages()
+        .into_iter()
+        .map(|p| (short(&p.name).to_owned(), p))
+        .collect()
+}
+
+fn short(name: &str) -> &str {
+    name.strip_prefix("alveole-").unwrap_or(name)
+}
+
+fn layer_of(name: &str) -> Option<usize> {
+    LAYERS.iter().position(|layer| layer.contains(&name))
+}
+
+#[test]
+fn every_crate_has_a_layer_and_its_folders_name() {
+    let metadata = metadata();
+    for (name, package) in ours(&metadata) {
+        assert!(
+            layer_of(&name).is_some(),
+            "{name} is in no layer: add it to LAYERS"
+        );
+        let folder = package.manifest_path.parent().unwrap().file_name().unwrap();
+        let full = format!("alveole-{name}");
+        assert!(
+            package.name.as_str() == full && (folder == name || name == "vmm"),
+            "package {} lives in folder {folder}: packages are called alveole-<folder>",
+            package.name
+        );
+    }
+    for name in LAYERS.iter().flat_map(|l| l.iter()) {
+        let exists = ours(&metadata).contains_key(*name);
+        assert!(
+            exists || *name == "bench",
+            "LAYERS names {name}, which does not exist"
+        );
+    }
+}
+
+#[test]
+fn no_arrow_runs_up() {
+    let metadata = metadata();
+    let ours = ours(&metadata);
+    let mut arrows = 0;
+    for (from, package) in &ours {
+        for to in package
+            .dependencies
+            .iter()
+            .filter(|d| d.kind != DependencyKind::Development)
+        {
+            let to = short(&to.name);
+            if !ours.contains_key(to) {
+                continue;
+            }
+            arrows += 1;
+            let down = layer_of(to) < layer_of(from);
+            let declared = SIDEWAYS.iter().any(|(f, t, _)| f == from && *t == to);
+            assert!(
+                down || declared,
+                "{from} depends on {to}, which is not below it"
+            );
+        }
+    }
+    assert!(
+        arrows > 20,
+        "only {arrows} arrows were seen: is the graph read rightly?"
+    );
+}
+
+#[test]
+fn each_fact_has_one_owner() {
+    let metadata = metadata();
+    for (name, package) in ours(&metadata) {
+        for dependency in package
+            .dependencies
+            .iter()
+            .filter(|d| d.kind != DependencyKind::Development)
+        {
+            if let Some((_, owners)) = OWNERS.iter().find(|(c, _)| *c == dependency.name) {
+                assert!(
+                    owners.contains(&name.as_str()),
+                    "{name} depends on {}, which belongs to {owners:?} alone",
+                    dependency.name
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn one_version_of_each_rust_vmm_crate() {
+    let metadata = metadata();
+    let mut versions: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for package in &metadata.packages {
+        let name = package.name.as_str();
+        if OWNERS.iter().any(|(c, _)| *c == name) || name == "vmm-sys-util" {
+            versions
+                .entry(name)
+                .or_default()
+                .insert(package.version.to_string());
+        }
+    }
+    assert!(versions.len() >= OWNERS.len(), "{versions:?}");
+    for (name, seen) in versions {
+        assert_eq!(seen.len(), 1, "{name} is in the tree in versions {seen:?}");
+    }
+}
+
+#[test]
+fn the_fake_hypervisor_is_for_tests_only() {
+    let metadata = metadata();
+    for (name, package) in ours(&metadata) {
+        for d in package
+            .dependencies
+            .iter()
+            .filter(|d| d.kind != DependencyKind::Development)
+        {
+            assert!(
+                !d.features.iter().any(|f| f == "fake"),
+                "{name} switches {}'s fake on",
+                d.name
+            );
+        }
+    }
+}
+
+#[test]
+fn the_vmm_stays_small() {
+    let output = Command::new(env!("CARGO"))
+        .args([
+            "tree",
+            "--offline",
+            "--locked",
+            "-p",
+            "alveole-vmm",
+            "-e",
+            "normal",
+            "--prefix",
+            "none",
+        ])
+        .args(["--no-dedupe", "-f", "{p}"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let names: BTreeSet<String> = String::from_utf8(output.stdout)
+        .unwrap()
+        .lines()
+        .filter_map(|line| line.split_whitespace().next().map(str::to_owned))
+        .collect();
+    for (name, why) in NOT_IN_THE_VMM {
+        assert!(!names.contains(name), "the VMM links {name}: {why}");
+    }
+    let external = names.iter().filter(|n| !n.starts_with("alveole-")).count();
+    println!("external packages in the VMM's tree: {external}");
+    assert!(
+        (10..=MOST_EXTERNAL_PACKAGES).contains(&external),
+        "{external} external packages"
+    );
+}
+
+#[test]
+fn unsafe_code_stays_where_it_must_be() {
+    let mut found = BTreeSet::new();
+    for file in rust_files(&root().join("crates"))
+        .iter()
+        .chain(&rust_files(&root().join("src")))
+    {
+        let text = fs::read_to_string(file).unwrap();
+        if is_test_file(file) || !text.contains("unsafe {") && !text.contains("unsafe impl") {
+            continue;
+        }
+        let relative = file.strip_prefix(root()).unwrap();
+        let name = relative.iter().nth(1).unwrap().to_str().unwrap().to_owned();
+        assert!(
+            UNSAFE.iter().any(|(c, _)| *c == name),
+            "{} holds unsafe code; only {UNSAFE:?} may",
+            relative.display()
+        );
+        found.insert(name);
+    }
+    assert!(
+        found.contains("guest-memory"),
+        "the scan finds nothing: {found:?}"
+    );
+}
+
+#[test]
+fn every_crate_says_what_it_is_and_what_it_does_not_know() {
+    let metadata = metadata();
+    for (name, package) in ours(&metadata) {
+        let folder = package.manifest_path.parent().unwrap().as_std_path();
+        let entry = ["src/lib.rs", "src/main.rs"].map(|f| folder.join(f));
+        let entry = entry.iter().find(|f| f.exists()).unwrap();
+        let text = fs::read_to_string(entry).unwrap();
+        assert!(
+            text.starts_with("//!"),
+            "{}: no opening words",
+            entry.display()
+        );
+        let head: String = text.lines().take_while(|l| l.starts_with("//!")).collect();
+        let says = head.contains("does not know") || head.contains("Knows no");
+        assert!(
+            says,
+            "{}: does not say what it deliberately does not know",
+            entry.display()
+        );
+        assert!(folder.join("README.md").exists(), "{name} has no README.md");
+    }
+}
+
+#[test]
+fn files_stay_readable() {
+    let main = fs::read_to_string(root().join("src/main.rs"))
+        .unwrap()
+        .lines()
+        .count();
+    assert!(main <= MOST_MAIN_LINES, "src/main.rs has {main} lines");
+    for folder in ["src", "crates"] {
+        for file in rust_files(&root().join(folder)) {
+            let text = fs::read_to_string(&file).unwrap();
+            let lines = text.lines().take_while(|l| *l != "#[cfg(test)]").count();
+            assert!(
+                lines <= MOST_FILE_LINES || is_test_file(&file),
+                "{} has {lines} lines, {MOST_FILE_LINES} are the most",
+                file.display()
+            );
+        }
+    }
+}
+
+#[test]
+fn every_seccomp_rule_says_why() {
+    let folder = root().join("resources/seccomp/x86_64");
+    let mut rules = 0;
+    for entry in fs::read_dir(&folder).unwrap().map(Result::unwrap) {
+        if entry.path().extension().is_none_or(|e| e != "json") {
+            continue;
+        }
+        let text = fs::read_to_string(entry.path()).unwrap();
+        let policy: serde_json::Value = serde_json::from_str(&text).unwrap();
+        visit_rules(&policy, &mut |rule| {
+            rules += 1;
+            let why = rule["why"].as_str().unwrap_or_default();
+            assert!(
+                why.len() > 8,
+                "{}: {rule} does not say why",
+                entry.path().display()
+            );
+        });
+    }
+    assert!(rules > 30, "only {rules} rules were seen");
+}
+
+fn visit_rules(value: &serde_json::Value, f: &mut dyn FnMut(&serde_json::Value)) {
+    match value {
+        serde_json::Value::Array(items) => items.iter().for_each(|v| visit_rules(v, f)),
+        serde_json::Value::Object(fields) if fields.contains_key("syscall") => f(value),
+        serde_json::Value::Object(fields) => fields.values().for_each(|v| visit_rules(v, f)),
+        _ => {}
+    }
+}
+
+fn is_test_file(file: &Path) -> bool {
+    file.components().any(|c| c.as_os_str() == "tests") || file.ends_with("tests.rs")
+}
+
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        let path = entry.path();
+        if path.is_dir() {
+            files.extend(rust_files(&path));
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            files.push(path);
+        }
+    }
+    files
+}
