@@ -8,10 +8,13 @@
 
 mod check;
 mod dsdt;
+mod mp_table;
 mod tables;
 
 #[cfg(test)]
 mod tests;
+
+pub use mp_table::{MP_TABLE_ADDR, mp_table};
 
 /// The sleep type that switches the machine off: what `\_S5` gives and the guest writes to the sleep
 /// control register.

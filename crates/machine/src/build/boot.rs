@@ -37,6 +37,9 @@ impl WithDevices {
         };
         let tables = alveole_acpi::build(&board, layout::ACPI_ADDR)?;
         ram.write(tables.load_addr, &tables.bytes)?;
+        if let Some(table) = alveole_acpi::mp_table(&board) {
+            ram.write(alveole_acpi::MP_TABLE_ADDR, &table)?;
+        }
         let cmdline = catalog::complete_cmdline(&config.cmdline);
         let source = BootSource {
             kernel: &resources.kernel,
