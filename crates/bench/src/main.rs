@@ -19,7 +19,7 @@ mod vmm;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -54,7 +54,7 @@ enum What {
 
 #[derive(Debug, Args)]
 struct Boot {
-    /// How often everything is measured; 1 is a smoke run: one set of arguments, no warm-up round
+    /// How often everything is measured; 1 is a smoke run: one set of arguments, no warm-up, no system calls
     #[arg(long, value_name = "N", default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
     /// The guest kernel, an ELF file [$ALVEOLE_NATIVE_KERNEL, or Debian's stock kernel]
@@ -168,9 +168,10 @@ fn boot(args: &Boot) -> anyhow::Result<ExitCode> {
         guest,
         sets,
         rounds: args.runs,
-        warm_up: !smoke,
+        smoke,
         strace,
         timeout: Duration::from_secs(args.timeout.unwrap_or(timeout_s)),
+        started: Instant::now(),
         scratch: scratch.path().to_path_buf(),
     };
     let mut columns: Vec<_> = vmms.into_iter().map(Column::new).collect();

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::guest::MARKER;
 use crate::results::{Column, Measure};
@@ -21,6 +21,8 @@ const MEMORY_GUEST_MIB: u64 = 256;
 const MEMORY_REST: Duration = Duration::from_millis(1500);
 /// Memory varies little; each look at it takes seconds.
 const MOST_MEMORY_ROUNDS: u32 = 5;
+/// How often the trace is looked at: it disturbs what is traced.
+const TRACE_POLL: Duration = Duration::from_millis(20);
 /// Kernel threads that show among a process's own.
 const KERNELS_OWN_THREADS: &str = "kvm-nx-lpage-re";
 
@@ -30,9 +32,12 @@ pub(crate) struct Plan {
     pub(crate) guest: Guest,
     pub(crate) sets: Vec<Arguments>,
     pub(crate) rounds: u32,
-    pub(crate) warm_up: bool,
+    /// Neither a warm-up round nor what takes long.
+    pub(crate) smoke: bool,
     pub(crate) strace: bool,
     pub(crate) timeout: Duration,
+    /// For telling how far it is.
+    pub(crate) started: Instant,
     /// For files of the runs.
     pub(crate) scratch: PathBuf,
 }
@@ -55,20 +60,18 @@ impl Plan {
                 column.add(Measure::Binary, mib);
             }
         }
-        if self.warm_up {
+        if !self.smoke {
             self.rounds(columns, Look::Times(self.sets[0]), 1, false);
         }
         for &set in &self.sets {
             self.rounds(columns, Look::Times(set), self.rounds, true);
         }
-        self.rounds(
-            columns,
-            Look::Memory,
-            self.rounds.min(MOST_MEMORY_ROUNDS),
-            true,
-        );
+        let few = self.rounds.min(MOST_MEMORY_ROUNDS);
+        self.rounds(columns, Look::Memory, few, true);
         if self.strace {
             self.rounds(columns, Look::Trace, self.rounds, true);
+        }
+        if self.strace && !self.smoke {
             self.rounds(columns, Look::Calls, 1, true);
         }
         self.rounds(columns, Look::Metrics, self.rounds, true);
@@ -78,10 +81,8 @@ impl Plan {
     fn rounds(&self, columns: &mut [Column], look: Look, rounds: u32, keep: bool) {
         for round in 0..rounds as usize {
             let what = if keep { "" } else { ", warm-up" };
-            eprintln!(
-                "alveole-bench: {look:?}{what}, round {} of {rounds}",
-                round + 1
-            );
+            let (at_s, number) = (self.started.elapsed().as_secs(), round + 1);
+            eprintln!("alveole-bench: {at_s} s: {look:?}{what}, round {number} of {rounds}");
             for place in 0..columns.len() {
                 let index = (round + place) % columns.len();
                 let column = &mut columns[index];
@@ -137,31 +138,36 @@ impl Plan {
         Ok(samples)
     }
 
+    /// Until the guest is entered, no further: every stop costs much where all is emulated.
     fn trace(&self, column: &Column) -> Result<Vec<(Measure, f64)>, String> {
         let options = ["-f", "--seccomp-bpf", "-e", "trace=ioctl,execve", "-ttt"];
-        let trace = trace::parse(&self.under_strace(column, &options)?)?;
+        let (run, output) = self.under_strace(column, &options)?;
+        let trace = run.poll(TRACE_POLL, || trace::parse(&read(&output)?))?;
         Ok(vec![
             (Measure::FirstRun, trace.first_run_ms),
             (Measure::IoctlsBefore, trace.ioctls_before as f64),
-            (Measure::Runs, trace.runs as f64),
         ])
     }
 
     fn calls(&self, column: &Column) -> Result<Vec<(Measure, f64)>, String> {
-        let total = trace::total_calls(&self.under_strace(column, &["-f", "-c"])?)?;
-        Ok(vec![(Measure::SystemCalls, total as f64)])
+        let (mut run, output) = self.under_strace(column, &["-f", "-c"])?;
+        run.wait_for(MARKER)?;
+        finish(&mut run)?;
+        let text = read(&output)?;
+        Ok(vec![
+            (Measure::SystemCalls, trace::calls(&text, "total")? as f64),
+            (Measure::Ioctls, trace::calls(&text, "ioctl")? as f64),
+        ])
     }
 
-    /// A whole boot under strace; what strace wrote.
-    fn under_strace(&self, column: &Column, options: &[&str]) -> Result<String, String> {
+    /// Starts a boot under strace; also returns the file which strace writes.
+    fn under_strace(&self, column: &Column, options: &[&str]) -> Result<(Run, PathBuf), String> {
         let output = self.scratch.join("strace");
+        let _ = fs::remove_file(&output);
         let mut words: Vec<OsString> = vec!["strace".into()];
         words.extend(options.iter().map(OsString::from));
         words.extend(["-o".into(), output.clone().into()]);
-        let mut run = self.start(column, &self.guest, &words, &[])?;
-        run.wait_for(MARKER)?;
-        finish(&mut run)?;
-        read(&output)
+        Ok((self.start(column, &self.guest, &words, &[])?, output))
     }
 
     fn memory(&self, column: &Column) -> Result<Vec<(Measure, f64)>, String> {

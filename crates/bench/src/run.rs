@@ -6,6 +6,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -133,13 +134,35 @@ impl Run {
         }
     }
 
+    /// Asks `look` every `period` until it finds what it looks for, or the process has ended.
+    ///
+    /// # Errors
+    /// The process ended or the time was over before, and what `look` said last.
+    pub(crate) fn poll<T>(
+        self,
+        period: Duration,
+        mut look: impl FnMut() -> Result<T, String>,
+    ) -> Result<T, String> {
+        let pidfd = self.pidfd()?;
+        loop {
+            let ended = wait_readable(&pidfd, Instant::now() + period);
+            match look() {
+                Ok(found) => return Ok(found),
+                Err(what) if ended => return Err(self.failure(&format!("ended: {what}"))),
+                Err(what) if Instant::now() >= self.deadline => {
+                    return Err(self.failure(&format!("time-out: {what}")));
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
     /// Waits for the end of the process; how long after the start it came, and how.
     ///
     /// # Errors
     /// The time was over before.
     pub(crate) fn wait_for_end(&mut self) -> Result<(Duration, ExitStatus), String> {
-        let pid = Pid::from_child(&self.child);
-        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| format!("pidfd_open: {e}"))?;
+        let pidfd = self.pidfd()?;
         loop {
             let mut fds = vec![PollFd::new(&pidfd, PollFlags::IN)];
             if let Some(output) = &self.output {
@@ -189,6 +212,12 @@ impl Run {
         format!("{what}{text}")
     }
 
+    /// Readable when the process has ended.
+    fn pidfd(&self) -> Result<OwnedFd, String> {
+        let pid = Pid::from_child(&self.child);
+        pidfd_open(pid, PidfdFlags::empty()).map_err(|e| format!("pidfd_open: {e}"))
+    }
+
     fn keep(&mut self, bytes: &[u8]) {
         self.said.extend_from_slice(bytes);
         let surplus = self.said.len().saturating_sub(4096);
@@ -222,7 +251,7 @@ fn faults(stat: &str) -> Option<u64> {
     Some(field(10)? + field(12)?)
 }
 
-fn wait_readable(fd: &impl std::os::fd::AsFd, deadline: Instant) -> bool {
+fn wait_readable(fd: &impl AsFd, deadline: Instant) -> bool {
     wait_any(&mut [PollFd::new(fd, PollFlags::IN)], deadline)
 }
 
@@ -284,6 +313,23 @@ mod tests {
             said.contains("exit status: 1") && said.contains("out; said: err"),
             "{said}"
         );
+    }
+
+    #[test]
+    fn polling_ends_with_a_find_the_end_or_the_time() {
+        let period = Duration::from_millis(5);
+        let (found, _dir) = run("sleep 1000", LONG);
+        assert_eq!(found.poll(period, || Ok(7)), Ok(7));
+        let (ends, _dir) = run("exit 0", LONG);
+        let said = ends
+            .poll(period, || Err::<(), _>("nothing".into()))
+            .unwrap_err();
+        assert!(said.starts_with("ended: nothing"), "{said}");
+        let (late, _dir) = run("sleep 1000", Duration::from_millis(50));
+        let said = late
+            .poll(period, || Err::<(), _>("nothing".into()))
+            .unwrap_err();
+        assert!(said.starts_with("time-out: nothing"), "{said}");
     }
 
     #[test]

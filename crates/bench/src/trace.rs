@@ -10,18 +10,15 @@ pub(crate) struct Trace {
     pub(crate) first_run_ms: f64,
     /// `ioctl` calls before that.
     pub(crate) ioctls_before: u64,
-    /// `KVM_RUN` calls in all: the first entry, and one for each exit to user space.
-    pub(crate) runs: u64,
 }
 
-/// Reads the lines of a trace.
+/// Reads the lines of a trace, which may end anywhere after the first `KVM_RUN`.
 ///
 /// # Errors
 /// There is no `execve` or no `KVM_RUN` in it.
 pub(crate) fn parse(text: &str) -> Result<Trace, String> {
     let mut start = None;
-    let mut first_run = None;
-    let (mut ioctls_before, mut runs) = (0, 0);
+    let mut ioctls_before = 0;
     for line in text.lines() {
         // The second half of a call that another thread's line came between.
         if line.contains("<... ") {
@@ -34,21 +31,17 @@ pub(crate) fn parse(text: &str) -> Result<Trace, String> {
             start = start.or(Some(time));
         } else if call.starts_with("ioctl(") {
             if call.contains("KVM_RUN") {
-                first_run = first_run.or(Some(time));
-                runs += 1;
-            } else if first_run.is_none() {
-                ioctls_before += 1;
+                let start = start.ok_or("strace saw no execve")?;
+                let first_run_ms = (time - start) as f64 / 1000.0;
+                return Ok(Trace {
+                    first_run_ms,
+                    ioctls_before,
+                });
             }
+            ioctls_before += 1;
         }
     }
-    let start = start.ok_or("strace saw no execve")?;
-    let first_run = first_run.ok_or("strace saw no KVM_RUN: the VMM never entered the guest")?;
-    let first_run_ms = (first_run - start) as f64 / 1000.0;
-    Ok(Trace {
-        first_run_ms,
-        ioctls_before,
-        runs,
-    })
+    Err("strace saw no KVM_RUN: the VMM never entered the guest".into())
 }
 
 /// `[PID] SECONDS.MICROSECONDS CALL`: the microseconds and the call.
@@ -65,20 +58,16 @@ fn split_line(line: &str) -> Option<(i64, &str)> {
     None
 }
 
-/// The number of calls in the summary that `strace -c` writes.
+/// The number of calls of one name (`total` of all) in the summary that `strace -c` writes.
 ///
 /// # Errors
-/// There is no line of totals.
-pub(crate) fn total_calls(text: &str) -> Result<u64, String> {
+/// There is no line of that name.
+pub(crate) fn calls(text: &str, name: &str) -> Result<u64, String> {
     let line = text
         .lines()
-        .rev()
-        .find(|line| line.split_whitespace().last() == Some("total"));
-    // % time, seconds, usecs/call (not in every version), calls, errors (if any), "total".
-    let words: Vec<_> = line
-        .ok_or("strace wrote no totals")?
-        .split_whitespace()
-        .collect();
+        .find(|line| line.split_whitespace().last() == Some(name));
+    let line = line.ok_or_else(|| format!("strace counted no {name}"))?;
+    // % time, seconds, usecs/call (not in every version), calls, errors (if any), name.
     let header = text
         .lines()
         .find(|line| line.contains("calls"))
@@ -88,8 +77,8 @@ pub(crate) fn total_calls(text: &str) -> Result<u64, String> {
         .filter(|&word| word != "%")
         .position(|w| w == "calls");
     column
-        .and_then(|column| words.get(column)?.parse().ok())
-        .ok_or_else(|| format!("strace's line of totals is not understood: {words:?}"))
+        .and_then(|column| line.split_whitespace().nth(column)?.parse().ok())
+        .ok_or_else(|| format!("strace's line {line:?} is not understood"))
 }
 
 #[cfg(test)]
@@ -111,7 +100,7 @@ mod tests {
 8050  1795470872.942998 --- SIGCHLD {si_signo=SIGCHLD} ---
 "#;
         let trace = parse(text).unwrap();
-        assert_eq!((trace.ioctls_before, trace.runs), (3, 2));
+        assert_eq!(trace.ioctls_before, 3);
         assert!((trace.first_run_ms - 223.827).abs() < 1e-6, "{trace:?}");
     }
 
@@ -124,7 +113,12 @@ mod tests {
                 .unwrap_err()
                 .contains("KVM_RUN")
         );
-        assert!(parse("").unwrap_err().contains("execve"));
+        assert!(parse("").unwrap_err().contains("KVM_RUN"));
+        assert!(
+            parse("1.000501 ioctl(3, KVM_RUN")
+                .unwrap_err()
+                .contains("execve")
+        );
     }
 
     #[test]
@@ -136,9 +130,10 @@ mod tests {
 ------ ----------- ----------- --------- --------- ----------------
 100.00    0.150719         201       749         8 total
 ";
-        assert_eq!(total_calls(text), Ok(749));
+        assert_eq!(calls(text, "total"), Ok(749));
+        assert_eq!(calls(text, "ioctl"), Ok(385));
         let old = "% time seconds calls errors syscall\n100.00 0.150719 312 total\n";
-        assert_eq!(total_calls(old), Ok(312));
-        assert!(total_calls("").is_err());
+        assert_eq!(calls(old, "total"), Ok(312));
+        assert!(calls("", "total").is_err());
     }
 }
