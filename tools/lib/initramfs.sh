@@ -55,7 +55,8 @@ initramfs_modules() {
 }
 
 initramfs_pack() {
-    local staging=$1 out=$2 said
+    local staging=$1 out said
+    out=$(realpath -m "$2") || return 1
     need_package cpio cpio || return 1
     # Times are the one thing in a staging directory that is never the same twice.
     find "$staging" -depth -exec touch -h -d @0 {} +
