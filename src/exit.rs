@@ -29,10 +29,14 @@ fn code_of(end: &End) -> u8 {
     }
 }
 
+/// The last words also go to the log, unless that is standard error too: they are said once.
+pub(crate) const LOG_TARGET: &str = "alveole_vmm::exit";
+
 /// Says how the machine ended.
 pub(crate) fn ended(end: &End) -> ExitCode {
     let code = code_of(end);
-    log::info!("{end}");
+    log::info!(target: LOG_TARGET, "{end}");
+    log::logger().flush();
     say(&end.to_string());
     ExitCode::from(code)
 }
@@ -44,7 +48,8 @@ pub(crate) fn failed(failure: &Failure) -> ExitCode {
         Failure::Config(text) => (text.clone(), 152),
         Failure::Host(text) => (text.clone(), 1),
     };
-    log::error!("{text}");
+    log::error!(target: LOG_TARGET, "{text}");
+    log::logger().flush();
     say(&text);
     ExitCode::from(code)
 }

@@ -3,7 +3,7 @@
 //!
 //! The one mutable global of the program (the `log` facade asks for it). A line that cannot be written (a
 //! full disk) is dropped and counted: logging must never stop the guest. The next line that can be written
-//! is preceded by the number of lost ones.
+//! is preceded by the number of lost ones; if none can, standard error gets the number at the end.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -79,6 +79,7 @@ pub(crate) fn open(path: &Path) -> Result<File, String> {
             let hint = match e.kind() {
                 io::ErrorKind::NotFound => "; does its directory exist?",
                 io::ErrorKind::PermissionDenied => "; may this user write there?",
+                io::ErrorKind::IsADirectory => "; name a file in it",
                 _ if e.raw_os_error() == Some(nix::libc::ENXIO) => "; nobody reads this pipe",
                 _ => "",
             };
@@ -88,6 +89,9 @@ pub(crate) fn open(path: &Path) -> Result<File, String> {
 
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        if self.file.is_none() && metadata.target() == crate::exit::LOG_TARGET {
+            return false;
+        }
         self.module
             .as_ref()
             .is_none_or(|m| metadata.target().starts_with(m.as_str()))
@@ -116,7 +120,15 @@ impl Log for Logger {
         }
     }
 
-    fn flush(&self) {}
+    /// Nothing is buffered. Says what was lost for good.
+    fn flush(&self) {
+        let lost = self.lost_lines.swap(0, Ordering::Relaxed);
+        if lost > 0 && self.file.is_some() {
+            crate::exit::say(&format!(
+                "{lost} log lines could not be written; is the disk full?"
+            ));
+        }
+    }
 }
 
 impl Logger {
