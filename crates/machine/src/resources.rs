@@ -18,6 +18,8 @@ pub struct HostResources {
 #[error("cannot open the {what} {path:?}: {source}{}", match source.kind() {
     io::ErrorKind::NotFound => "; is the path right?",
     io::ErrorKind::PermissionDenied => "; make it readable for this user",
+    io::ErrorKind::IsADirectory => "; name a file in it",
+    io::ErrorKind::Other => "; name a file",
     _ => "",
 })]
 pub struct ResourceError {

@@ -111,7 +111,7 @@ pub enum SerialError {
     #[error("cannot put the terminal into raw mode twice: another console of this process has it")]
     TerminalTaken,
     /// The console file could not be opened.
-    #[error("cannot open the console file {path}: {source}", path = .path.display())]
+    #[error("cannot open the console file {path}: {source}{cure}", path = .path.display(), cure = cure(source))]
     File {
         /// The file.
         path: PathBuf,
@@ -148,7 +148,7 @@ pub enum SerialError {
         path: PathBuf,
     },
     /// The socket could not be made.
-    #[error("cannot {act} the console socket {path}: {source}", path = .path.display())]
+    #[error("cannot {act} the console socket {path}: {source}{cure}", path = .path.display(), cure = cure(source))]
     Socket {
         /// What was tried.
         act: &'static str,
@@ -162,4 +162,15 @@ pub enum SerialError {
         "cannot create a descriptor for the console: {0}; raise the limit of open files (ulimit -n)"
     )]
     Descriptor(#[source] io::Error),
+}
+
+/// What to do about a path that cannot be opened.
+fn cure(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => "; does its directory exist?",
+        io::ErrorKind::PermissionDenied => "; may this user write there?",
+        io::ErrorKind::IsADirectory => "; name a file in it",
+        _ if source.raw_os_error() == Some(libc::ENXIO) => "; nobody reads this pipe",
+        _ => "",
+    }
 }
