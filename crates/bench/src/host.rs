@@ -92,6 +92,14 @@ pub(crate) fn warm(file: &Path) -> anyhow::Result<Vec<u8>> {
     fs::read(file).with_context(|| format!("cannot read {}", file.display()))
 }
 
+/// A process that runs this program, if there is any.
+pub(crate) fn running(program: &Path) -> Option<u32> {
+    let program = fs::canonicalize(program).ok()?;
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    let mut ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    ids.find(|id| fs::read_link(format!("/proc/{id}/exe")).is_ok_and(|exe| exe == program))
+}
+
 /// The release in the banner that every uncompressed kernel holds.
 fn linux_version(kernel: &[u8]) -> Option<String> {
     const BANNER: &[u8] = b"Linux version ";
@@ -121,6 +129,13 @@ mod tests {
         let kernel = b"\x7fELF..Linux version %s (%s)\0..Linux version 6.12.1-cloud (x@y)\0";
         assert_eq!(linux_version(kernel).as_deref(), Some("6.12.1-cloud"));
         assert_eq!(linux_version(b"bzImage"), None);
+    }
+
+    #[test]
+    fn running_programs_are_found() {
+        let mine = std::env::current_exe().unwrap();
+        assert!(running(&mine).is_some());
+        assert_eq!(running(Path::new("/proc/self/status")), None);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Our speed beside the peers', in one run: boots the same guest under every VMM in turn.
 //!
 //! This file reads the command line and puts the parts together. `tools/bench` builds what is
-//! measured and finds the guest kernel; this program knows neither how nor where.
+//! measured and finds the guest kernel. It does not know how either is done.
 
 mod cpio;
 mod guest;
@@ -119,6 +119,14 @@ fn boot(args: &Boot) -> anyhow::Result<ExitCode> {
     let strace = Command::new("strace").arg("-V").output().is_ok();
     if !strace {
         missing.push("strace IS MISSING: no first KVM_RUN and no system calls are measured".into());
+    }
+    for vmm in &vmms {
+        if let Some(id) = host::running(&vmm.path) {
+            missing.push(format!(
+                "{} RUNS ALREADY (process {id}): pages shared with it make the PSS look smaller",
+                vmm.name
+            ));
+        }
     }
     for line in &missing {
         eprintln!("alveole-bench: {line}");
