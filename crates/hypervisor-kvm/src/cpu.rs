@@ -40,14 +40,20 @@ pub(crate) struct KvmCpu {
     fd: VcpuFd,
     apic_id: u32,
     kick: Arc<KvmKick>,
+    host_msrs: Arc<[(u32, u64)]>,
 }
 
 impl KvmCpu {
-    pub(crate) fn new(mut fd: VcpuFd, apic_id: u32) -> Self {
+    pub(crate) fn new(mut fd: VcpuFd, apic_id: u32, host_msrs: Arc<[(u32, u64)]>) -> Self {
         let flag = &raw mut fd.get_kvm_run().immediate_exit;
         // SAFETY: the flag lies in the page that `fd` maps; `drop` retires the kick before `fd` unmaps it.
         let kick = Arc::new(unsafe { KvmKick::new(flag) });
-        Self { fd, apic_id, kick }
+        Self {
+            fd,
+            apic_id,
+            kick,
+            host_msrs,
+        }
     }
 
     fn act(&self, what: &str) -> String {
@@ -87,11 +93,16 @@ impl KvmCpu {
     }
 
     fn set_msrs(&self) -> Result<(), PartitionError> {
-        let entries = [MSR_MISC_ENABLE, MSR_MTRR_DEF_TYPE].map(|(index, data)| kvm_msr_entry {
-            index,
-            data,
-            ..Default::default()
-        });
+        let fixed = [MSR_MISC_ENABLE, MSR_MTRR_DEF_TYPE];
+        let entries: Vec<_> = fixed
+            .iter()
+            .chain(self.host_msrs.iter())
+            .map(|&(index, data)| kvm_msr_entry {
+                index,
+                data,
+                ..Default::default()
+            })
+            .collect();
         let act = || self.act("setting the model-specific registers (KVM_SET_MSRS)");
         let refused_at = |index: u32, source| PartitionError::Refused {
             act: format!("{}, register {index:#x}", act()),

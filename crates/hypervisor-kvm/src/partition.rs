@@ -2,12 +2,14 @@
 
 use std::ffi::CString;
 use std::io;
+use std::sync::Arc;
 
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{CpuidEntry, Partition, PartitionError, VirtualCpu};
 use alveole_interrupts::IrqLine;
 use kvm_bindings::{
-    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region,
+    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
@@ -31,6 +33,30 @@ const NEEDED: [(Cap, &str, &str); 5] = [
 pub struct KvmPartition {
     kvm: Kvm,
     vm: VmFd,
+    /// What every processor takes over from the host: index and value.
+    host_msrs: Arc<[(u32, u64)]>,
+}
+
+/// IA32_BIOS_SIGN_ID, AMD PATCH_LEVEL: the microcode revision. A kernel that sees none takes the processor
+/// for unpatched, and works around (and complains of) what is mended.
+const MSR_MICROCODE_REVISION: u32 = 0x8b;
+
+/// Registers whose value is the host's. KVM gives what it knows (Linux 4.18 and later): none is a
+/// necessity, so a host that says nothing is none the worse.
+fn host_msrs(kvm: &Kvm) -> Vec<(u32, u64)> {
+    let entry = kvm_msr_entry {
+        index: MSR_MICROCODE_REVISION,
+        ..Default::default()
+    };
+    let Ok(mut list) = Msrs::from_entries(&[entry]) else {
+        return Vec::new();
+    };
+    let known = kvm.get_msrs(&mut list).unwrap_or(0);
+    let known = list.as_slice().iter().take(known);
+    known
+        .filter(|e| e.data != 0)
+        .map(|e| (e.index, e.data))
+        .collect()
 }
 
 impl KvmPartition {
@@ -66,7 +92,8 @@ impl KvmPartition {
             "placing the task state pages (KVM_SET_TSS_ADDR)",
             "",
         ))?;
-        Ok(Self { kvm, vm })
+        let host_msrs = host_msrs(&kvm).into();
+        Ok(Self { kvm, vm, host_msrs })
     }
 }
 
@@ -187,7 +214,7 @@ impl Partition for KvmPartition {
             format!("making processor {apic_id} (KVM_CREATE_VCPU)"),
             "give the guest fewer processors, or raise the limits on files and locked memory",
         ))?;
-        Ok(Box::new(KvmCpu::new(fd, apic_id)))
+        Ok(Box::new(KvmCpu::new(fd, apic_id, self.host_msrs.clone())))
     }
 
     fn irq_line(&self, gsi: u32) -> Result<IrqLine, PartitionError> {

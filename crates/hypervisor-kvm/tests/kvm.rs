@@ -1,5 +1,7 @@
 //! The port against a real KVM, where there is one: tiny guests that need no kernel.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
 use std::time::Instant;
 
 use alveole_guest_memory::{GuestRam, MemoryPlan};
@@ -14,7 +16,11 @@ fn skip(test: &str) -> bool {
     eprint!("{line}");
     if let Some(path) = std::env::var_os("ALVEOLE_SKIP_LOG") {
         use std::io::Write;
-        let mut log = std::fs::File::options().append(true).create(true).open(path).unwrap();
+        let mut log = std::fs::File::options()
+            .append(true)
+            .create(true)
+            .open(path)
+            .unwrap();
         log.write_all(line.as_bytes()).unwrap();
     }
     true
@@ -24,14 +30,21 @@ fn skip(test: &str) -> bool {
 fn guest(code: &[u8]) -> (KvmPartition, GuestRam, Box<dyn VirtualCpu>) {
     let ram = GuestRam::map(&MemoryPlan::around_hole(1 << 20).unwrap()).unwrap();
     ram.write(0x1000, code).unwrap();
-    ram.write(0x500 + 16, &0x00cf_9b00_0000_ffff_u64.to_le_bytes()).unwrap();
-    ram.write(0x500 + 24, &0x00cf_9300_0000_ffff_u64.to_le_bytes()).unwrap();
+    ram.write(0x500 + 16, &0x00cf_9b00_0000_ffff_u64.to_le_bytes())
+        .unwrap();
+    ram.write(0x500 + 24, &0x00cf_9300_0000_ffff_u64.to_le_bytes())
+        .unwrap();
     let mut partition = KvmPartition::new().unwrap();
     partition.map_ram(&ram).unwrap();
     let mut cpu = partition.create_cpu(0).unwrap();
-    let state =
-        InitialState::Protected32 { eip: 0x1000, ebx: 7, gdt_addr: 0x500, gdt_size_bytes: 32 };
-    cpu.configure(&partition.supported_cpuid().unwrap(), &state).unwrap();
+    let state = InitialState::Protected32 {
+        eip: 0x1000,
+        ebx: 7,
+        gdt_addr: 0x500,
+        gdt_size_bytes: 32,
+    };
+    cpu.configure(&partition.supported_cpuid().unwrap(), &state)
+        .unwrap();
     (partition, ram, cpu)
 }
 
@@ -54,15 +67,26 @@ fn port_and_memory_exits_carry_their_values() {
     let (_partition, _ram, mut cpu) =
         guest(&[0xe4, 0x60, 0xa2, 0, 0, 0, 0xd0, 0x66, 0xe7, 0x80, 0xf4]);
     match cpu.run().unwrap() {
-        CpuExit::PortRead { port: 0x60, size_bytes: 1, data } => data[0] = 0x5a,
+        CpuExit::PortRead {
+            port: 0x60,
+            size_bytes: 1,
+            data,
+        } => data[0] = 0x5a,
         other => panic!("{other:?}"),
     }
     match cpu.run().unwrap() {
-        CpuExit::MmioWrite { addr: 0xd000_0000, data } => assert_eq!(data, [0x5a]),
+        CpuExit::MmioWrite {
+            addr: 0xd000_0000,
+            data,
+        } => assert_eq!(data, [0x5a]),
         other => panic!("{other:?}"),
     }
     match cpu.run().unwrap() {
-        CpuExit::PortWrite { port: 0x80, size_bytes: 2, data } => assert_eq!(data[0], 0x5a),
+        CpuExit::PortWrite {
+            port: 0x80,
+            size_bytes: 2,
+            data,
+        } => assert_eq!(data[0], 0x5a),
         other => panic!("{other:?}"),
     }
     assert_eq!(cpu.position().general[1], 7, "ebx keeps what it was given");
@@ -80,7 +104,11 @@ fn a_string_write_keeps_its_width() {
     let mut written = Vec::new();
     while written.len() < 4 {
         match cpu.run().unwrap() {
-            CpuExit::PortWrite { port: 0x3f8, size_bytes: 1, data } => {
+            CpuExit::PortWrite {
+                port: 0x3f8,
+                size_bytes: 1,
+                data,
+            } => {
                 written.extend_from_slice(data);
             }
             other => panic!("{other:?}"),
@@ -107,7 +135,10 @@ fn a_kick_ends_an_endless_loop_and_may_come_before_the_run() {
         other.kick();
     });
     assert_eq!(cpu.run().unwrap(), CpuExit::Interrupted);
-    assert!(start.elapsed().as_millis() >= 45, "the guest ran until it was kicked");
+    assert!(
+        start.elapsed().as_millis() >= 45,
+        "the guest ran until it was kicked"
+    );
     helper.join().unwrap();
     drop(cpu);
     kick.kick(); // a retired processor takes no harm
@@ -125,8 +156,17 @@ fn a_triple_fault_is_told() {
 
 #[test]
 fn a_missing_or_foreign_device_is_named() {
-    let text = KvmPartition::with_device("/nonexistent/kvm").err().unwrap().to_string();
-    assert!(text.contains("/nonexistent/kvm does not exist") && text.contains("modprobe"), "{text}");
-    let text = KvmPartition::with_device("/dev/null").err().unwrap().to_string();
+    let text = KvmPartition::with_device("/nonexistent/kvm")
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(
+        text.contains("/nonexistent/kvm does not exist") && text.contains("modprobe"),
+        "{text}"
+    );
+    let text = KvmPartition::with_device("/dev/null")
+        .err()
+        .unwrap()
+        .to_string();
     assert!(text.contains("/dev/null is no KVM"), "{text}");
 }

@@ -1,5 +1,7 @@
 //! A vCPU thread from start to stop on the scripted hypervisor, inside its real sandbox.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
