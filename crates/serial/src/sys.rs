@@ -112,10 +112,11 @@ pub(crate) fn terminal_settings(fd: BorrowedFd<'_>) -> io::Result<libc::termios>
     Ok(unsafe { settings.assume_init() })
 }
 
-/// Changes the settings of a terminal at once. Async-signal-safe.
+/// Changes the settings of a terminal at once. Async-signal-safe. Not with `tcsetattr`: glibc's reads the
+/// settings back (`TCGETS`), which a confined thread may not do.
 pub(crate) fn set_terminal(fd: c_int, settings: &libc::termios) -> io::Result<()> {
-    // SAFETY: `settings` is a live termios, which is only read.
-    check(unsafe { libc::tcsetattr(fd, libc::TCSANOW, settings) })?;
+    // SAFETY: `settings` is a live termios, which is only read; the kernel's own is the first part of it.
+    check(unsafe { libc::ioctl(fd, libc::TCSETS, &raw const *settings) })?;
     Ok(())
 }
 
