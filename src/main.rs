@@ -112,6 +112,9 @@ fn read_config(args: &Args) -> Result<VmConfig, Failure> {
             ErrorKind::NotFound => "; is the path right?",
             ErrorKind::PermissionDenied => "; make it readable for this user",
             ErrorKind::IsADirectory => "; name a file in it",
+            _ if e.raw_os_error() == Some(nix::libc::EMFILE) => {
+                "; raise the limit on open files (ulimit -n)"
+            }
             _ => "",
         };
         Failure::Config(format!(

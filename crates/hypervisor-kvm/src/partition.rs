@@ -29,6 +29,9 @@ const NEEDED: [(Cap, &str, &str); 5] = [
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "4.13"),
 ];
 
+/// What to do when this process is out of file descriptors.
+const MORE_FILES: &str = "raise the limit on open files (ulimit -n)";
+
 /// One guest under KVM.
 pub struct KvmPartition {
     kvm: Kvm,
@@ -112,6 +115,7 @@ fn open(path: &str) -> Result<Kvm, PartitionError> {
                 "no permission to open {path}: become a member of the group that owns it \
                  (usermod -aG kvm $USER, then log in again)"
             ),
+            _ if e.errno() == libc::EMFILE => format!("cannot open {path}: {source}; {MORE_FILES}"),
             _ => format!("cannot open {path}: {source}; `alveole doctor` says more"),
         })
     })
@@ -144,8 +148,12 @@ pub(crate) fn refused(
     let act = act.into();
     move |e| PartitionError::Refused {
         act,
+        hint: if e.errno() == libc::EMFILE {
+            MORE_FILES
+        } else {
+            hint
+        },
         source: e.into(),
-        hint,
     }
 }
 
@@ -222,7 +230,7 @@ impl Partition for KvmPartition {
         let line = IrqLine::new().map_err(|source| PartitionError::Refused {
             act: act.clone(),
             source,
-            hint: "raise the limit on open files (ulimit -n)",
+            hint: MORE_FILES,
         })?;
         self.vm
             .register_irqfd(line.event_fd(), gsi)

@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 use crate::ValidConfig;
 
+/// The process is out of file descriptors.
+const EMFILE: i32 = 24;
+
 /// The open files of one machine.
 pub struct HostResources {
     pub(crate) kernel: File,
@@ -15,13 +18,7 @@ pub struct HostResources {
 
 /// Why a file could not be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot open the {what} {path:?}: {source}{}", match source.kind() {
-    io::ErrorKind::NotFound => "; is the path right?",
-    io::ErrorKind::PermissionDenied => "; make it readable for this user",
-    io::ErrorKind::IsADirectory => "; name a file in it",
-    io::ErrorKind::Other => "; name a file",
-    _ => "",
-})]
+#[error("cannot open the {what} {path:?}: {source}{}", cure(source))]
 pub struct ResourceError {
     /// What it is to the machine.
     what: &'static str,
@@ -47,6 +44,17 @@ impl HostResources {
             kernel_path: config.kernel_path.clone(),
             initrd,
         })
+    }
+}
+
+fn cure(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => "; is the path right?",
+        io::ErrorKind::PermissionDenied => "; make it readable for this user",
+        io::ErrorKind::IsADirectory => "; name a file in it",
+        io::ErrorKind::Other => "; name a file",
+        _ if source.raw_os_error() == Some(EMFILE) => "; raise the limit on open files (ulimit -n)",
+        _ => "",
     }
 }
 
