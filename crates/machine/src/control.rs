@@ -33,7 +33,7 @@ const CONSOLE_FLUSH: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub enum Event {
     /// Word from a processor.
-    Vcpu(Report),
+    Vcpu(Box<Report>),
     /// Word from the person at the console.
     Console(ConsoleEvent),
     /// A signal to this process.
@@ -164,7 +164,7 @@ impl Machine {
 
     fn handle(&mut self, event: Event) -> Option<End> {
         match event {
-            Event::Vcpu(report) => self.handle_report(report),
+            Event::Vcpu(report) => self.handle_report(*report),
             Event::Console(ConsoleEvent::Quit) => Some(End::Quit),
             Event::Console(ConsoleEvent::PowerButton) => {
                 self.press_power_button();

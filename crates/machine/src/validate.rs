@@ -85,7 +85,7 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
                 broken.push(Invalid::Memory {
                     mib,
                     why: e.to_string(),
-                })
+                });
             })
             .ok()
     };

@@ -21,7 +21,7 @@ impl WithDevices {
     pub(super) fn load_boot(
         self,
         config: &ValidConfig,
-        resources: &HostResources,
+        resources: HostResources,
     ) -> Result<WithBoot, BuildError> {
         let Self {
             ram,
@@ -40,14 +40,16 @@ impl WithDevices {
         if let Some(table) = alveole_acpi::mp_table(&board) {
             ram.write(alveole_acpi::MP_TABLE_ADDR, &table)?;
         }
+        let HostResources {
+            kernel,
+            kernel_path,
+            initrd,
+        } = resources;
         let cmdline = catalog::complete_cmdline(&config.cmdline);
         let source = BootSource {
-            kernel: &resources.kernel,
-            kernel_path: &resources.kernel_path,
-            initrd: resources
-                .initrd
-                .as_ref()
-                .map(|(file, path)| (file, path.as_path())),
+            kernel: &kernel,
+            kernel_path: &kernel_path,
+            initrd: initrd.as_ref().map(|(file, path)| (file, path.as_path())),
             cmdline: &cmdline,
             entry: EntryPreference::Auto,
         };

@@ -81,7 +81,7 @@ pub fn build(
     memory::plan_memory(config)?
         .create_partition(config, partition)?
         .place_devices(console, options)?
-        .load_boot(config, &resources)?
+        .load_boot(config, resources)?
         .create_processors(config, &mailbox)?
         .seal(workers, mailbox, events, options)
 }

@@ -61,7 +61,7 @@ impl WithBoot {
                 &state,
             )?;
             let mailbox = mailbox.clone();
-            let report = Box::new(move |report| mailbox.send(Event::Vcpu(report)));
+            let report = Box::new(move |report| mailbox.send(Event::Vcpu(Box::new(report))));
             vcpus.push(Vcpu {
                 index,
                 cpu,
