@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use alveole_machine::Placement;
 use alveole_serial::{ConsoleTarget, FileStart};
 use alveole_vm_config::LogLevel;
 
@@ -15,6 +16,9 @@ usage: alveole-vmm --config-file FILE --no-api [options]
   --config-file FILE    description of the machine, as Firecracker reads it (JSON)
   --no-api              run what the file describes (the API socket is not built yet)
   --console WHERE       serial console: stdio (default), file:PATH, unix:PATH, none
+  --kernel-memory HOW   share: map kernel and initrd copy-on-write, one copy for all guests;
+                        copy: into the guest's own huge pages; auto (default): share where
+                        the processor has nested paging, else copy, as faults are dear there
   --boot-timer          say how long it took from the start of this process to the first
                         guest instruction and to the guest's init
   --id ID               name of this machine in log lines (default: anonymous-instance)
@@ -39,6 +43,7 @@ pub(crate) struct Args {
     pub(crate) no_api: bool,
     pub(crate) console: Option<ConsoleTarget>,
     pub(crate) boot_timer: bool,
+    pub(crate) placement: Option<Placement>,
     pub(crate) id: Option<String>,
     pub(crate) log_path: Option<PathBuf>,
     pub(crate) level: Option<LogLevel>,
@@ -92,6 +97,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "log-path" => args.log_path = Some(text()?.into()),
             "metrics-path" => args.metrics_path = Some(text()?.into()),
             "module" => args.module = Some(text()?),
+            "kernel-memory" => args.placement = placement(&text()?)?,
             "console" => args.console = Some(console(&text()?)?),
             "level" => args.level = Some(level(&text()?)?),
             "id" => args.id = Some(id(text()?)?),
@@ -99,6 +105,17 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
         }
     }
     Ok(Request::Run(args))
+}
+
+fn placement(value: &str) -> Result<Option<Placement>, String> {
+    match value {
+        "auto" => Ok(None),
+        "share" => Ok(Some(Placement::Map)),
+        "copy" => Ok(Some(Placement::Copy)),
+        _ => Err(format!(
+            "--kernel-memory {value:?}: expected auto, share or copy"
+        )),
+    }
 }
 
 fn console(value: &str) -> Result<ConsoleTarget, String> {
@@ -185,6 +202,7 @@ mod tests {
                 "expected stdio, file:PATH, unix:PATH or none",
             ),
             ("--console file:", "expected stdio"),
+            ("--kernel-memory huge", "expected auto, share or copy"),
             ("--no-api=1", "no-api"),
         ] {
             let e = run(line).unwrap_err();

@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     match cli::parse(std::env::args_os().skip(1)) {
         Ok(Request::Help) => print(cli::HELP),
         Ok(Request::Version) => print(concat!("alveole-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
-        Ok(Request::Run(args)) => match run(args, started) {
+        Ok(Request::Run(args)) => match run(&args, started) {
             Ok(code) => code,
             Err(failure) => exit::failed(&failure),
         },
@@ -41,9 +41,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: Args, started: Instant) -> Result<ExitCode, Failure> {
-    let config = read_config(&args)?;
-    start_logger(&args, &config).map_err(Failure::Host)?;
+fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
+    let config = read_config(args)?;
+    start_logger(args, &config).map_err(Failure::Host)?;
     let valid = alveole_machine::validate(&config).map_err(|broken| {
         let all: Vec<_> = broken.iter().map(ToString::to_string).collect();
         Failure::Config(format!("this machine cannot be built: {}", all.join("; ")))
@@ -62,10 +62,11 @@ fn run(args: Args, started: Instant) -> Result<ExitCode, Failure> {
     let signals = signals::SignalWorker::new(mailbox.clone()).map_err(Failure::Host)?;
     let resources = HostResources::open(&valid).map_err(|e| host(&e))?;
     let partition = KvmPartition::new().map_err(|e| host(&e))?;
-    let target = console_target(&args, &config);
+    let target = console_target(args, &config);
     let options = Options {
         boot_timer: args.boot_timer,
         end_with_terminal: matches!(target, ConsoleTarget::Terminal),
+        placement: args.placement,
     };
     let to_control = mailbox.clone();
     let console = Console::open(

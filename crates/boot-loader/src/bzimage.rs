@@ -96,6 +96,7 @@ pub(crate) fn parse(
             offset,
             file_size,
             addr: place.load_addr,
+            writable: false,
         }],
         range: place.load_addr.min(place.runs_at)..end,
         start: Start::Long64(place.load_addr.saturating_add(ENTRY_64_OFFSET)),

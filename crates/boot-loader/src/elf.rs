@@ -21,6 +21,8 @@ const EI_DATA: usize = 5;
 const CLASS_64: u8 = 2;
 const DATA_LITTLE_ENDIAN: u8 = 1;
 
+/// Flag of a program header: the segment is written.
+const PF_W: u32 = 2;
 /// Program headers we look at; kernels have about five, and a file can claim 65535.
 const MAX_PROGRAM_HEADERS: u16 = 64;
 /// Bytes of notes we look at in one segment; kernels have a few hundred, and a file can claim all of
@@ -45,6 +47,7 @@ struct Segment {
     addr: u64,
     virtual_addr: u64,
     memory_size: u64,
+    writable: bool,
 }
 
 pub(crate) fn parse(
@@ -69,6 +72,7 @@ pub(crate) fn parse(
         offset: s.offset,
         file_size: s.file_size,
         addr: s.addr,
+        writable: s.writable,
     };
     Ok(Kernel {
         kind: KernelKind::Elf,
@@ -152,6 +156,7 @@ fn segments(file: &KernelFile<'_>, headers: &[u8]) -> Result<Vec<Segment>, Kerne
             addr: number(offset_of!(Elf64_Phdr, p_paddr)),
             virtual_addr: number(offset_of!(Elf64_Phdr, p_vaddr)),
             memory_size: number(offset_of!(Elf64_Phdr, p_memsz)),
+            writable: u32_at(header, offset_of!(Elf64_Phdr, p_flags)) & PF_W != 0,
         };
         if u32_at(header, offset_of!(Elf64_Phdr, p_type)) == PT_LOAD && segment.memory_size > 0 {
             segment.check(file)?;

@@ -35,6 +35,8 @@ pub(crate) struct Part {
     pub(crate) offset: u64,
     pub(crate) file_size: u64,
     pub(crate) addr: u64,
+    /// The kernel will write it.
+    pub(crate) writable: bool,
 }
 
 /// The first instruction.

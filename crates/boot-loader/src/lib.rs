@@ -71,7 +71,7 @@ pub enum EntryPreference {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Placement {
     /// Mapped copy-on-write from the page cache: nothing is read now, and guests share what they do not
-    /// write.
+    /// write. What the kernel marks as writable is copied.
     #[default]
     Map,
     /// Copied: the guest does not depend on the file afterwards.
@@ -156,13 +156,34 @@ pub fn load(
         .map(|(file, path)| Initrd::fit(file, path, &kernel, &memory))
         .transpose()?;
 
-    let put = |file, offset, addr, len| put(ram, placement, file, offset, addr, len);
     for part in &kernel.parts {
-        put(source.kernel, part.offset, part.addr, part.file_size).map_err(failed("the kernel"))?;
+        // What the kernel writes would be copied all the same, page by page, at a fault each.
+        let placement = if part.writable {
+            Placement::Copy
+        } else {
+            placement
+        };
+        put(
+            ram,
+            placement,
+            source.kernel,
+            part.offset,
+            part.addr,
+            part.file_size,
+        )
+        .map_err(failed("the kernel"))?;
     }
     if let Some(initrd) = &initrd {
         let Range { start, end } = initrd.range;
-        put(initrd.file, 0, start, end.saturating_sub(start)).map_err(failed("the initrd"))?;
+        put(
+            ram,
+            placement,
+            initrd.file,
+            0,
+            start,
+            end.saturating_sub(start),
+        )
+        .map_err(failed("the initrd"))?;
     }
     let initrd = initrd.map(|initrd| initrd.range);
     let told = Told {

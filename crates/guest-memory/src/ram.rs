@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -11,6 +12,9 @@ use vm_memory::{
 };
 
 use crate::{MemoryPlan, PAGE_SIZE, RamRange};
+
+/// What the host gives in one piece where it can.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Why RAM could not be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -228,7 +232,6 @@ impl GuestRam {
         addr: u64,
         len: u64,
     ) -> Result<(), AccessError> {
-        use std::os::unix::fs::FileExt;
         if !self.contains(addr, len) {
             return Err(AccessError::Outside { addr, len });
         }
@@ -243,12 +246,11 @@ impl GuestRam {
         let into = unsafe {
             std::slice::from_raw_parts_mut(ptr, usize::try_from(len).unwrap_or_default())
         };
-        file.read_exact_at(into, offset)
-            .map_err(|source| AccessError::File {
-                offset,
-                len,
-                source,
-            })
+        read_in_parallel(file, into, offset).map_err(|source| AccessError::File {
+            offset,
+            len,
+            source,
+        })
     }
 
     fn map_pages(&self, file: &File, offset: u64, addr: u64, len: u64) -> Result<(), AccessError> {
@@ -286,6 +288,30 @@ impl GuestRam {
             .get_host_address(GuestAddress(addr))
             .map_err(|_| AccessError::Outside { addr, len })
     }
+}
+
+/// Reads a file into memory, large ones with two threads: one core neither reads the page cache nor takes
+/// fresh pages as fast as memory gives them, and a guest waits for this.
+fn read_in_parallel(file: &File, into: &mut [u8], offset: u64) -> io::Result<()> {
+    const WORTH_A_THREAD_BYTES: usize = 4 << 20;
+    if into.len() < WORTH_A_THREAD_BYTES {
+        return file.read_exact_at(into, offset);
+    }
+    // Halves meet at the boundary of a huge page, so that no page is asked for twice.
+    let to_boundary =
+        (into.as_ptr() as usize).next_multiple_of(HUGE_PAGE_BYTES) - into.as_ptr() as usize;
+    let middle = (to_boundary + ((into.len() / 2) & !(HUGE_PAGE_BYTES - 1))).min(into.len());
+    let (low, high) = into.split_at_mut(middle);
+    let high_offset = offset + low.len() as u64;
+    let helped = std::thread::scope(|scope| {
+        let helper = std::thread::Builder::new()
+            .name("loader".into())
+            .spawn_scoped(scope, || file.read_exact_at(low, offset));
+        file.read_exact_at(high, high_offset)?;
+        // A host that gives no thread, or one that died, leaves the work to us.
+        Ok::<_, io::Error>(helper.ok().and_then(|helper| helper.join().ok()))
+    })?;
+    helped.unwrap_or_else(|| file.read_exact_at(low, offset))
 }
 
 fn map_range(range: &RamRange) -> Result<GuestRegionMmap, MapError> {

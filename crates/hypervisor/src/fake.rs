@@ -132,6 +132,10 @@ impl Partition for FakePartition {
         true
     }
 
+    fn has_nested_paging(&self) -> bool {
+        true
+    }
+
     fn create_cpu(&self, apic_id: u32) -> Result<Box<dyn VirtualCpu>, PartitionError> {
         if self.refuse_cpu == Some(apic_id) {
             return Err(PartitionError::Refused {

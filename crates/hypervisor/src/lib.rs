@@ -40,6 +40,10 @@ pub trait Partition: Send + Sync {
     /// Whether the local APIC timer has the TSC deadline mode.
     fn has_tsc_deadline_timer(&self) -> bool;
 
+    /// Whether the processor translates guest addresses itself (EPT, NPT). Without, the hypervisor shadows
+    /// the guest's page tables, and a page that the guest touches first costs about ten times as much.
+    fn has_nested_paging(&self) -> bool;
+
     /// Makes the processor with this APIC id.
     ///
     /// # Errors

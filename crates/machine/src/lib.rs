@@ -16,7 +16,7 @@ mod lifecycle;
 mod resources;
 mod validate;
 
-pub use build::{BuildError, Options, build};
+pub use build::{BuildError, Options, Placement, build};
 pub use control::{Event, Machine, Mailbox, Milestones};
 pub use end::End;
 pub use lifecycle::{Command, Lifecycle, permit};

@@ -4,8 +4,8 @@ use alveole_boot_loader::{BootSource, EntryPreference, EntryState, Placement};
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{InitialState, Partition};
 
-use crate::build::BuildError;
 use crate::build::devices::WithDevices;
+use crate::build::{BuildError, Options};
 use crate::catalog::{self, Devices};
 use crate::{HostResources, ValidConfig, layout};
 
@@ -22,6 +22,7 @@ impl WithDevices {
         self,
         config: &ValidConfig,
         resources: HostResources,
+        options: Options,
     ) -> Result<WithBoot, BuildError> {
         let Self {
             ram,
@@ -45,6 +46,15 @@ impl WithDevices {
             kernel_path,
             initrd,
         } = resources;
+        // Mapped, guests share the kernel's pages and nothing is read before the start; copied, it lies in
+        // huge pages and the guest meets few faults. Faults are what a shadowing hypervisor is slow at.
+        let nested = partition.has_nested_paging();
+        let suits = if nested {
+            Placement::Map
+        } else {
+            Placement::Copy
+        };
+        let placement = options.placement.unwrap_or(suits);
         let cmdline = catalog::complete_cmdline(&config.cmdline);
         let source = BootSource {
             kernel: &kernel,
@@ -53,8 +63,7 @@ impl WithDevices {
             cmdline: &cmdline,
             entry: EntryPreference::Auto,
         };
-        let loaded =
-            alveole_boot_loader::load(&ram, &source, Some(tables.rsdp_addr), Placement::Map)?;
+        let loaded = alveole_boot_loader::load(&ram, &source, Some(tables.rsdp_addr), placement)?;
         Ok(WithBoot {
             ram,
             partition,

@@ -14,6 +14,8 @@ use alveole_hypervisor::{Partition, PartitionError};
 use alveole_io_bus::BusError;
 use alveole_serial::Console;
 
+pub use alveole_boot_loader::Placement;
+
 use crate::{Event, HostResources, Machine, Mailbox, ValidConfig};
 
 /// What a machine is to do beyond its description.
@@ -23,6 +25,8 @@ pub struct Options {
     pub boot_timer: bool,
     /// End the machine when the console's terminal vanishes.
     pub end_with_terminal: bool,
+    /// How kernel and initrd get into guest memory; none: as suits the hypervisor.
+    pub placement: Option<Placement>,
 }
 
 /// Why a machine could not be built.
@@ -81,7 +85,7 @@ pub fn build(
     memory::plan_memory(config)?
         .create_partition(config, partition)?
         .place_devices(console, options)?
-        .load_boot(config, resources)?
+        .load_boot(config, resources, options)?
         .create_processors(config, &mailbox)?
         .seal(workers, mailbox, events, options)
 }
