@@ -1,0 +1,1019 @@
+//! Bad input gets a clear error and nothing is lost: the real program on wrong descriptions, wrong
+//! kernels, wrong hosts and vanished terminals. Each message names the value, the reason and the cure;
+//! no process, file or raw terminal is left behind.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+mod tiny_guest;
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
+use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
+use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use nix::sys::termios::{Termios, tcgetattr};
+use tiny_guest::code::{kernel_of_size, tiny_kernel};
+use tiny_guest::{Bench, Ended, hang, no_kvm, power_off, print, skipped};
+
+/// The host or a file cannot give what is needed.
+const HOST: i32 = 1;
+/// The description is wrong.
+const CONFIG: i32 = 152;
+/// The command line is wrong.
+const USAGE: i32 = 153;
+
+/// A guest that says "up" and then sleeps.
+fn up() -> Vec<u8> {
+    [print("up\n"), hang()].concat()
+}
+
+fn boot(more: &str) -> String {
+    format!(r#"{{"boot-source": {{"kernel_image_path": "kernel"{more}}}}}"#)
+}
+
+fn machine(machine: &str) -> String {
+    format!(
+        r#"{{"boot-source": {{"kernel_image_path": "kernel"}}, "machine-config": {{{machine}}}}}"#
+    )
+}
+
+// ---- kernels ----
+
+#[test]
+fn a_kernel_that_is_none() {
+    if no_kvm("a_kernel_that_is_none") {
+        return;
+    }
+    let bench = Bench::new(&power_off());
+    bench.describe("/nonexistent/vmlinux", 1, 64);
+    bench.run().assert(
+        HOST,
+        &[
+            "kernel \"/nonexistent/vmlinux\"",
+            "No such file",
+            "is the path right?",
+        ],
+    );
+    bench.describe("/etc", 1, 64);
+    bench
+        .run()
+        .assert(HOST, &["kernel \"/etc\"", "directory", "name a file in it"]);
+    bench.describe("/dev/zero", 1, 64);
+    bench.run().assert(
+        HOST,
+        &["kernel \"/dev/zero\"", "not a regular file", "name a file"],
+    );
+    nix::unistd::mkfifo(&bench.file("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    bench.describe("pipe", 1, 64);
+    bench
+        .run()
+        .assert(HOST, &["kernel \"pipe\"", "not a regular file"]);
+
+    let mut elf32 = tiny_kernel(&power_off());
+    elf32[4] = 1;
+    let mut arm_elf = tiny_kernel(&power_off());
+    arm_elf[18] = 183;
+    let mut arm_image = vec![0; 4096];
+    arm_image[0x38..0x3c].copy_from_slice(b"ARM\x64");
+    let table: [(&str, &[u8], &[&str]); 6] = [
+        (
+            "empty",
+            b"",
+            &["is empty", "give an ELF vmlinux or a bzImage"],
+        ),
+        (
+            "text",
+            b"#!/bin/sh\necho no kernel\n",
+            &["23 21 2f 62 (a script)", "give an ELF"],
+        ),
+        (
+            "gzip",
+            b"\x1f\x8b\x08\0\0\0\0\0\0\0",
+            &["1f 8b 08 00 (a gzip file)", "uncompressed"],
+        ),
+        ("elf32", &elf32, &["a 32-bit ELF file", "for x86-64"]),
+        (
+            "arm-elf",
+            &arm_elf,
+            &["an ELF file for arm64", "for x86-64"],
+        ),
+        (
+            "Image",
+            &arm_image,
+            &["an arm64 kernel Image", "for x86-64"],
+        ),
+    ];
+    for (name, bytes, words) in table {
+        bench.write(name, bytes);
+        bench.describe(name, 1, 64);
+        let ended = bench.run();
+        ended.assert(HOST, words);
+        ended.assert(HOST, &[&format!("kernel {name:?}")]);
+    }
+}
+
+#[test]
+fn a_kernel_cut_anywhere_is_called_incomplete() {
+    if no_kvm("a_kernel_cut_anywhere_is_called_incomplete") {
+        return;
+    }
+    let bench = Bench::new(&power_off());
+    let whole = fs::read(bench.file("kernel")).unwrap();
+    let cuts = (1..4)
+        .chain((4..0x78).step_by(9))
+        .chain([0x78, 0xfff, 0x1000, whole.len() - 1]);
+    for cut in cuts {
+        bench.write("kernel", &whole[..cut]);
+        let ended = bench.run();
+        let reason = if cut < 4 {
+            "not a kernel"
+        } else {
+            "is the file complete?"
+        };
+        ended.assert(HOST, &["kernel \"kernel\"", reason]);
+    }
+}
+
+#[test]
+fn a_kernel_or_initrd_larger_than_memory() {
+    if no_kvm("a_kernel_or_initrd_larger_than_memory") {
+        return;
+    }
+    let bench = Bench::new(&power_off());
+    bench.write("kernel", &kernel_of_size(&power_off(), 127 << 20));
+    bench.run().assert(
+        HOST,
+        &[
+            "needs guest memory up to 128 MiB",
+            "the guest has 64 MiB",
+            "at least 128 MiB",
+        ],
+    );
+    bench.write("kernel", &kernel_of_size(&power_off(), 4 << 30));
+    bench
+        .run()
+        .assert(HOST, &["segment 0", "outside", "link the kernel"]);
+
+    bench.write("kernel", &tiny_kernel(&power_off()));
+    bench.sparse("initrd", 80 << 20);
+    bench.write(
+        "vm.json",
+        machine(r#""vcpu_count": 1, "mem_size_mib": 64"#)
+            .replace("\"kernel\"", r#""kernel", "initrd_path": "initrd""#)
+            .as_bytes(),
+    );
+    bench.run().assert(
+        HOST,
+        &[
+            "initrd \"initrd\" of 80 MiB",
+            "64 MiB of guest memory",
+            "give the guest at least 8",
+        ],
+    );
+    bench.sparse("initrd", 1 << 40);
+    bench
+        .run()
+        .assert(HOST, &["initrd \"initrd\"", "make it smaller"]);
+    bench.sparse("initrd", 0);
+    bench
+        .run()
+        .assert(HOST, &["initrd \"initrd\"", "is empty", "give an archive"]);
+    fs::remove_file(bench.file("initrd")).unwrap();
+    bench.run().assert(
+        HOST,
+        &["initrd \"initrd\"", "No such file", "is the path right?"],
+    );
+    fs::create_dir(bench.file("initrd")).unwrap();
+    bench.run().assert(
+        HOST,
+        &["initrd \"initrd\"", "directory", "name a file in it"],
+    );
+}
+
+#[test]
+fn a_command_line_that_would_not_arrive() {
+    if no_kvm("a_command_line_that_would_not_arrive") {
+        return;
+    }
+    let bench = Bench::new(&power_off());
+    let long = "x".repeat(4000);
+    for (args, words) in [
+        (
+            long.as_str(),
+            ["it has 4008 characters", "takes at most 2047"],
+        ),
+        (
+            "quiet\\u0000panic=1",
+            ["byte 0x00 at position 5", "not printable ASCII"],
+        ),
+        ("a\\nb", ["byte 0x0a at position 1", "not printable ASCII"]),
+        (
+            "root=/dev/gr\u{fc}n",
+            ["byte 0xc3 at position 12", "not printable ASCII"],
+        ),
+    ] {
+        let text = boot(&format!(r#", "boot_args": "{args}""#));
+        bench.run_text(text.as_bytes()).assert(HOST, &words);
+    }
+}
+
+// ---- the machine ----
+
+#[test]
+fn memory_and_processors_out_of_range() {
+    let bench = Bench::new(&power_off());
+    for (cpus, mib, words) in [
+        (1, "0", &["mem_size_mib is 0", "at least 64 MiB"][..]),
+        (1, "63", &["mem_size_mib is 63", "at least 64 MiB"]),
+        (
+            1,
+            "18446744073709551615",
+            &["mem_size_mib is 18446744073709551615", "16 TiB"],
+        ),
+        (
+            1,
+            "18446744073709551616",
+            &[
+                "vm.json:1:",
+                "machine-config.mem_size_mib",
+                "a whole number",
+            ],
+        ),
+        (
+            1,
+            "64.5",
+            &["machine-config.mem_size_mib", "the number 64.5"],
+        ),
+        (1, "-64", &["machine-config.mem_size_mib", "the number -64"]),
+        (0, "64", &["vcpu_count is 0", "at least 1"]),
+        (65, "64", &["vcpu_count is 65", "at most 64"]),
+        (255, "64", &["vcpu_count is 255", "at most 64"]),
+        (
+            256,
+            "64",
+            &["vm.json:1:", "machine-config.vcpu_count", "the number 256"],
+        ),
+    ] {
+        let text = machine(&format!(r#""vcpu_count": {cpus}, "mem_size_mib": {mib}"#));
+        bench.run_text(text.as_bytes()).assert(CONFIG, words);
+    }
+    let text = machine(r#""vcpu_count": 0, "mem_size_mib": 1"#).replace("\"kernel\"", "\"\"");
+    let all = [
+        "vcpu_count is 0",
+        "mem_size_mib is 1",
+        "kernel_image_path is empty",
+    ];
+    bench.run_text(text.as_bytes()).assert(CONFIG, &all);
+}
+
+#[test]
+fn more_memory_than_the_host_has() {
+    if no_kvm("more_memory_than_the_host_has") {
+        return;
+    }
+    let bench = Bench::new(&power_off());
+    bench.describe("kernel", 1, 16 << 20);
+    bench.run().assert(
+        HOST,
+        &["16777216 MiB is more than this host has", "ask for less"],
+    );
+}
+
+// ---- the description ----
+
+#[test]
+fn descriptions_that_are_none() {
+    let bench = Bench::new(&power_off());
+    let deep = vec![b'['; 200_000];
+    let table: [(&[u8], &[&str]); 8] = [
+        (b"", &["vm.json: ", "is empty", "it needs at least"]),
+        (b" \n\t", &["vm.json: ", "is empty"]),
+        (b"{\"boot-source\": \xff}", &["vm.json:1:17", "not UTF-8"]),
+        (
+            b"{\n\"boot-source\": {},\n}",
+            &["vm.json:3:1", "trailing comma"],
+        ),
+        (b"{} x", &["vm.json:1:4", "trailing"]),
+        (b"[]", &["vm.json:1:1", "expected an object"]),
+        (b"kernel=vmlinux", &["vm.json:1:1", "not JSON"]),
+        (&deep, &["vm.json:", "not JSON"]),
+    ];
+    for (text, words) in table {
+        bench.run_text(text).assert(CONFIG, words);
+    }
+    bench.sparse("vm.json", 2 << 20);
+    bench
+        .run()
+        .assert(CONFIG, &["the limit is 1048576", "is this the right file?"]);
+}
+
+#[test]
+fn wrong_fields_are_named_with_line_and_neighbour() {
+    let bench = Bench::new(&power_off());
+    let table: [(String, &[&str]); 9] = [
+        (
+            boot(", \n\"boot_arg\": \"\""),
+            &[
+                "vm.json:2:1",
+                "boot-source",
+                "boot_arg",
+                "did you mean \"boot_args\"?",
+            ],
+        ),
+        (
+            "{\n\"bootsource\": {}}".into(),
+            &["vm.json:2:1", "did you mean \"boot-source\"?"],
+        ),
+        (
+            boot("").replace("\"kernel\"", "7"),
+            &[
+                "boot-source.kernel_image_path",
+                "expected a string",
+                "the number 7",
+            ],
+        ),
+        (
+            r#"{"boot-source": []}"#.into(),
+            &["\"boot-source\"", "expected an object", "an array"],
+        ),
+        (
+            "{}".into(),
+            &["\"boot-source\"", "required and missing; add it"],
+        ),
+        (
+            boot(", \n\"kernel_image_path\": \"b\""),
+            &["vm.json:2:1", "given twice, first in line 1; remove one"],
+        ),
+        (
+            machine("\"vcpu_count\": 1"),
+            &["machine-config.mem_size_mib", "required and missing"],
+        ),
+        (
+            machine("\"vcpu_count\": \"1\", \"mem_size_mib\": 64"),
+            &["machine-config.vcpu_count", "the string \"1\""],
+        ),
+        (
+            machine("\"vcpu_count\": 1, \"mem_size_mib\": 64, \"smt\": true"),
+            &["machine-config.smt", "set it to false"],
+        ),
+    ];
+    for (text, words) in table {
+        bench.run_text(text.as_bytes()).assert(CONFIG, words);
+    }
+    let many = "{\"boot-source\": {\"kernel\": 1},\n\"machine-config\": {\"vcpu_count\": -1},\n\"extra\": 0}";
+    let all = [
+        "vm.json:1:",
+        "vm.json:2:",
+        "vm.json:3:",
+        "kernel_image_path",
+        "vcpu_count",
+        "extra",
+    ];
+    bench.run_text(many.as_bytes()).assert(CONFIG, &all);
+    let flood: Vec<String> = (0..5000).map(|n| format!("\"k{n}\": 0")).collect();
+    let ended = bench.run_text(format!("{{{}}}", flood.join(",\n")).as_bytes());
+    ended.assert(CONFIG, &["more"]);
+    assert!(
+        ended.said.lines().count() < 50,
+        "a flood of mistakes is cut"
+    );
+}
+
+#[test]
+fn devices_that_are_not_built_are_refused_by_name() {
+    let bench = Bench::new(&power_off());
+    for (key, value) in [
+        (
+            "drives",
+            r#"[{"drive_id": "a", "path_on_host": "/x", "is_root_device": true}]"#,
+        ),
+        (
+            "network-interfaces",
+            r#"[{"iface_id": "eth0", "host_dev_name": "tap0"}]"#,
+        ),
+        ("vsock", r#"{"guest_cid": 3, "uds_path": "/x"}"#),
+        ("entropy", "{}"),
+        ("balloon", r#"{"amount_mib": 1}"#),
+        ("pmem", r#"[{"id": "p"}]"#),
+        ("memory-hotplug", r#"{"total_size_mib": 64}"#),
+        ("mmds-config", r#"{"network_interfaces": []}"#),
+        ("cpu-config", "{}"),
+    ] {
+        let text = format!(
+            "{{\n{key:?}: {value},{}",
+            boot("").strip_prefix('{').unwrap()
+        );
+        let field = format!("vm.json:2:1: {key:?}");
+        bench
+            .run_text(text.as_bytes())
+            .assert(CONFIG, &[&field, "not built yet; remove the key"]);
+    }
+}
+
+#[test]
+fn a_description_that_cannot_be_read() {
+    let bench = Bench::new(&power_off());
+    nix::unistd::mkfifo(&bench.file("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for (path, words) in [
+        (
+            "missing.json",
+            &["\"missing.json\"", "No such file", "is the path right?"][..],
+        ),
+        (".", &["\".\"", "Is a directory", "name a file in it"]),
+        (
+            "/dev/zero",
+            &["/dev/zero", "the limit is", "is this the right file?"],
+        ),
+        ("/dev/null", &["/dev/null", "is empty"]),
+        (
+            "pipe",
+            &[
+                "\"pipe\"",
+                "nobody writes to this pipe",
+                "start its writer first",
+            ],
+        ),
+    ] {
+        bench
+            .run_with(&["--config-file", path, "--no-api"])
+            .assert(CONFIG, words);
+    }
+}
+
+#[test]
+fn a_description_through_a_slow_pipe_is_read() {
+    if no_kvm("a_description_through_a_slow_pipe_is_read") {
+        return;
+    }
+    let bench = Bench::new(&power_off());
+    let text = fs::read(bench.file("vm.json")).unwrap();
+    let mut command = bench.command(&[
+        "--config-file",
+        "/dev/stdin",
+        "--no-api",
+        "--console",
+        "none",
+    ]);
+    let mut running = bench.start_command({
+        command.stdin(Stdio::piped());
+        command
+    });
+    let mut pipe = running.child.stdin.take().unwrap();
+    for part in text.chunks(40) {
+        std::thread::sleep(Duration::from_millis(10));
+        pipe.write_all(part).unwrap();
+    }
+    drop(pipe);
+    running.end().assert(0, &["powered off"]);
+}
+
+// ---- the command line, and where it leads ----
+
+#[test]
+fn wrong_words_on_the_command_line() {
+    let bench = Bench::new(&power_off());
+    let help = "see alveole-vmm --help";
+    for (arguments, words) in [
+        (
+            &["--no-api"][..],
+            &["--config-file FILE is missing", help][..],
+        ),
+        (&["--config-file", "vm.json"], &["add --no-api", help]),
+        (&["--config-file"], &["--config-file", help]),
+        (&["--nope"], &["unknown option --nope", help]),
+        (&["-z"], &["unknown option -z", help]),
+        (&["stray"], &["unexpected word \"stray\"", help]),
+        (
+            &["--console", "tty"],
+            &[
+                "\"tty\"",
+                "expected stdio, file:PATH, unix:PATH or none",
+                help,
+            ],
+        ),
+        (
+            &["--console", "file:"],
+            &["\"file:\"", "expected stdio", help],
+        ),
+        (&["--level", "loud"], &["\"loud\"", "expected Off", help]),
+        (
+            &["--id", "a/b"],
+            &["\"a/b\"", "letters, digits and hyphens", help],
+        ),
+    ] {
+        bench.run_with(arguments).assert(USAGE, words);
+    }
+}
+
+#[test]
+fn consoles_that_cannot_be_had() {
+    if no_kvm("consoles_that_cannot_be_had") {
+        return;
+    }
+    let bench = Bench::new(&power_off());
+    nix::unistd::mkfifo(&bench.file("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let _taken = UnixListener::bind(bench.file("taken")).unwrap();
+    let long = format!("unix:{}", "x".repeat(120));
+    for (console, words) in [
+        (
+            "file:no/such/log",
+            &["no/such/log", "No such file", "does its directory exist?"][..],
+        ),
+        (
+            "file:.",
+            &["console file .", "directory", "name a file in it"],
+        ),
+        (
+            "file:pipe",
+            &["console file pipe", "nobody reads this pipe"],
+        ),
+        (
+            "unix:no/such/sock",
+            &["no/such/sock", "No such file", "does its directory exist?"],
+        ),
+        (
+            "unix:vm.json",
+            &[
+                "vm.json exists and is not a socket",
+                "remove it or choose another path",
+            ],
+        ),
+        (
+            "unix:taken",
+            &["taken belongs to a running process", "choose another path"],
+        ),
+        (
+            &long,
+            &["has 120 bytes", "takes 107", "choose a shorter directory"],
+        ),
+    ] {
+        bench
+            .start(&["--console", console])
+            .end()
+            .assert(HOST, words);
+    }
+}
+
+#[test]
+fn a_console_socket_is_gone_at_the_end() {
+    if no_kvm("a_console_socket_is_gone_at_the_end") {
+        return;
+    }
+    let bench = Bench::new(&up());
+    let mut running = bench.start(&["--console", "unix:sock"]);
+    let path = bench.file("sock");
+    assert!(running.wait_until(|| path.exists()), "{}", running.said());
+    running.signal(SIGINT);
+    running.end().assert(130, &["ended by signal 2"]);
+    // A kernel that is refused after the console was opened leaves none either.
+    bench.write("kernel", b"");
+    bench
+        .start(&["--console", "unix:sock"])
+        .end()
+        .assert(HOST, &["is empty"]);
+}
+
+#[test]
+fn logs_and_counters_that_cannot_be_written() {
+    if no_kvm("logs_and_counters_that_cannot_be_written") {
+        return;
+    }
+    let bench = Bench::new(&power_off());
+    nix::unistd::mkfifo(&bench.file("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for option in ["--log-path", "--metrics-path"] {
+        for (path, words) in [
+            (
+                "no/such/file",
+                ["No such file", "does its directory exist?"],
+            ),
+            ("pipe", ["\"pipe\"", "nobody reads this pipe"]),
+            (".", ["directory", "name a file in it"]),
+        ] {
+            bench
+                .start(&["--console", "none", option, path])
+                .end()
+                .assert(HOST, &words);
+        }
+    }
+    let full = [
+        "--console",
+        "none",
+        "--log-path",
+        "/dev/full",
+        "--level",
+        "Info",
+    ];
+    bench.start(&full).end().assert(
+        0,
+        &[
+            "powered off",
+            "log lines could not be written",
+            "disk full?",
+        ],
+    );
+    let full = ["--console", "none", "--metrics-path", "/dev/full"];
+    bench
+        .start(&full)
+        .end()
+        .assert(0, &["powered off", "cannot write counters: No space left"]);
+    bench
+        .start(&["--console", "file:/dev/full"])
+        .end()
+        .assert(0, &["powered off"]);
+}
+
+#[test]
+fn standard_streams_that_are_closed_or_full() {
+    if no_kvm("standard_streams_that_are_closed_or_full") {
+        return;
+    }
+    let code = [print("hello\n"), power_off()].concat();
+    for redirections in [
+        "<&-",
+        ">&-",
+        "2>&-",
+        "<&- >&- 2>&-",
+        ">/dev/full 2>/dev/full",
+    ] {
+        let script = format!("exec \"$0\" \"$@\" {redirections}");
+        let bench = Bench::new(&code).through(&["sh", "-c", &script]);
+        let ended = bench.start(&[]).end();
+        assert_eq!(ended.status.code(), Some(0), "{redirections}: {ended:?}");
+        assert!(ended.left.is_empty(), "{ended:?}");
+        bench.write("kernel", b"");
+        let ended = bench.start(&[]).end();
+        assert_eq!(ended.status.code(), Some(HOST), "{redirections}: {ended:?}");
+    }
+}
+
+// ---- the host ----
+
+/// Whether this test may mount; says so loudly if it may not.
+fn cannot_mount(test: &str) -> bool {
+    let may = Command::new("unshare")
+        .args(["-m", "true"])
+        .status()
+        .is_ok_and(|s| s.success());
+    if !may {
+        skipped(test, "a private mount namespace needs root");
+    }
+    !may
+}
+
+/// A bench whose program sees another `/dev/kvm`, made by `script`.
+fn with_other_kvm(script: &str) -> Bench {
+    let script = format!("set -e; {script}; exec \"$0\" \"$@\"");
+    Bench::new(&power_off()).through(&["unshare", "-m", "sh", "-c", &script])
+}
+
+#[test]
+fn no_kvm_or_not_for_us() {
+    if cannot_mount("no_kvm_or_not_for_us") || no_kvm("no_kvm_or_not_for_us") {
+        return;
+    }
+    let bench = with_other_kvm("mount -t tmpfs none /dev");
+    bench
+        .run()
+        .assert(HOST, &["/dev/kvm does not exist", "modprobe", "tools/lab"]);
+    let bench = with_other_kvm("mount --bind /dev/null /dev/kvm");
+    bench.run().assert(
+        HOST,
+        &[
+            "/dev/kvm",
+            "no KVM this program knows",
+            "another program's device",
+        ],
+    );
+    let bench =
+        with_other_kvm("touch file; mount --bind file /dev/kvm; rm file 2>/dev/null || true");
+    let ended = bench.run();
+    assert_eq!(ended.status.code(), Some(HOST), "{ended:?}");
+    assert!(ended.said.contains("/dev/kvm"), "{ended:?}");
+
+    let bench = as_nobody("chmod 600 kvm/kvm");
+    bench
+        .run()
+        .assert(HOST, &["no permission to open /dev/kvm", "usermod -aG kvm"]);
+}
+
+/// A bench that runs the program without rights, on a `/dev/kvm` of its own, after `script`.
+fn as_nobody(script: &str) -> Bench {
+    let script = format!(
+        "set -e; mount -t tmpfs none kvm; mknod -m 666 kvm/kvm c 10 232; {script}; \
+         mount --bind kvm/kvm /dev/kvm; \
+         exec setpriv --reuid 64321 --regid 64321 --clear-groups ./vmm \"$@\""
+    );
+    let bench = Bench::new(&power_off()).through(&["unshare", "-m", "sh", "-c", &script]);
+    fs::create_dir(bench.file("kvm")).unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_alveole-vmm"), bench.file("vmm")).unwrap();
+    let all = fs::Permissions::from_mode(0o755);
+    fs::set_permissions(bench.path(), all).unwrap();
+    bench
+}
+
+#[test]
+fn without_root_a_guest_runs_and_the_limit_on_processes_is_named() {
+    let test = "without_root_a_guest_runs_and_the_limit_on_processes_is_named";
+    if cannot_mount(test) || no_kvm(test) {
+        return;
+    }
+    as_nobody("true").run().assert(0, &["powered off"]);
+    for limit in 1..3 {
+        let bench = as_nobody(&format!("prlimit --nproc={limit} --pid $$"));
+        bench
+            .run()
+            .assert(HOST, &["cannot start the", "thread", "ulimit -u"]);
+    }
+}
+
+#[test]
+fn few_open_files_are_told() {
+    if no_kvm("few_open_files_are_told") {
+        return;
+    }
+    let mut enough = None;
+    for limit in 3..40 {
+        let bench = Bench::new(&power_off()).through(&["prlimit", &format!("--nofile={limit}")]);
+        let ended = bench.run();
+        assert!(ended.left.is_empty(), "{limit}: {ended:?}");
+        match ended.status.code() {
+            Some(0) => {
+                enough = enough.or(Some(limit));
+            }
+            Some(HOST | CONFIG) => {
+                assert!(enough.is_none(), "fails with more: {limit}: {ended:?}");
+                assert!(
+                    ended.said.contains("Too many open files"),
+                    "{limit}: {ended:?}"
+                );
+                assert!(ended.said.contains("ulimit -n"), "{limit}: {ended:?}");
+            }
+            other => panic!("{limit}: {other:?} {ended:?}"),
+        }
+    }
+    assert!(enough.is_some_and(|n| n > 5), "{enough:?}");
+}
+
+#[test]
+fn little_address_space_is_told() {
+    if no_kvm("little_address_space_is_told") {
+        return;
+    }
+    let mut codes = Vec::new();
+    for mib in [24, 40, 64, 80, 84, 88, 96, 512] {
+        let limit = format!("--as={}", mib << 20);
+        let bench = Bench::new(&power_off()).through(&["prlimit", &limit]);
+        let ended = bench.run();
+        ended.assert_orderly(&mib);
+        let code = ended.status.code().unwrap();
+        assert!(
+            code == 0 || ended.said.contains("ulimit"),
+            "{mib} MiB: {ended:?}"
+        );
+        codes.push(code);
+    }
+    assert_eq!(
+        (codes.first(), codes.last()),
+        (Some(&HOST), Some(&0)),
+        "{codes:?}"
+    );
+}
+
+// ---- terminals and signals ----
+
+/// A pseudo terminal: what a person sees, and what the program has. Not inherited by programs of other
+/// tests: they would keep it alive.
+fn terminal() -> (File, OwnedFd) {
+    let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let mut options = File::options();
+    options
+        .read(true)
+        .write(true)
+        .custom_flags(OFlag::O_NOCTTY.bits());
+    let slave = options.open(ptsname_r(&master).unwrap()).unwrap();
+    (File::from(OwnedFd::from(master)), slave.into())
+}
+
+/// Starts a guest that says "up" on a terminal and waits until it is seen there.
+fn start_on<'a>(bench: &'a Bench, slave: &OwnedFd, master: &mut File) -> tiny_guest::Running<'a> {
+    let mut command = bench.command(&["--config-file", "vm.json", "--no-api"]);
+    let end = || Stdio::from(slave.try_clone().unwrap());
+    command.stdin(end()).stdout(end());
+    let running = bench.start_command(command);
+    let mut seen = Vec::new();
+    while !seen.ends_with(b"up\n") {
+        let mut byte = [0];
+        master.read_exact(&mut byte).unwrap();
+        seen.push(byte[0]);
+        seen.retain(|b| *b != b'\r');
+    }
+    running
+}
+
+fn settings(terminal: &OwnedFd) -> Termios {
+    tcgetattr(terminal).unwrap()
+}
+
+#[test]
+fn a_vanished_terminal_ends_the_guest() {
+    if no_kvm("a_vanished_terminal_ends_the_guest") {
+        return;
+    }
+    // As a terminal on its descriptors only, then as the one that controls it.
+    for wrapper in [&[][..], &["setsid", "--ctty"]] {
+        let bench = Bench::new(&up());
+        let bench = if wrapper.is_empty() {
+            bench
+        } else {
+            bench.through(wrapper)
+        };
+        let (mut master, slave) = terminal();
+        let running = start_on(&bench, &slave, &mut master);
+        drop(slave);
+        drop(master);
+        let start = Instant::now();
+        running.end().assert(129, &[]);
+        assert!(
+            start.elapsed() < Duration::from_secs(10),
+            "took {:?}",
+            start.elapsed()
+        );
+    }
+}
+
+#[test]
+fn every_signal_ends_it_and_gives_the_terminal_back() {
+    if no_kvm("every_signal_ends_it_and_gives_the_terminal_back") {
+        return;
+    }
+    let signals: [(&[Signal], i32); 5] = [
+        (&[SIGINT], 130),
+        (&[SIGHUP], 129),
+        (&[SIGQUIT], 131),
+        (&[SIGTERM, SIGTERM], 143),
+        (&[SIGTERM, SIGINT], 130),
+    ];
+    for (sent, code) in signals {
+        let bench = Bench::new(&up());
+        let (mut master, slave) = terminal();
+        let before = settings(&slave);
+        let mut running = start_on(&bench, &slave, &mut master);
+        assert_ne!(
+            settings(&slave),
+            before,
+            "the terminal is raw while the guest runs"
+        );
+        for (at, signal) in sent.iter().enumerate() {
+            if at > 0 {
+                // The first SIGTERM only presses the power button; this guest does not look.
+                assert!(
+                    !running.ends_within(Duration::from_millis(200)),
+                    "{}",
+                    running.said()
+                );
+            }
+            running.signal(*signal);
+        }
+        running.end().assert(code, &["ended by signal"]);
+        assert_eq!(settings(&slave), before, "after {sent:?}");
+    }
+}
+
+#[test]
+fn the_terminal_is_given_back_after_errors_and_every_end() {
+    if no_kvm("the_terminal_is_given_back_after_errors_and_every_end") {
+        return;
+    }
+    let codes: [(&[u8], i32); 4] = [
+        (&power_off(), 0),
+        (&[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe], 3), // mov al, 0xfe; out 0x64, al
+        (&[0x0f, 0x0b], 5),                         // ud2
+        (b"", 1),
+    ];
+    for (code, want) in codes {
+        let bench = Bench::new(code);
+        if code.is_empty() {
+            bench.write("kernel", b"");
+        }
+        let (_master, slave) = terminal();
+        let before = settings(&slave);
+        let mut command = bench.command(&["--config-file", "vm.json", "--no-api"]);
+        let end = || Stdio::from(slave.try_clone().unwrap());
+        command
+            .stdin(end())
+            .stdout(end())
+            .env("RUST_BACKTRACE", "1");
+        bench.start_command(command).end().assert(want, &[]);
+        assert_eq!(settings(&slave), before, "after {want}");
+    }
+}
+
+// ---- at random ----
+
+/// SplitMix64: the same inputs in every run.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) as usize % sides
+    }
+
+    /// Changes, removes, doubles or cuts some bytes.
+    fn spoil(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let mut bytes = bytes.to_vec();
+        for _ in 0..=self.roll(3) {
+            let at = self.roll(bytes.len().max(1)).min(bytes.len());
+            match self.roll(6) {
+                0 => bytes.truncate(at),
+                1 => bytes.insert(at, self.roll(256) as u8),
+                2 => bytes.insert(at, b"\"{}[],:-0"[self.roll(9)]),
+                3 => drop(bytes.drain(at..(at + self.roll(8)).min(bytes.len()))),
+                4 => bytes.extend_from_within(at..),
+                _ => {
+                    if let Some(byte) = bytes.get_mut(at) {
+                        *byte = [0, 1, 0x7f, 0xff, self.roll(256) as u8][self.roll(5)];
+                    }
+                }
+            }
+        }
+        bytes
+    }
+}
+
+/// Time for one kind of random input.
+const RANDOM_TIME: Duration = Duration::from_secs(20);
+
+#[test]
+fn random_descriptions_never_crash_it() {
+    let bench = Bench::new(&power_off());
+    let whole = br#"{"boot-source": {"kernel_image_path": "kernel", "boot_args": "quiet"},
+        "machine-config": {"vcpu_count": 2, "mem_size_mib": 65, "smt": false}, "drives": [],
+        "logger": {"log_path": "/dev/null", "level": "Info", "module": null},
+        "metrics": {"metrics_path": "/dev/null"}, "serial": {"serial_out_path": "/dev/null"}}"#;
+    let until = Instant::now() + RANDOM_TIME;
+    let mut dice = Dice(1);
+    for _ in 0..300 {
+        let text = dice.spoil(whole);
+        let ended = bench.run_text(&text);
+        ended.assert_orderly(&String::from_utf8_lossy(&text));
+        // A spoilt path may name a new file: not litter, but what was asked for.
+        for file in &ended.left {
+            fs::remove_file(bench.file(file)).unwrap();
+        }
+        if Instant::now() > until {
+            break;
+        }
+    }
+}
+
+#[test]
+fn random_kernels_never_crash_it() {
+    if no_kvm("random_kernels_never_crash_it") {
+        return;
+    }
+    let bench = Bench::new(&power_off());
+    let whole = fs::read(bench.file("kernel")).unwrap();
+    let (head, body) = whole.split_at(0x78);
+    let until = Instant::now() + RANDOM_TIME;
+    let mut dice = Dice(2);
+    for _ in 0..300 {
+        let mut file = dice.spoil(head);
+        match dice.roll(8) {
+            0 => {}
+            1 => file.extend(dice.spoil(body)),
+            _ => file.extend_from_slice(body),
+        }
+        bench.write("kernel", &file);
+        let ended = run_for_a_while(&bench);
+        ended.assert_orderly(&&file[..file.len().min(0x78)]);
+        assert!(ended.left.is_empty(), "{ended:?}");
+        if Instant::now() > until {
+            break;
+        }
+    }
+}
+
+/// Guest code that is random may run for ever: then it is ended.
+fn run_for_a_while(bench: &Bench) -> Ended {
+    let mut running = bench.start(&["--console", "none"]);
+    if !running.ends_within(Duration::from_millis(300)) {
+        running.signal(SIGTERM);
+        running.signal(SIGTERM);
+        if !running.ends_within(Duration::from_millis(300)) {
+            running.signal(SIGTERM); // two that come together are one
+        }
+    }
+    running.end()
+}
