@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap,
@@ -322,14 +322,10 @@ fn map_range(range: &RamRange) -> Result<GuestRegionMmap, MapError> {
     };
     let size = usize::try_from(range.size_bytes)
         .map_err(|e| refused(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
-    let region = MmapRegionBuilder::new(size)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-        .build()
-        .map_err(|e| match e {
-            vm_memory::mmap::MmapRegionError::Mmap(io) => refused(io),
-            other => refused(io::Error::other(other.to_string())),
-        })?;
+    let region = map_aligned(size).map_err(|e| match e {
+        MmapRegionError::Mmap(io) => refused(io),
+        other => refused(io::Error::other(other.to_string())),
+    })?;
     // SAFETY: the range was mapped just above. Advice changes no content; a host without huge pages
     // refuses it, and small pages serve as well.
     unsafe { libc::madvise(region.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
@@ -339,6 +335,60 @@ fn map_range(range: &RamRange) -> Result<GuestRegionMmap, MapError> {
             range.start, range.size_bytes
         ))
     })
+}
+
+/// Maps `size` bytes, if possible from the boundary of a huge page on: ranges start at such a boundary in
+/// the guest, and only where both agree can host and hypervisor use huge pages.
+fn map_aligned(size: usize) -> Result<MmapRegion, MmapRegionError> {
+    let map = |size| {
+        MmapRegionBuilder::<()>::new(size)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+            .build()
+    };
+    let is_aligned =
+        |region: &MmapRegion| (region.as_ptr() as usize).is_multiple_of(HUGE_PAGE_BYTES);
+    let mut region = map(size)?;
+    // A mapping goes to the end of the highest gap that holds it. Kernels before 6.7, and later ones for
+    // odd sizes, do not care for the boundary, so that gap is given an end that does: a larger mapping
+    // finds it, and its tail stays while ours is made. Another thread's mapping may come between.
+    for _ in 0..4 {
+        if size < HUGE_PAGE_BYTES || is_aligned(&region) {
+            break;
+        }
+        drop(region);
+        let larger = map(size + HUGE_PAGE_BYTES)?;
+        let end = larger.as_ptr() as usize + larger.size();
+        let tail = (end - size) % HUGE_PAGE_BYTES;
+        drop(larger);
+        let filler = Filler::map((end - tail) as *mut _, tail);
+        region = map(size)?;
+        drop(filler);
+    }
+    Ok(region)
+}
+
+/// Address space that is taken for a moment.
+struct Filler(*mut libc::c_void, usize);
+
+impl Filler {
+    /// Takes `size` bytes at `addr`, if they are free.
+    fn map(addr: *mut libc::c_void, size: usize) -> Option<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: a fresh inaccessible mapping where nothing else is mapped; nobody uses its memory.
+        let got = unsafe { libc::mmap(addr, size, libc::PROT_NONE, flags, -1, 0) };
+        if got == libc::MAP_FAILED {
+            return None;
+        }
+        Some(Self(got, size))
+    }
+}
+
+impl Drop for Filler {
+    fn drop(&mut self) {
+        // SAFETY: exactly what `map` mapped.
+        unsafe { libc::munmap(self.0, self.1) };
+    }
 }
 
 /// RAM and swap of this host, in bytes (sysinfo(2)); without limit where the host does not say.
@@ -444,6 +494,15 @@ mod tests {
         assert!(matches!(e, AccessError::File { .. }));
         let e = ram(1).place_file(&file, 0, (1 << 20) - 8, 16).unwrap_err();
         assert!(matches!(e, AccessError::Outside { .. }));
+    }
+
+    #[test]
+    fn huge_pages_are_possible_whatever_the_size() {
+        for mib in [2, 64, 129, 255] {
+            let ram = ram(mib);
+            let (_, host_addr) = ram.mapped_ranges().next().unwrap();
+            assert_eq!(host_addr % HUGE_PAGE_BYTES as u64, 0, "{mib} MiB");
+        }
     }
 
     #[test]
