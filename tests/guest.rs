@@ -1,0 +1,24 @@
+//! Real Linux guests under real KVM, through the built `alveole-vmm`: what a person who runs it relies on.
+//!
+//! `tests/README.md` says how to run them, here or in the lab.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests"
+)]
+
+mod harness;
+
+#[path = "guest/boot.rs"]
+mod boot;
+#[path = "guest/console.rs"]
+mod console;
+#[path = "guest/ends.rs"]
+mod ends;
+#[path = "guest/files.rs"]
+mod files;
+#[path = "guest/sandbox.rs"]
+mod sandbox;
+#[path = "guest/sees.rs"]
+mod sees;

@@ -1,0 +1,556 @@
+//! A guest in the making, a guest that runs, and how it ended.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::console::{Console, Output, Reader, Settings, Terminal, connect, write};
+use super::patience;
+use super::sources::{self, Source, skip};
+
+/// How long a boot may take, before patience.
+const BOOT_SECONDS: u64 = 60;
+/// What the guest's init says when it runs.
+const END_OF_BOOT: &str = "alveole-guest: ready";
+/// Console lines that a failure shows.
+const SHOWN_LINES: usize = 25;
+/// The unprivileged user everywhere.
+const NOBODY: u32 = 65534;
+
+/// A guest in the making.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    source: Source,
+    memory_mib: u64,
+    cpus: u32,
+    words: String,
+    console: Console,
+    options: Vec<String>,
+    as_nobody: bool,
+}
+
+impl Vm {
+    /// A distribution's own bzImage; nothing, with the skip told, where it cannot run.
+    #[track_caller]
+    pub(crate) fn stock() -> Option<Self> {
+        Self::of(sources::stock("ALVEOLE_TEST_KERNEL"))
+    }
+
+    /// The ELF file inside that bzImage.
+    #[track_caller]
+    pub(crate) fn stock_elf() -> Option<Self> {
+        Self::of(sources::stock("ALVEOLE_TEST_VMLINUX"))
+    }
+
+    /// The kernel that boots quickest here, for tests that ask nothing of it.
+    #[track_caller]
+    pub(crate) fn any() -> Option<Self> {
+        Self::of(sources::any())
+    }
+
+    #[track_caller]
+    fn of(source: Result<Source, String>) -> Option<Self> {
+        match source {
+            Ok(source) => Some(Self {
+                source,
+                memory_mib: 256,
+                cpus: 1,
+                words: "console=ttyS0 panic=-1 quiet".into(),
+                console: Console::default(),
+                options: Vec::new(),
+                as_nobody: false,
+            }),
+            Err(why) => {
+                skip(&why);
+                None
+            }
+        }
+    }
+
+    pub(crate) fn memory_mib(mut self, mib: u64) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    pub(crate) fn cpus(mut self, count: u32) -> Self {
+        self.cpus = count;
+        self
+    }
+
+    /// More words for the kernel's command line. The last of several equal ones counts.
+    pub(crate) fn cmdline(mut self, words: &str) -> Self {
+        self.words = format!("{} {words}", self.words);
+        self
+    }
+
+    /// What the guest's init does after the boot.
+    pub(crate) fn init_does(self, what: &str) -> Self {
+        self.cmdline(&format!("alveole.do={what}"))
+    }
+
+    pub(crate) fn console(mut self, console: Console) -> Self {
+        self.console = console;
+        self
+    }
+
+    /// One more word for `alveole-vmm`.
+    pub(crate) fn option(mut self, word: &str) -> Self {
+        self.options.push(word.into());
+        self
+    }
+
+    pub(crate) fn kernel(mut self, path: &Path) -> Self {
+        self.source.kernel = path.into();
+        self
+    }
+
+    pub(crate) fn kernel_path(&self) -> &Path {
+        &self.source.kernel
+    }
+
+    pub(crate) fn initrd_path(&self) -> &Path {
+        &self.source.initrd
+    }
+
+    /// Runs the monitor as a user without any right, on copies of the files that this user can read.
+    pub(crate) fn as_nobody(mut self) -> Self {
+        self.as_nobody = true;
+        self
+    }
+
+    /// Starts it.
+    pub(crate) fn boot(self) -> Running {
+        let dir = tempfile::Builder::new()
+            .prefix("alveole-test-")
+            .tempdir()
+            .unwrap();
+        let mut command = self.command(dir.path());
+        let terminal = (self.console == Console::Terminal).then(Terminal::open);
+        match &terminal {
+            Some(terminal) => {
+                command.stdin(terminal.stdio()).stdout(terminal.stdio());
+            }
+            None => {
+                command.stdin(Stdio::piped()).stdout(Stdio::piped());
+            }
+        }
+        let before = terminal.as_ref().map(Terminal::settings);
+        let started = Instant::now();
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        // It holds the sides of the terminal that the child was given.
+        drop(command);
+
+        let (output, errors) = (Output::default(), Output::default());
+        let errors_reader = Reader::start(child.stderr.take().unwrap(), errors.clone());
+        let stdout = child.stdout.take();
+        let mut readers = vec![errors_reader];
+        match self.console {
+            Console::Terminal => {
+                let file = terminal.as_ref().unwrap().file();
+                readers.push(Reader::start(file, output.clone()));
+            }
+            Console::Pipe => readers.push(Reader::start(stdout.unwrap(), output.clone())),
+            Console::File => {
+                readers.push(Reader::start(stdout.unwrap(), Output::default()));
+                readers.push(Reader::follow(dir.path().join("console"), output.clone()));
+            }
+            Console::Socket => readers.push(Reader::start(stdout.unwrap(), Output::default())),
+        }
+        Running {
+            stdin: child.stdin.take(),
+            group: Pid::from_raw(i32::try_from(child.id()).unwrap()),
+            child,
+            dir,
+            console: self.console,
+            terminal,
+            before,
+            output,
+            errors,
+            readers,
+            seen: 0,
+            started,
+            memory_mib: self.memory_mib,
+            ended: false,
+        }
+    }
+
+    fn command(&self, dir: &Path) -> Command {
+        let mut kernel = self.source.kernel.clone();
+        let mut initrd = self.source.initrd.clone();
+        let mut monitor = PathBuf::from(env!("CARGO_BIN_EXE_alveole-vmm"));
+        if self.as_nobody {
+            for path in [&mut kernel, &mut initrd, &mut monitor] {
+                let name = path.file_name().unwrap().display();
+                let copy = dir.join(format!("kept-{name}"));
+                fs::copy(&path, &copy).unwrap();
+                fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
+                *path = copy;
+            }
+            fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let description = json!({
+            "boot-source": {
+                "kernel_image_path": kernel,
+                "initrd_path": initrd,
+                "boot_args": format!("{} {}", self.source.words, self.words).trim(),
+            },
+            "machine-config": { "vcpu_count": self.cpus, "mem_size_mib": self.memory_mib },
+        });
+        let file = dir.join("vm.json");
+        fs::write(&file, description.to_string()).unwrap();
+
+        let mut command = Command::new(monitor);
+        command.arg("--config-file").arg(&file).arg("--no-api");
+        let at = |name: &str| dir.join(name).display().to_string();
+        match self.console {
+            Console::Pipe | Console::Terminal => {}
+            Console::File => {
+                command.args(["--console".into(), format!("file:{}", at("console"))]);
+            }
+            Console::Socket => {
+                command.args(["--console".into(), format!("unix:{}", at("socket"))]);
+            }
+        }
+        if !self.as_nobody {
+            command.args(["--metrics-path".into(), at("metrics")]);
+        }
+        command.args(&self.options).process_group(0);
+        if self.as_nobody && is_root() {
+            // For root this also gives up the groups.
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        command
+    }
+}
+
+/// How a monitor ended.
+#[derive(Debug)]
+pub(crate) struct End {
+    /// Its exit code, if it had one.
+    pub(crate) code: Option<i32>,
+    /// The signal that killed it, if one did.
+    pub(crate) signal: Option<i32>,
+    /// What it said on standard error.
+    pub(crate) stderr: String,
+    /// What the guest said on the console.
+    pub(crate) console: String,
+    /// Its last line of counters; `null` if it wrote none.
+    pub(crate) metrics: serde_json::Value,
+    /// From its start to its end.
+    pub(crate) elapsed: Duration,
+    /// How the terminal was set before and after.
+    pub(crate) terminal: Option<(Settings, Settings)>,
+}
+
+impl End {
+    /// The one line which says how the machine ended.
+    pub(crate) fn line(&self) -> &str {
+        let last = self.stderr.lines().last().unwrap_or_default();
+        last.strip_prefix("alveole-vmm: ").unwrap_or(last)
+    }
+
+    /// The code, with all that was said should it be another.
+    #[track_caller]
+    pub(crate) fn assert_code(&self, code: i32) -> &Self {
+        assert_eq!(self.code, Some(code), "{self}");
+        self
+    }
+
+    /// Asserts that the last words on standard error begin like this and say where a vCPU stood.
+    #[track_caller]
+    pub(crate) fn assert_line(&self, begins: &str) -> &Self {
+        assert!(self.line().starts_with(begins), "not {begins:?}: {self}");
+        self
+    }
+
+    /// What the guest said after `label`, line by line.
+    pub(crate) fn said(&self, label: &str) -> Vec<&str> {
+        let lines = self.console.lines();
+        lines.filter_map(|l| l.strip_prefix(label)).collect()
+    }
+
+    /// A counter of the last line of counters, summed over all sets that have it.
+    pub(crate) fn counter(&self, name: &str) -> u64 {
+        let sets = self.metrics.as_object().expect("there are counters");
+        sets.values().filter_map(|set| set[name].as_u64()).sum()
+    }
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        writeln!(
+            f,
+            "ended with code {:?}, signal {:?}, after {:?}",
+            self.code, self.signal, self.elapsed
+        )?;
+        f.write_str(&shown(&self.console, &self.stderr))
+    }
+}
+
+/// Whether the tests run as root.
+pub(crate) fn is_root() -> bool {
+    fs::metadata("/proc/self").unwrap().uid() == 0
+}
+
+fn shown(console: &str, stderr: &str) -> String {
+    let lines: Vec<_> = console.lines().collect();
+    let last = lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n");
+    format!(
+        "--- the last of {} console lines ---\n{last}\n--- stderr ---\n{stderr}\n---",
+        lines.len()
+    )
+}
+
+/// A guest that runs. It ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Running {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    group: Pid,
+    dir: TempDir,
+    console: Console,
+    terminal: Option<Terminal>,
+    before: Option<Settings>,
+    output: Output,
+    errors: Output,
+    readers: Vec<Reader>,
+    /// Characters of the console that `wait_for` is done with.
+    seen: usize,
+    started: Instant,
+    memory_mib: u64,
+    ended: bool,
+}
+
+impl Running {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until the guest's init runs.
+    #[track_caller]
+    pub(crate) fn wait_for_boot(&mut self) {
+        self.wait_for(END_OF_BOOT);
+    }
+
+    /// Waits until the console shows `text`, after what was waited for before.
+    #[track_caller]
+    pub(crate) fn wait_for(&mut self, text: &str) {
+        let output = self.output.clone();
+        self.seen = self.wait_in(&output, self.seen, text);
+    }
+
+    /// Waits until the monitor says `text` on standard error.
+    #[track_caller]
+    pub(crate) fn wait_for_stderr(&mut self, text: &str) {
+        let errors = self.errors.clone();
+        self.wait_in(&errors, 0, text);
+    }
+
+    /// Waits until `text` is in `output` from `start` on, and returns where it ends.
+    #[track_caller]
+    fn wait_in(&mut self, output: &Output, start: usize, text: &str) -> usize {
+        let until = Instant::now() + patience(BOOT_SECONDS);
+        let mut after_the_end = 0;
+        loop {
+            let gone = self.child.try_wait().unwrap();
+            let all = output.text();
+            if let Some(at) = all.get(start..).and_then(|new| new.find(text)) {
+                return start + at + text.len();
+            }
+            if let Some(status) = gone {
+                // The readers may still have something on the way.
+                after_the_end += 1;
+                if after_the_end > 10 {
+                    self.fail(&format!("ended ({status}) before it showed {text:?}"));
+                }
+            }
+            if Instant::now() > until {
+                self.fail(&format!("did not show {text:?} in time"));
+            }
+            output.wait_for_more(Duration::from_millis(20));
+        }
+    }
+
+    #[track_caller]
+    fn fail(&self, what: &str) -> ! {
+        panic!(
+            "the guest {what}\n{}",
+            shown(&self.output.text(), &self.errors.text())
+        );
+    }
+
+    /// Types at the console.
+    pub(crate) fn type_in(&mut self, text: &str) {
+        match (&self.terminal, &mut self.stdin) {
+            (Some(terminal), _) => write(terminal.file(), text),
+            (None, Some(stdin)) => write(stdin, text),
+            (None, None) => panic!("there is no way to type"),
+        }
+    }
+
+    /// A client of the console socket; what it gets counts as the console from now on.
+    pub(crate) fn attach(&mut self) -> std::os::unix::net::UnixStream {
+        let stream = connect(&self.file("socket"), patience(10));
+        let from = stream.try_clone().unwrap();
+        self.readers.push(Reader::start(from, self.output.clone()));
+        stream
+    }
+
+    /// From now on nobody reads the console.
+    pub(crate) fn stop_reading(&self) {
+        for reader in &self.readers[1..] {
+            reader.pause();
+        }
+    }
+
+    /// Takes the terminal away.
+    pub(crate) fn hang_up(&mut self) {
+        for reader in &self.readers[1..] {
+            reader.close();
+        }
+        // The reader waits in the kernel: the echo of this wakes it, and it sees that it is over.
+        self.type_in("\n");
+        self.terminal = None;
+        for reader in &mut self.readers[1..] {
+            reader.finish();
+        }
+    }
+
+    /// How the terminal is set now.
+    pub(crate) fn settings(&self) -> Settings {
+        self.terminal.as_ref().unwrap().settings()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(self.group, signal).unwrap();
+    }
+
+    /// A path in the test's own directory.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// What the kernel says about each thread: name and the lines of its `status`.
+    pub(crate) fn threads(&self) -> Vec<(String, String)> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        tasks
+            .map(|task| {
+                let task = task.unwrap().path();
+                let name = fs::read_to_string(task.join("comm")).unwrap();
+                let status = fs::read_to_string(task.join("status")).unwrap();
+                (name.trim().to_owned(), status)
+            })
+            .collect()
+    }
+
+    /// Memory that the monitor has touched, without the guest's RAM.
+    pub(crate) fn own_kib(&self) -> u64 {
+        let maps = fs::read_to_string(format!("/proc/{}/smaps", self.pid())).unwrap();
+        // RAM is several mappings side by side: pieces of the kernel's file lie in it.
+        let mut runs: Vec<(u64, u64, u64)> = Vec::new();
+        for line in maps.lines() {
+            let mut words = line.split_whitespace();
+            let first = words.next().unwrap_or_default();
+            if let Some((from, to)) = first.split_once('-') {
+                let at = |text| u64::from_str_radix(text, 16).unwrap();
+                let (from, to) = (at(from), at(to));
+                match runs.last_mut() {
+                    Some(run) if run.1 == from => run.1 = to,
+                    _ => runs.push((from, to, 0)),
+                }
+            } else if first == "Rss:" {
+                let kib: u64 = words.next().unwrap().parse().unwrap();
+                runs.last_mut().unwrap().2 += kib;
+            }
+        }
+        let is_ram = |from, to| to - from >= self.memory_mib << 20;
+        assert!(
+            runs.iter().any(|&(from, to, _)| is_ram(from, to)),
+            "the guest's RAM is not to be seen in smaps"
+        );
+        let own = runs.iter().filter(|&&(from, to, _)| !is_ram(from, to));
+        own.map(|run| run.2).sum()
+    }
+
+    /// Waits for the end, and sees to it that nothing is left behind.
+    #[track_caller]
+    pub(crate) fn wait(mut self) -> End {
+        let until = Instant::now() + patience(BOOT_SECONDS);
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() > until {
+                self.fail("did not end in time");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let elapsed = self.started.elapsed();
+        self.ended = true;
+        let after = self.terminal.as_ref().map(Terminal::settings);
+        self.finish_reading();
+        let end = End {
+            code: status.code(),
+            signal: status.signal(),
+            stderr: self.errors.text(),
+            console: self.output.text(),
+            metrics: self.metrics(),
+            elapsed,
+            terminal: self.before.take().zip(after),
+        };
+        self.assert_nothing_is_left(&end);
+        end
+    }
+
+    fn metrics(&self) -> serde_json::Value {
+        let text = fs::read_to_string(self.file("metrics")).unwrap_or_default();
+        let line = text.lines().last().unwrap_or("null");
+        serde_json::from_str(line).unwrap()
+    }
+
+    #[track_caller]
+    fn assert_nothing_is_left(&self, end: &End) {
+        assert!(
+            killpg(self.group, None::<Signal>).is_err(),
+            "processes are left: {end}"
+        );
+        let known = ["vm.json", "metrics", "console", "kept-"];
+        for entry in fs::read_dir(self.dir.path()).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            let expected = known.iter().any(|k| name.starts_with(k));
+            // A killed process cannot tidy up.
+            let excused = name == "socket" && end.signal.is_some();
+            assert!(expected || excused, "{name} is left: {end}");
+        }
+    }
+
+    fn finish_reading(&mut self) {
+        // Our side of a terminal sees no end as long as we hold the other side as well.
+        self.terminal = None;
+        for reader in &mut self.readers {
+            if self.console == Console::File {
+                // A file has no end.
+                reader.close();
+            }
+            reader.finish();
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.ended {
+            let _ = killpg(self.group, Signal::SIGKILL);
+            let _ = self.child.wait();
+            self.finish_reading();
+        }
+    }
+}
