@@ -42,7 +42,7 @@ fn no_rights_are_needed_where_kvm_is_accessible() {
         return;
     }
     let Some(vm) = Vm::any() else { return };
-    let mut vm = vm.as_nobody().init_does("shell").boot();
+    let mut vm = vm.run_by_nobody().init_does("shell").boot();
     vm.wait_for_boot();
     for (name, status) in vm.threads() {
         let line = status.lines().find(|l| l.starts_with("CapEff:")).unwrap();

@@ -34,7 +34,7 @@ pub(crate) struct Vm {
     words: String,
     console: Console,
     options: Vec<String>,
-    as_nobody: bool,
+    by_nobody: bool,
 }
 
 impl Vm {
@@ -66,7 +66,7 @@ impl Vm {
                 words: "console=ttyS0 panic=-1 quiet".into(),
                 console: Console::default(),
                 options: Vec::new(),
-                as_nobody: false,
+                by_nobody: false,
             }),
             Err(why) => {
                 skip(&why);
@@ -121,8 +121,8 @@ impl Vm {
     }
 
     /// Runs the monitor as a user without any right, on copies of the files that this user can read.
-    pub(crate) fn as_nobody(mut self) -> Self {
-        self.as_nobody = true;
+    pub(crate) fn run_by_nobody(mut self) -> Self {
+        self.by_nobody = true;
         self
     }
 
@@ -186,7 +186,7 @@ impl Vm {
         let mut kernel = self.source.kernel.clone();
         let mut initrd = self.source.initrd.clone();
         let mut monitor = PathBuf::from(env!("CARGO_BIN_EXE_alveole-vmm"));
-        if self.as_nobody {
+        if self.by_nobody {
             for path in [&mut kernel, &mut initrd, &mut monitor] {
                 let name = path.file_name().unwrap().display();
                 let copy = dir.join(format!("kept-{name}"));
@@ -219,11 +219,11 @@ impl Vm {
                 command.args(["--console".into(), format!("unix:{}", at("socket"))]);
             }
         }
-        if !self.as_nobody {
+        if !self.by_nobody {
             command.args(["--metrics-path".into(), at("metrics")]);
         }
         command.args(&self.options).process_group(0);
-        if self.as_nobody && is_root() {
+        if self.by_nobody && is_root() {
             // For root this also gives up the groups.
             command.uid(NOBODY).gid(NOBODY);
         }
