@@ -139,7 +139,7 @@ fn refused_to(role: Role) -> Vec<Probe> {
     match role {
         Role::Vcpu => vec![read, wait, accept],
         Role::Devices => vec![run, accept],
-        Role::Control => vec![run, wait, accept],
+        Role::Control => vec![run, read, wait, accept],
         Role::Api => vec![run, wait],
     }
 }
