@@ -25,13 +25,25 @@ fn power_off() {
     assert_one_line(end.assert_code(0), "the guest powered off (vCPU ");
 }
 
+/// However the kernel goes about it. Distribution kernels, built for EFI, end up in real mode where a
+/// PC's firmware is; others use the reset register of the tables.
 #[test]
 fn reboot() {
     let Some(vm) = Vm::any() else { return };
     let end = vm.init_does("reboot").boot().wait();
     assert_one_line(end.assert_code(3), "the guest asked for a reset (vCPU ");
-    // By the tables, not by the keyboard controller that kernels fall back to.
+    // Not by the keyboard controller that kernels fall back to.
     assert_eq!(end.counter("exits_port_write_0x64"), 0, "{end}");
+}
+
+#[test]
+fn reboot_by_the_tables() {
+    let Some(vm) = Vm::any() else { return };
+    let vm = vm.cmdline("reboot=acpi,force").init_does("reboot");
+    let end = vm.boot().wait();
+    assert_one_line(end.assert_code(3), "the guest asked for a reset (vCPU ");
+    assert_eq!(end.counter("exits_port_write_0x64"), 0, "{end}");
+    assert!(end.line().contains("in 64-bit mode"), "{end}");
 }
 
 #[test]

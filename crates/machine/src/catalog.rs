@@ -115,6 +115,17 @@ pub(crate) fn power_registers() -> PowerRegisters {
     }
 }
 
+/// What a restart through the firmware runs, in real mode: a write to the reset register.
+///
+/// Kernels with EFI support take hardware-reduced tables for a sign of EFI, restart by its services, have
+/// none, and jump to where a PC's firmware is (Linux arch/x86/kernel/reboot.c, `efi_reboot_required`).
+/// Without this they would run zeros there, for ever.
+pub(crate) fn restart_code() -> [u8; 9] {
+    let [low, high] = power_registers().reset_port.to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; hlt; jmp to the hlt
+    [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
+}
+
 /// The command line with what a kernel cannot learn from the tables. What the user says goes first.
 ///
 /// A machine without a PCI bus has no table that says so, and kernels look for one through ports: over two

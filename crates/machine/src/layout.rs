@@ -7,6 +7,7 @@
 //! | ports | 0x3f8-0x3ff | serial port |
 //! | ports | 0x505 | panic port (pvpanic) |
 //! | ports | 0x600-0x602 | power: sleep control, sleep status, reset |
+//! | memory | 0xf_fff0 | what a restart through the firmware runs |
 //! | memory | 0xc000_0000 | boot timer (as Firecracker's), only when asked for |
 //! | memory | 0xfec0_0000, 0xfee0_0000 | I/O APIC, local APICs (the hypervisor's) |
 //! | GSI | 4, 5 | serial port, power button |
@@ -29,3 +30,5 @@ pub(crate) const BOOT_TIMER_ADDR: u64 = 0xc000_0000;
 pub(crate) const IO_APIC_ADDR: u32 = 0xfec0_0000;
 /// The ACPI tables: in the area that PCs keep for firmware and that is never RAM for the kernel.
 pub(crate) const ACPI_ADDR: u64 = 0xe_0000;
+/// Where a processor goes that restarts through the firmware in real mode (ffff:0000).
+pub(crate) const RESTART_ADDR: u64 = 0xf_fff0;

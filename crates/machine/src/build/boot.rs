@@ -38,6 +38,7 @@ impl WithDevices {
         };
         let tables = alveole_acpi::build(&board, layout::ACPI_ADDR)?;
         ram.write(tables.load_addr, &tables.bytes)?;
+        ram.write(layout::RESTART_ADDR, &catalog::restart_code())?;
         if let Some(table) = alveole_acpi::mp_table(&board) {
             ram.write(alveole_acpi::MP_TABLE_ADDR, &table)?;
         }
