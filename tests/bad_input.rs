@@ -6,20 +6,18 @@
 
 mod tiny_guest;
 
-use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::fs;
+use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::OFlag;
-use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use nix::sys::termios::{Termios, tcgetattr};
 use tiny_guest::code::{kernel_of_size, tiny_kernel};
-use tiny_guest::{Bench, Ended, hang, no_kvm, power_off, print, skipped};
+use tiny_guest::{Bench, Ended, hang, no_kvm, power_off, print, skipped, start_on, terminal};
 
 /// The host or a file cannot give what is needed.
 const HOST: i32 = 1;
@@ -786,37 +784,6 @@ fn little_address_space_is_told() {
 }
 
 // ---- terminals and signals ----
-
-/// A pseudo terminal: what a person sees, and what the program has. Not inherited by programs of other
-/// tests: they would keep it alive.
-fn terminal() -> (File, OwnedFd) {
-    let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).unwrap();
-    grantpt(&master).unwrap();
-    unlockpt(&master).unwrap();
-    let mut options = File::options();
-    options
-        .read(true)
-        .write(true)
-        .custom_flags(OFlag::O_NOCTTY.bits());
-    let slave = options.open(ptsname_r(&master).unwrap()).unwrap();
-    (File::from(OwnedFd::from(master)), slave.into())
-}
-
-/// Starts a guest that says "up" on a terminal and waits until it is seen there.
-fn start_on<'a>(bench: &'a Bench, slave: &OwnedFd, master: &mut File) -> tiny_guest::Running<'a> {
-    let mut command = bench.command(&["--config-file", "vm.json", "--no-api"]);
-    let end = || Stdio::from(slave.try_clone().unwrap());
-    command.stdin(end()).stdout(end());
-    let running = bench.start_command(command);
-    let mut seen = Vec::new();
-    while !seen.ends_with(b"up\n") {
-        let mut byte = [0];
-        master.read_exact(&mut byte).unwrap();
-        seen.push(byte[0]);
-        seen.retain(|b| *b != b'\r');
-    }
-    running
-}
 
 fn settings(terminal: &OwnedFd) -> Termios {
     tcgetattr(terminal).unwrap()

@@ -4,13 +4,17 @@ pub(crate) mod code;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use code::tiny_kernel;
+use nix::fcntl::OFlag;
+use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 use tempfile::TempDir;
 
 /// Nothing here takes longer, even in the lab. What does hangs.
@@ -217,12 +221,11 @@ impl Running<'_> {
 
     /// Waits for the end and looks at what is left.
     pub(crate) fn end(mut self) -> Ended {
-        if !self.ends_within(PATIENCE) {
-            let said = self.said();
-            self.child.kill().unwrap();
-            self.child.wait().unwrap();
-            panic!("it hangs; it said: {said}");
-        }
+        assert!(
+            self.ends_within(PATIENCE),
+            "it hangs; it said: {}",
+            self.said()
+        );
         let status = self.child.wait().unwrap();
         let left = self
             .bench
@@ -240,6 +243,14 @@ impl Running<'_> {
             said: self.said(),
             left,
         }
+    }
+}
+
+/// A test that fails leaves no program behind.
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -301,4 +312,35 @@ pub(crate) fn skipped(test: &str, reason: &str) {
             .unwrap();
         log.write_all(line.as_bytes()).unwrap();
     }
+}
+
+/// A pseudo terminal: what a person sees, and what the program has. Not inherited by programs of other
+/// tests: they would keep it alive.
+pub(crate) fn terminal() -> (File, OwnedFd) {
+    let master = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let mut options = File::options();
+    options
+        .read(true)
+        .write(true)
+        .custom_flags(OFlag::O_NOCTTY.bits());
+    let slave = options.open(ptsname_r(&master).unwrap()).unwrap();
+    (File::from(OwnedFd::from(master)), slave.into())
+}
+
+/// Starts a guest that says "up" on a terminal and waits until it is seen there.
+pub(crate) fn start_on<'a>(bench: &'a Bench, slave: &OwnedFd, master: &mut File) -> Running<'a> {
+    let mut command = bench.command(&["--config-file", "vm.json", "--no-api"]);
+    let end = || Stdio::from(slave.try_clone().unwrap());
+    command.stdin(end()).stdout(end());
+    let running = bench.start_command(command);
+    let mut seen = Vec::new();
+    while !seen.ends_with(b"up\n") {
+        let mut byte = [0];
+        master.read_exact(&mut byte).unwrap();
+        seen.push(byte[0]);
+        seen.retain(|b| *b != b'\r');
+    }
+    running
 }
