@@ -1,0 +1,357 @@
+//! Whole machines on the scripted hypervisor: no KVM, no kernel, every end and every order of events.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+mod scripted;
+
+use std::fs;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use alveole_hypervisor::fake::{FakePartition, Step};
+use alveole_hypervisor::{InitialState, StuckReason, find_leaf};
+use alveole_machine::{End, Event, Mailbox};
+use alveole_serial::ConsoleEvent;
+use proptest::prelude::*;
+use scripted::code::{CODE_ADDR, kernel_of_size};
+use scripted::{Outcome, PATIENCE, machine, run_on};
+use tempfile::TempDir;
+
+/// The ports of the machine that scripts use.
+const SERIAL: u16 = 0x3f8;
+const PANIC: u16 = 0x505;
+const POWER: u16 = 0x600;
+const RESET: u16 = 0x602;
+const KEYBOARD: u16 = 0x64;
+const BOOT_TIMER: u64 = 0xc000_0000;
+
+fn power_off() -> Step {
+    Step::PortWrite(POWER, vec![0x34])
+}
+
+fn reset() -> Step {
+    Step::PortWrite(RESET, vec![1])
+}
+
+fn panic() -> Step {
+    Step::PortWrite(PANIC, vec![1])
+}
+
+/// Builds and runs a machine whose processor `i` plays `scripts[i]`, and sends it `events`.
+fn run(scripts: Vec<Vec<Step>>, events: Vec<Event>) -> Outcome {
+    let cpus = u8::try_from(scripts.len()).unwrap();
+    run_on(cpus, FakePartition::new(scripts), events)
+}
+
+// ---- what the guest finds ----
+
+#[test]
+fn a_guest_finds_its_tables_its_features_and_its_first_state() {
+    let partition = FakePartition::new(vec![vec![power_off()]]);
+    let outcome = run_on(3, partition.clone(), Vec::new());
+    assert!(
+        matches!(outcome.end, End::PowerOff { cpu: 0, .. }),
+        "{outcome:?}"
+    );
+
+    let ram = partition.ram().unwrap();
+    let mut code = [0];
+    ram.read(CODE_ADDR, &mut code).unwrap();
+    assert_eq!(code, [0xf4], "the kernel lies where it wants to be");
+
+    let configured = partition.configured();
+    let ids: Vec<u32> = configured.iter().map(|(id, ..)| *id).collect();
+    assert_eq!(ids, [0, 1, 2]);
+    let InitialState::Long64 { rip, rsi, .. } = configured[0].2 else {
+        panic!("{:?}", configured[0].2);
+    };
+    assert_eq!(rip, CODE_ADDR);
+    for (id, cpuid, state) in &configured {
+        assert_eq!(
+            *id == 0,
+            *state != InitialState::WaitForStartup,
+            "processor {id}"
+        );
+        let features = find_leaf(cpuid, 1, 0).unwrap();
+        assert_eq!(features.ebx >> 24, *id, "leaf 1 has the APIC id");
+        let topology = find_leaf(cpuid, 0xb, 0).unwrap();
+        assert_eq!(topology.edx, *id, "leaf 0xb has the x2APIC id");
+    }
+
+    // boot_params.acpi_rsdp_addr leads to the tables.
+    let mut addr = [0; 8];
+    ram.read(rsi + 0x70, &mut addr).unwrap();
+    let mut rsdp = [0; 36];
+    ram.read(u64::from_le_bytes(addr), &mut rsdp).unwrap();
+    assert_eq!(&rsdp[..8], b"RSD PTR ");
+    assert_eq!(
+        rsdp.iter().fold(0u8, |sum, b| sum.wrapping_add(*b)),
+        0,
+        "checksum"
+    );
+    let xsdt = u64::from_le_bytes(rsdp[24..32].try_into().unwrap());
+    let mut head = [0; 36];
+    ram.read(xsdt, &mut head).unwrap();
+    assert_eq!(&head[..4], b"XSDT");
+    let mut entries = vec![0; u32::from_le_bytes(head[4..8].try_into().unwrap()) as usize - 36];
+    ram.read(xsdt + 36, &mut entries).unwrap();
+    let mut names: Vec<[u8; 4]> = entries
+        .chunks_exact(8)
+        .map(|entry| {
+            let mut name = [0; 4];
+            ram.read(u64::from_le_bytes(entry.try_into().unwrap()), &mut name)
+                .unwrap();
+            name
+        })
+        .collect();
+    names.sort_unstable();
+    assert_eq!(names, [*b"APIC", *b"FACP"]);
+
+    let mut lines: Vec<u32> = partition.lines().into_iter().map(|(gsi, _)| gsi).collect();
+    lines.sort_unstable();
+    assert_eq!(lines, [4, 5], "serial port and power button");
+}
+
+#[test]
+fn the_guest_reaches_its_serial_port_and_nothing_where_nothing_is() {
+    let partition = FakePartition::new(vec![vec![
+        Step::PortWriteString(SERIAL, b"hello ".to_vec()),
+        Step::PortWrite(SERIAL, b"w".to_vec()),
+        Step::PortRead(SERIAL + 5, 1), // line status: room for output
+        Step::PortRead(0x1234, 4),
+        Step::MmioRead(0xd000_0000, 8),
+        Step::PortWrite(0x1234, vec![0; 4]),
+        Step::MmioWrite(0xd000_0000, vec![0; 8]),
+        power_off(),
+    ]]);
+    let outcome = run_on(1, partition.clone(), Vec::new());
+    assert_eq!(outcome.console, "hello w");
+    let reads = partition.reads();
+    assert_eq!(reads[0][0] & 0x60, 0x60);
+    assert_eq!(reads[1..], [vec![0xff; 4], vec![0xff; 8]]);
+}
+
+// ---- ends ----
+
+#[test]
+fn every_end_is_told_apart() {
+    let line = Step::PortWriteString(SERIAL, b"Kernel panic - not syncing: no tea\n".to_vec());
+    let stuck = || StuckReason::Emulation {
+        instruction: vec![0x0f, 0x0b],
+    };
+    let is_panic = |end: &End, text: Option<&str>| {
+        matches!(end, End::Panic { message, .. }
+            if message.as_deref().is_some_and(|m| text.is_some_and(|t| m.contains(t))) || text.is_none() && message.is_none())
+    };
+    let end = |steps: Vec<Step>| run(vec![steps], Vec::new()).end;
+    assert!(matches!(
+        end(vec![power_off()]),
+        End::PowerOff { cpu: 0, .. }
+    ));
+    assert!(matches!(end(vec![reset()]), End::Reboot { cpu: 0, .. }));
+    assert!(matches!(
+        end(vec![Step::PortWrite(KEYBOARD, vec![0xfe])]),
+        End::Reboot { .. }
+    ));
+    assert!(matches!(
+        end(vec![Step::TripleFault]),
+        End::TripleFault { cpu: 0, .. }
+    ));
+    assert!(
+        matches!(end(vec![Step::Stuck(stuck())]), End::Stuck { reason, .. } if reason == stuck())
+    );
+    assert!(matches!(end(vec![Step::Fail]), End::HostError(why) if why.contains("vCPU 0")));
+    assert!(is_panic(&end(vec![panic(), reset()]), None));
+    assert!(is_panic(&end(vec![panic(), Step::TripleFault]), None));
+    assert!(is_panic(&end(vec![line.clone(), reset()]), Some("no tea")));
+    assert!(is_panic(
+        &end(vec![line.clone(), panic(), Step::TripleFault]),
+        Some("no tea")
+    ));
+    // A guest that panicked and then switches itself off says so itself.
+    assert!(matches!(end(vec![line, power_off()]), End::PowerOff { .. }));
+    // The processor that asks is named.
+    let outcome = run(vec![Vec::new(), Vec::new(), vec![power_off()]], Vec::new());
+    assert!(
+        matches!(outcome.end, End::PowerOff { cpu: 2, .. }),
+        "{outcome:?}"
+    );
+}
+
+#[test]
+fn a_panic_without_a_reset_ends_after_its_grace() {
+    let start = Instant::now();
+    let outcome = run(vec![vec![panic()]], Vec::new());
+    assert!(
+        matches!(outcome.end, End::Panic { cpu: 0, .. }),
+        "{outcome:?}"
+    );
+    assert!(
+        start.elapsed() >= Duration::from_secs(9),
+        "took {:?}",
+        start.elapsed()
+    );
+}
+
+#[test]
+fn events_from_outside_end_it_or_do_not() {
+    let spin = || vec![Vec::new(), Vec::new()];
+    let console = Event::Console;
+    let end = |events| run(spin(), events).end;
+    assert_eq!(end(vec![console(ConsoleEvent::Quit)]), End::Quit);
+    assert_eq!(
+        end(vec![console(ConsoleEvent::TerminalLost)]),
+        End::TerminalLost
+    );
+    for number in [1, 2, 3] {
+        assert_eq!(end(vec![Event::Signal(number)]), End::Signal(number));
+    }
+    assert_eq!(
+        end(vec![Event::Signal(15), Event::Signal(15)]),
+        End::Signal(15)
+    );
+    assert_eq!(
+        end(vec![Event::Signal(15), Event::Signal(2)]),
+        End::Signal(2)
+    );
+    assert_eq!(
+        end(vec![Event::LoopEnded("gone".into())]),
+        End::HostError("gone".into())
+    );
+
+    // The power button is an interrupt for the guest: once each for the key and for the first SIGTERM.
+    let partition = FakePartition::new(spin());
+    let sent = vec![
+        console(ConsoleEvent::PowerButton),
+        Event::Signal(15),
+        console(ConsoleEvent::Quit),
+    ];
+    assert_eq!(run_on(2, partition.clone(), sent).end, End::Quit);
+    let lines = partition.lines();
+    let (_, button) = lines.iter().find(|(gsi, _)| *gsi == 5).unwrap();
+    assert_eq!(button.event_fd().read().unwrap(), 2);
+}
+
+#[test]
+fn the_milestones_of_a_boot_are_kept() {
+    let mark = || Step::MmioWrite(BOOT_TIMER, vec![123]);
+    let outcome = run(vec![vec![mark(), mark(), power_off()]], Vec::new());
+    let (first, booted) = (
+        outcome.milestones.first_instruction,
+        outcome.milestones.booted,
+    );
+    assert!(first.unwrap() <= booted.unwrap());
+    assert_eq!(outcome.ticks, 2, "when it booted, and at the end");
+    let outcome = run(
+        vec![vec![Step::MmioWrite(BOOT_TIMER, vec![7]), power_off()]],
+        Vec::new(),
+    );
+    assert!(outcome.milestones.booted.is_none());
+    assert_eq!(outcome.ticks, 1);
+}
+
+// ---- nothing is left ----
+
+#[test]
+fn a_machine_that_cannot_be_built_leaves_nothing() {
+    let dir = TempDir::new().unwrap();
+    let attempt = |cpus, partition: FakePartition| {
+        let (mailbox, events) = Mailbox::new();
+        machine(&dir, cpus, partition, mailbox, events)
+            .err()
+            .unwrap()
+            .to_string()
+    };
+    let partition = FakePartition::new(Vec::new()).refusing_cpu(2);
+    let why = attempt(4, partition.clone());
+    assert!(why.contains("processor 2"), "{why}");
+    assert_eq!(partition.configured().len(), 2);
+    fs::write(dir.path().join("kernel"), kernel_of_size(&[0xf4], 65 << 20)).unwrap();
+    let why = attempt(1, FakePartition::new(Vec::new()));
+    assert!(why.contains("needs guest memory"), "{why}");
+    // The partition is gone from the machine: only ours holds it. Its RAM is the test's own.
+    assert!(partition.ram().is_some());
+}
+
+#[test]
+fn a_machine_that_is_never_run_can_be_dropped() {
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || {
+        let dir = TempDir::new().unwrap();
+        let (mailbox, events) = Mailbox::new();
+        drop(machine(&dir, 8, FakePartition::new(Vec::new()), mailbox, events).unwrap());
+        tell.send(()).unwrap();
+    });
+    told.recv_timeout(PATIENCE).expect("dropping it hangs");
+}
+
+// ---- at random ----
+
+fn any_step() -> impl Strategy<Value = Step> {
+    let port = prop_oneof![
+        any::<u16>(),
+        SERIAL..SERIAL + 8,
+        0x60u16..0x65,
+        Just(PANIC),
+        POWER..POWER + 3,
+    ];
+    let addr = prop_oneof![any::<u64>(), BOOT_TIMER..BOOT_TIMER + 0x1000];
+    let bytes = prop::sample::select(vec![1usize, 2, 4, 8]);
+    let narrow = prop::sample::select(vec![1usize, 2, 4]);
+    prop_oneof![
+        4 => (port.clone(), narrow.clone()).prop_map(|(p, n)| Step::PortRead(p, n)),
+        4 => (port.clone(), narrow, any::<u32>())
+            .prop_map(|(p, n, v)| Step::PortWrite(p, v.to_le_bytes()[..n].to_vec())),
+        2 => (port, prop::collection::vec(any::<u8>(), 0..64))
+            .prop_map(|(p, text)| Step::PortWriteString(p, text)),
+        2 => (addr.clone(), bytes.clone()).prop_map(|(a, n)| Step::MmioRead(a, n)),
+        2 => (addr, bytes, any::<u64>())
+            .prop_map(|(a, n, v)| Step::MmioWrite(a, v.to_le_bytes()[..n].to_vec())),
+        1 => Just(Step::TripleFault),
+        1 => Just(Step::Fail),
+        1 => Just(Step::Stuck(StuckReason::EntryRefused { hardware_reason: 7 })),
+        1 => Just(power_off()),
+        1 => Just(reset()),
+    ]
+}
+
+/// What may come from outside: never the end of the loop.
+fn any_event() -> impl Strategy<Value = u8> {
+    0u8..5
+}
+
+fn event(kind: u8) -> Event {
+    match kind {
+        0 => Event::Console(ConsoleEvent::PowerButton),
+        1 => Event::Console(ConsoleEvent::Quit),
+        2 => Event::Console(ConsoleEvent::TerminalLost),
+        3 => Event::Signal(15),
+        _ => Event::Signal(2),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+    /// Whatever the guest does and whatever comes from outside: the machine ends, and says how.
+    #[test]
+    fn any_guest_under_any_events_ends(
+        scripts in prop::collection::vec(prop::collection::vec(any_step(), 0..24), 1..5),
+        kinds in prop::collection::vec(any_event(), 0..4),
+    ) {
+        let last = u32::try_from(scripts.len()).unwrap();
+        let mut sent: Vec<Event> = kinds.iter().map(|kind| event(*kind)).collect();
+        sent.push(Event::Signal(3)); // or else a guest that does nothing never ends
+        let outcome = run(scripts.clone(), sent);
+        let legal = match &outcome.end {
+            End::PowerOff { cpu, .. } | End::Reboot { cpu, .. } | End::Panic { cpu, .. }
+            | End::TripleFault { cpu, .. } | End::Stuck { cpu, .. } => *cpu < last,
+            End::HostError(why) => scripts.iter().flatten().any(|s| *s == Step::Fail) && why.contains("vCPU"),
+            End::Quit => kinds.contains(&1),
+            End::TerminalLost => kinds.contains(&2),
+            End::Signal(15) => kinds.iter().filter(|k| **k == 3).count() > 1,
+            End::Signal(number) => [2, 3].contains(number),
+        };
+        prop_assert!(legal, "{:?} after {:?}", outcome.end, kinds);
+        prop_assert!(!outcome.end.to_string().is_empty());
+    }
+}
