@@ -4,15 +4,12 @@
 //! ended. Knows no device, no register and no KVM request; all of that is below `alveole_machine`.
 
 mod cli;
+mod description;
 mod exit;
 mod logger;
 mod metrics;
 mod signals;
 
-use std::fs::File;
-use std::io::{ErrorKind, Read};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -22,7 +19,6 @@ use alveole_serial::{Console, ConsoleTarget};
 use alveole_vm_config::{LogLevel, VmConfig};
 use cli::{Args, Request};
 use exit::Failure;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 /// How often counters are written; Firecracker's period.
 const METRICS_PERIOD: Duration = Duration::from_secs(60);
@@ -42,7 +38,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
-    let config = read_config(args)?;
+    let config = description::read(args)?;
     start_logger(args, &config).map_err(Failure::Host)?;
     let valid = alveole_machine::validate(&config).map_err(|broken| {
         let all: Vec<_> = broken.iter().map(ToString::to_string).collect();
@@ -94,56 +90,6 @@ fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
     });
     drop(machine);
     Ok(exit::ended(&end))
-}
-
-fn read_config(args: &Args) -> Result<VmConfig, Failure> {
-    let Some(path) = &args.config_file else {
-        return Err(Failure::Usage(
-            "no machine to run: --config-file FILE is missing".into(),
-        ));
-    };
-    if !args.no_api {
-        return Err(Failure::Usage(
-            "the API socket is not built yet: add --no-api".into(),
-        ));
-    }
-    let name = path.display().to_string();
-    let text = read_bounded(path).map_err(|e| {
-        let hint = match e.kind() {
-            ErrorKind::NotFound => "; is the path right?",
-            ErrorKind::PermissionDenied => "; make it readable for this user",
-            ErrorKind::IsADirectory => "; name a file in it",
-            _ if e.raw_os_error() == Some(nix::libc::EMFILE) => {
-                "; raise the limit on open files (ulimit -n)"
-            }
-            _ => "",
-        };
-        Failure::Config(format!(
-            "cannot read the machine description {name:?}: {e}{hint}"
-        ))
-    })?;
-    VmConfig::from_json_bytes(&text, &name).map_err(|e| Failure::Config(e.to_string()))
-}
-
-/// A whole file, or one byte more than a description may have: the reader then says so.
-fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
-    // To open a named pipe takes for ever when nobody writes to it; like this it reads as empty.
-    let mut options = File::options();
-    options.read(true).custom_flags(OFlag::O_NONBLOCK.bits());
-    let file = options.open(path)?;
-    // A writer that is there may take its time.
-    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
-    let mut text = Vec::new();
-    let limit = u64::try_from(alveole_vm_config::MAX_SIZE_BYTES).unwrap_or(u64::MAX);
-    (&file)
-        .take(limit.saturating_add(1))
-        .read_to_end(&mut text)?;
-    if text.is_empty() && file.metadata()?.file_type().is_fifo() {
-        return Err(std::io::Error::other(
-            "nobody writes to this pipe; start its writer first",
-        ));
-    }
-    Ok(text)
 }
 
 fn start_logger(args: &Args, config: &VmConfig) -> Result<(), String> {
