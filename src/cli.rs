@@ -32,8 +32,8 @@ usage: alveole-vmm --config-file FILE --no-api [options]
 
 exit status: 0 the guest powered off or was ended from the console, 3 it asked for a reset,
 4 its kernel panicked, 5 a triple fault, 6 KVM could not run it, 1 the host failed,
-148 a system call was refused by the sandbox, 152 the description is wrong, 153 the command
-line is wrong, 128+N ended by signal N
+148 a system call was refused by the sandbox, 152 the description, or what it names, is wrong,
+153 the command line is wrong, 128+N ended by signal N
 ";
 
 /// What the command line asks for.

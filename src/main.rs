@@ -56,7 +56,7 @@ fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
         .map_err(|e| host(&e))?;
     let (mailbox, events) = Mailbox::new();
     let signals = signals::SignalWorker::new(mailbox.clone()).map_err(Failure::Host)?;
-    let resources = HostResources::open(&valid).map_err(|e| host(&e))?;
+    let resources = HostResources::open(&valid).map_err(|e| Failure::Config(e.to_string()))?;
     let partition = KvmPartition::new().map_err(|e| host(&e))?;
     let target = console_target(args, &config);
     let options = Options {
@@ -79,7 +79,10 @@ fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
         (mailbox, events),
         options,
     )
-    .map_err(|e| host(&e))?;
+    .map_err(|e| match e.blames_description() {
+        true => Failure::Config(e.to_string()),
+        false => host(&e),
+    })?;
 
     let mut told = !args.boot_timer;
     let end = machine.run(METRICS_PERIOD, &mut |machine| {

@@ -51,7 +51,7 @@ fn a_kernel_that_is_none() {
     let bench = Bench::new(&power_off());
     bench.describe("/nonexistent/vmlinux", 1, 64);
     bench.run().assert(
-        HOST,
+        CONFIG,
         &[
             "kernel \"/nonexistent/vmlinux\"",
             "No such file",
@@ -59,19 +59,20 @@ fn a_kernel_that_is_none() {
         ],
     );
     bench.describe("/etc", 1, 64);
-    bench
-        .run()
-        .assert(HOST, &["kernel \"/etc\"", "directory", "name a file in it"]);
+    bench.run().assert(
+        CONFIG,
+        &["kernel \"/etc\"", "directory", "name a file in it"],
+    );
     bench.describe("/dev/zero", 1, 64);
     bench.run().assert(
-        HOST,
+        CONFIG,
         &["kernel \"/dev/zero\"", "not a regular file", "name a file"],
     );
     nix::unistd::mkfifo(&bench.file("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     bench.describe("pipe", 1, 64);
     bench
         .run()
-        .assert(HOST, &["kernel \"pipe\"", "not a regular file"]);
+        .assert(CONFIG, &["kernel \"pipe\"", "not a regular file"]);
 
     let mut elf32 = tiny_kernel(&power_off());
     elf32[4] = 1;
@@ -111,8 +112,8 @@ fn a_kernel_that_is_none() {
         bench.write(name, bytes);
         bench.describe(name, 1, 64);
         let ended = bench.run();
-        ended.assert(HOST, words);
-        ended.assert(HOST, &[&format!("kernel {name:?}")]);
+        ended.assert(CONFIG, words);
+        ended.assert(CONFIG, &[&format!("kernel {name:?}")]);
     }
 }
 
@@ -134,7 +135,7 @@ fn a_kernel_cut_anywhere_is_called_incomplete() {
         } else {
             "is the file complete?"
         };
-        ended.assert(HOST, &["kernel \"kernel\"", reason]);
+        ended.assert(CONFIG, &["kernel \"kernel\"", reason]);
     }
 }
 
@@ -146,7 +147,7 @@ fn a_kernel_or_initrd_larger_than_memory() {
     let bench = Bench::new(&power_off());
     bench.write("kernel", &kernel_of_size(&power_off(), 127 << 20));
     bench.run().assert(
-        HOST,
+        CONFIG,
         &[
             "needs guest memory up to 128 MiB",
             "the guest has 64 MiB",
@@ -156,7 +157,7 @@ fn a_kernel_or_initrd_larger_than_memory() {
     bench.write("kernel", &kernel_of_size(&power_off(), 4 << 30));
     bench
         .run()
-        .assert(HOST, &["segment 0", "outside", "link the kernel"]);
+        .assert(CONFIG, &["segment 0", "outside", "link the kernel"]);
 
     bench.write("kernel", &tiny_kernel(&power_off()));
     bench.sparse("initrd", 80 << 20);
@@ -167,7 +168,7 @@ fn a_kernel_or_initrd_larger_than_memory() {
             .as_bytes(),
     );
     bench.run().assert(
-        HOST,
+        CONFIG,
         &[
             "initrd \"initrd\" of 80 MiB",
             "64 MiB of guest memory",
@@ -177,19 +178,20 @@ fn a_kernel_or_initrd_larger_than_memory() {
     bench.sparse("initrd", 1 << 40);
     bench
         .run()
-        .assert(HOST, &["initrd \"initrd\"", "make it smaller"]);
+        .assert(CONFIG, &["initrd \"initrd\"", "make it smaller"]);
     bench.sparse("initrd", 0);
-    bench
-        .run()
-        .assert(HOST, &["initrd \"initrd\"", "is empty", "give an archive"]);
+    bench.run().assert(
+        CONFIG,
+        &["initrd \"initrd\"", "is empty", "give an archive"],
+    );
     fs::remove_file(bench.file("initrd")).unwrap();
     bench.run().assert(
-        HOST,
+        CONFIG,
         &["initrd \"initrd\"", "No such file", "is the path right?"],
     );
     fs::create_dir(bench.file("initrd")).unwrap();
     bench.run().assert(
-        HOST,
+        CONFIG,
         &["initrd \"initrd\"", "directory", "name a file in it"],
     );
 }
@@ -217,7 +219,7 @@ fn a_command_line_that_would_not_arrive() {
         ),
     ] {
         let text = boot(&format!(r#", "boot_args": "{args}""#));
-        bench.run_text(text.as_bytes()).assert(HOST, &words);
+        bench.run_text(text.as_bytes()).assert(CONFIG, &words);
     }
 }
 
@@ -278,7 +280,7 @@ fn more_memory_than_the_host_has() {
     let bench = Bench::new(&power_off());
     bench.describe("kernel", 1, 16 << 20);
     bench.run().assert(
-        HOST,
+        CONFIG,
         &["16777216 MiB is more than this host has", "ask for less"],
     );
 }
@@ -574,7 +576,7 @@ fn a_console_socket_is_gone_at_the_end() {
     bench
         .start(&["--console", "unix:sock"])
         .end()
-        .assert(HOST, &["is empty"]);
+        .assert(CONFIG, &["is empty"]);
 }
 
 #[test]
@@ -646,7 +648,11 @@ fn standard_streams_that_are_closed_or_full() {
         assert!(ended.left.is_empty(), "{ended:?}");
         bench.write("kernel", b"");
         let ended = bench.start(&[]).end();
-        assert_eq!(ended.status.code(), Some(HOST), "{redirections}: {ended:?}");
+        assert_eq!(
+            ended.status.code(),
+            Some(CONFIG),
+            "{redirections}: {ended:?}"
+        );
     }
 }
 
@@ -863,7 +869,7 @@ fn the_terminal_is_given_back_after_errors_and_every_end() {
         (&power_off(), 0),
         (&[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe], 3), // mov al, 0xfe; out 0x64, al
         (&[0x0f, 0x0b], 5),                         // ud2
-        (b"", 1),
+        (b"", CONFIG),
     ];
     for (code, want) in codes {
         let bench = Bench::new(code);

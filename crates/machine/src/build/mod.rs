@@ -10,6 +10,7 @@ mod seal;
 use std::sync::mpsc::Receiver;
 
 use alveole_event_loop::{EventLoopError, Worker};
+use alveole_guest_memory::MapError;
 use alveole_hypervisor::{Partition, PartitionError};
 use alveole_io_bus::BusError;
 use alveole_serial::Console;
@@ -34,7 +35,7 @@ pub struct Options {
 pub enum BuildError {
     /// Guest memory.
     #[error(transparent)]
-    Memory(#[from] alveole_guest_memory::MapError),
+    Memory(#[from] MapError),
     /// The tables could not be written to guest memory.
     #[error("cannot write the machine's tables: {0}")]
     Tables(#[from] alveole_guest_memory::AccessError),
@@ -67,6 +68,26 @@ pub enum BuildError {
     /// The devices thread.
     #[error("cannot start the devices thread: {0}; is the limit on processes (ulimit -u) reached?")]
     Thread(std::io::Error),
+}
+
+impl BuildError {
+    /// Whether another description would help, and not another host.
+    #[must_use]
+    pub fn blames_description(&self) -> bool {
+        match self {
+            Self::Memory(MapError::MoreThanHost { .. })
+            | Self::Boot(_)
+            | Self::TooManyCpus { .. } => true,
+            Self::Memory(MapError::Refused { .. } | MapError::Ranges(_))
+            | Self::Tables(_)
+            | Self::Acpi(_)
+            | Self::Partition(_)
+            | Self::Bus(_)
+            | Self::Loop(_)
+            | Self::Vcpu(_)
+            | Self::Thread(_) => false,
+        }
+    }
 }
 
 /// Builds the machine that `config` describes on `partition`. `workers` run on its devices loop.
