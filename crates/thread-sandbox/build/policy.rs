@@ -35,7 +35,6 @@ pub(crate) const NEVER: &[&str] = &[
     // The sandbox itself, and its report.
     "prctl",
     "seccomp",
-    "rt_sigaction",
     "arch_prctl",
     "modify_ldt",
     // Parts of the kernel that filters cannot see into, or that few have looked at.
@@ -63,6 +62,12 @@ pub(crate) const NEVER: &[&str] = &[
 /// Calls that make memory executable when argument 2 says so: only without that bit.
 const MAPS_MEMORY: &[&str] = &["mmap", "mprotect"];
 const PROT_EXEC: u32 = 4;
+
+/// A crashed thread gives its signal the default action back, to die of it. Of any other signal this would
+/// take away the report of refused calls, or the kick of a vCPU.
+const SETS_SIGNALS: &str = "rt_sigaction";
+/// SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV.
+pub(crate) const CRASH_SIGNALS: [u32; 5] = [4, 6, 7, 8, 11];
 
 /// Without these a refused call could not be reported, or a thread could not end.
 const REPORT_NEEDS: &[&str] = &["write", "exit_group", "rt_sigreturn"];
@@ -280,6 +285,13 @@ fn rule_of(file: &str, at: usize, written: WrittenRule) -> Result<Rule, String> 
         return Err(format!(
             "{place}: memory may not become executable; add {{ \"index\": 2, \"lacks\": \"0x4\", \
              \"means\": \"PROT_EXEC\" }}"
+        ));
+    }
+    let crash_only =
+        |c: &Condition| c.index == 0 && matches!(c.test, Test::Is(n) if CRASH_SIGNALS.contains(&n));
+    if syscall == SETS_SIGNALS && !args.iter().any(crash_only) {
+        return Err(format!(
+            "{place}: only a crash may change its signal; add {{ \"index\": 0, \"is\": N }} with one of {CRASH_SIGNALS:?}"
         ));
     }
     Ok(Rule {

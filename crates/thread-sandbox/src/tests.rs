@@ -141,6 +141,27 @@ fn no_role_has_a_way_out() {
                 "{role}: {call}"
             );
         }
+        let sets = |signal| {
+            data(
+                X86_64,
+                libc::SYS_rt_sigaction as u32,
+                [signal, 1, 0, 8, 0, 0],
+            )
+        };
+        for signal in (0..64).filter(|s| !policy::CRASH_SIGNALS.contains(s)) {
+            assert_eq!(
+                answer(&filter, sets(signal.into())),
+                TRAP,
+                "{role}: {signal}"
+            );
+        }
+        for signal in policy::CRASH_SIGNALS {
+            assert_ne!(
+                answer(&filter, sets(signal.into())),
+                TRAP,
+                "{role}: {signal}"
+            );
+        }
         for call in [libc::SYS_mmap, libc::SYS_mprotect] {
             for prot in [
                 libc::PROT_EXEC,
