@@ -294,7 +294,8 @@ fn every_end_of_a_guest_is_told_apart() {
         (
             &[triple_fault()],
             5,
-            &["vCPU 0", "triple fault", "at rip 0x100000"],
+            // Not where: AMD leaves no state behind, and KVM resets the vCPU before it tells.
+            &["vCPU 0", "triple fault", "at rip 0x"],
         ),
         (
             &[panic(), reset()],
