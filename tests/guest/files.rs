@@ -13,8 +13,19 @@ fn sum(path: &Path) -> u64 {
 }
 
 #[test]
-fn two_guests_at_once_boot_from_one_kernel_and_leave_it_as_it_was() {
-    let (Some(one), Some(two)) = (Vm::any(), Vm::any()) else {
+fn two_guests_at_once_share_one_kernel_and_leave_it_as_it_was() {
+    two_guests_at_once("share");
+}
+
+#[test]
+fn two_guests_at_once_copy_one_kernel_and_leave_it_as_it_was() {
+    two_guests_at_once("copy");
+}
+
+/// Mapped copy-on-write or copied: the default is one or the other, by what the host's KVM is.
+fn two_guests_at_once(kernel_memory: &str) {
+    let vm = || Vm::any().map(|vm| vm.option("--kernel-memory").option(kernel_memory));
+    let (Some(one), Some(two)) = (vm(), vm()) else {
         return;
     };
     let paths = [one.kernel_path().to_owned(), one.initrd_path().to_owned()];
