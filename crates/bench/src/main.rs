@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn external_packages_are_counted_once() {
-        let tree = "alveole-vmm v0.1.0 (/work/x)\nlibc v0.2.1\nalveole-acpi v0.1.0 (/work/x/crates/acpi)\n\
+        let tree = "alveole-vmm v0.1.0 (/src/x)\nlibc v0.2.1\nalveole-acpi v0.1.0 (/src/x/crates/acpi)\n\
                     serde_derive v1.0.0 (proc-macro)\nlibc v0.2.1 (*)\n";
         assert_eq!(count_external(tree), 2);
     }
