@@ -1,6 +1,6 @@
 //! What a guest sees of its machine is what the machine was told to be.
 
-use crate::harness::{End, Vm, in_the_lab, skip};
+use crate::harness::{End, Vm, in_the_lab};
 
 fn inspect(vm: Vm) -> End {
     let end = vm.init_does("run:/bin/inspect").boot().wait();
@@ -52,10 +52,6 @@ fn eight_processors_are_eight_cores() {
 
 #[test]
 fn sixty_four_processors_are_sixty_four_cores() {
-    if std::env::var_os("ALVEOLE_TEST_SLOW").is_none_or(|v| v != "1") {
-        skip("takes minutes where KVM is software; set ALVEOLE_TEST_SLOW=1");
-        return;
-    }
     assert_topology(64);
 }
 
