@@ -91,22 +91,7 @@ fn balance(bytes: &mut [u8], at: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::PowerRegisters;
-
-    fn board(cpus: u32) -> Board {
-        Board {
-            cpu_apic_ids: (0..cpus).collect(),
-            io_apic_addr: 0xfec0_0000,
-            power: PowerRegisters {
-                sleep_control_port: 0,
-                sleep_status_port: 1,
-                reset_port: 2,
-                reset_value: 1,
-            },
-            power_button_gsi: 5,
-            nodes: Vec::new(),
-        }
-    }
+    use crate::tests::board;
 
     #[test]
     fn both_parts_balance_and_every_entry_is_counted() {

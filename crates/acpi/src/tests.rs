@@ -9,7 +9,7 @@ use super::*;
 
 const AT: u64 = 0xe_0000;
 
-fn board(cpus: u32) -> Board {
+pub(crate) fn board(cpus: u32) -> Board {
     Board {
         cpu_apic_ids: (0..cpus).collect(),
         io_apic_addr: 0xfec0_0000,
