@@ -1,15 +1,18 @@
 //! Maps guest RAM and copies in and out of it.
 //!
 //! The only crate that maps guest RAM. What it hands out are copies, never references: the guest may
-//! change any byte at any time, so a value is read once, into an owned buffer, and checked there.
+//! change any byte at any time, so a value is read once, into an owned buffer, and checked there. Bulk data
+//! goes between files and RAM without a copy, by [`GuestBuffers`].
 //!
 //! Deliberately does not know: what lies in RAM, which hypervisor sees it, which devices read it.
 
 #![expect(unsafe_code, reason = "mapping RAM is this crate's job")]
 
+mod buffers;
 mod plan;
 mod ram;
 
+pub use buffers::{GuestBuffers, MAX_IOVECS};
 pub use plan::{HOLE_END, HOLE_START, MAX_SIZE_BYTES, MemoryPlan, PlanError, RamRange};
 pub use ram::{AccessError, GuestRam, MapError};
 pub use vm_memory;

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
@@ -72,7 +73,7 @@ pub enum AccessError {
 /// A handle on the RAM of one guest. Clones share the mapping; the last one unmaps it.
 #[derive(Debug, Clone)]
 pub struct GuestRam {
-    map: GuestMemoryMmap,
+    map: Arc<GuestMemoryMmap>,
 }
 
 impl GuestRam {
@@ -97,7 +98,7 @@ impl GuestRam {
             .collect::<Result<Vec<_>, _>>()?;
         let map =
             GuestMemoryMmap::from_regions(regions).map_err(|e| MapError::Ranges(e.to_string()))?;
-        Ok(Self { map })
+        Ok(Self { map: Arc::new(map) })
     }
 
     /// The mapping as `vm-memory` sees it, for crates that speak to it directly.
