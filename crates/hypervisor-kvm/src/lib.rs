@@ -13,6 +13,7 @@ mod cpu;
 mod kick;
 mod partition;
 mod probe;
+mod routing;
 
 pub use partition::KvmPartition;
 pub use probe::{ProbeVerdict, probe};

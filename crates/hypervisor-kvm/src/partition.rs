@@ -1,20 +1,21 @@
-//! One KVM virtual machine: memory slots, in-kernel interrupt controllers, irqfds.
+//! One KVM virtual machine: memory slots, in-kernel interrupt controllers, irqfds, ioeventfds.
 
 use std::ffi::CString;
 use std::io;
 use std::sync::Arc;
 
 use alveole_guest_memory::GuestRam;
-use alveole_hypervisor::{CpuidEntry, Partition, PartitionError, VirtualCpu};
-use alveole_interrupts::IrqLine;
+use alveole_hypervisor::{CpuidEntry, DoorbellValue, Partition, PartitionError, VirtualCpu};
+use alveole_interrupts::{Doorbell, IrqLine, MsiVector};
 use kvm_bindings::{
     KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 
 use crate::KVM_PATH;
 use crate::cpu::KvmCpu;
+use crate::routing::Routing;
 
 /// The KVM API number; it has been 12 since Linux 2.6.22 and later additions are capabilities.
 const API_VERSION: i32 = 12;
@@ -32,7 +33,8 @@ const MORE_FILES: &str = "raise the limit on open files (ulimit -n)";
 /// One guest under KVM.
 pub struct KvmPartition {
     kvm: Kvm,
-    vm: VmFd,
+    vm: Arc<VmFd>,
+    routing: Arc<Routing>,
     /// What every processor takes over from the host: index and value.
     host_msrs: Arc<[(u32, u64)]>,
 }
@@ -93,7 +95,13 @@ impl KvmPartition {
             "",
         ))?;
         let host_msrs = host_msrs(&kvm).into();
-        Ok(Self { kvm, vm, host_msrs })
+        let vm = Arc::new(vm);
+        Ok(Self {
+            kvm,
+            routing: Routing::new(vm.clone()),
+            vm,
+            host_msrs,
+        })
     }
 }
 
@@ -234,14 +242,44 @@ impl Partition for KvmPartition {
 
     fn irq_line(&self, gsi: u32) -> Result<IrqLine, PartitionError> {
         let act = format!("wiring interrupt line {gsi} (KVM_IRQFD)");
-        let line = IrqLine::new().map_err(|source| PartitionError::Refused {
-            act: act.clone(),
-            source,
-            hint: MORE_FILES,
-        })?;
+        let line = IrqLine::new().map_err(no_descriptor(&act))?;
         self.vm
             .register_irqfd(line.event_fd(), gsi)
             .map_err(refused(act, ""))?;
         Ok(line)
+    }
+
+    fn msi_vector(&self) -> Result<MsiVector, PartitionError> {
+        let act = "wiring a message-signalled interrupt (KVM_IRQFD)";
+        let gsi = self
+            .routing
+            .take_gsi()
+            .ok_or_else(|| PartitionError::Refused {
+                act: act.into(),
+                source: io::Error::other("every number for one is taken"),
+                hint: "give the guest fewer devices or queues",
+            })?;
+        let line = self.irq_line(gsi)?;
+        Ok(MsiVector::new(line, self.routing.connector(gsi)))
+    }
+
+    fn doorbell(&self, addr: u64, rings_on: DoorbellValue) -> Result<Doorbell, PartitionError> {
+        let act = format!("wiring a doorbell at guest address {addr:#x} (KVM_IOEVENTFD)");
+        let bell = Doorbell::new().map_err(no_descriptor(&act))?;
+        let at = IoEventAddress::Mmio(addr);
+        match rings_on {
+            DoorbellValue::Any => self.vm.register_ioevent(bell.event_fd(), &at, NoDatamatch),
+            DoorbellValue::Word(value) => self.vm.register_ioevent(bell.event_fd(), &at, value),
+        }
+        .map_err(refused(act, ""))?;
+        Ok(bell)
+    }
+}
+
+fn no_descriptor(act: &str) -> impl FnOnce(io::Error) -> PartitionError {
+    move |source| PartitionError::Refused {
+        act: act.to_owned(),
+        source,
+        hint: MORE_FILES,
     }
 }

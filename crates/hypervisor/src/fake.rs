@@ -7,11 +7,11 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use alveole_guest_memory::GuestRam;
-use alveole_interrupts::IrqLine;
+use alveole_interrupts::{Doorbell, IrqLine, MsiMessage, MsiVector};
 
 use crate::{
-    CpuError, CpuExit, CpuPosition, CpuidEntry, InitialState, Kick, Partition, PartitionError,
-    StuckReason, VirtualCpu,
+    CpuError, CpuExit, CpuPosition, CpuidEntry, DoorbellValue, InitialState, Kick, Partition,
+    PartitionError, StuckReason, VirtualCpu,
 };
 
 /// One thing the scripted guest does.
@@ -37,12 +37,23 @@ pub enum Step {
     Fail,
 }
 
+/// A message-signalled interrupt of a scripted partition: its line, and the message it has.
+#[derive(Clone)]
+pub struct FakeVector {
+    /// Takes an edge whenever the device signals.
+    pub line: IrqLine,
+    /// What the guest has connected it to.
+    pub message: Arc<Mutex<Option<MsiMessage>>>,
+}
+
 #[derive(Default)]
 struct Shared {
     scripts: Vec<VecDeque<Step>>,
     reads: Vec<Vec<u8>>,
     configured: Vec<(u32, Vec<CpuidEntry>, InitialState)>,
     lines: Vec<(u32, IrqLine)>,
+    vectors: Vec<FakeVector>,
+    doorbells: Vec<(u64, DoorbellValue, Doorbell)>,
     ram: Option<GuestRam>,
 }
 
@@ -90,6 +101,19 @@ impl FakePartition {
     #[must_use]
     pub fn lines(&self) -> Vec<(u32, IrqLine)> {
         self.lock().lines.clone()
+    }
+
+    /// The message-signalled interrupts handed out, in order.
+    #[must_use]
+    pub fn vectors(&self) -> Vec<FakeVector> {
+        self.lock().vectors.clone()
+    }
+
+    /// The doorbells handed out, with address and value. A scripted write rings none: it comes out as an
+    /// exit.
+    #[must_use]
+    pub fn doorbells(&self) -> Vec<(u64, DoorbellValue, Doorbell)> {
+        self.lock().doorbells.clone()
     }
 
     /// The RAM the guest was shown.
@@ -161,6 +185,36 @@ impl Partition for FakePartition {
         })?;
         self.lock().lines.push((gsi, line.clone()));
         Ok(line)
+    }
+
+    fn msi_vector(&self) -> Result<MsiVector, PartitionError> {
+        let line = IrqLine::new().map_err(refused("making a message-signalled interrupt"))?;
+        let message = Arc::new(Mutex::new(None));
+        self.lock().vectors.push(FakeVector {
+            line: line.clone(),
+            message: message.clone(),
+        });
+        Ok(MsiVector::new(
+            line,
+            Arc::new(move |new| {
+                *message.lock().unwrap_or_else(PoisonError::into_inner) = new;
+                Ok(())
+            }),
+        ))
+    }
+
+    fn doorbell(&self, addr: u64, rings_on: DoorbellValue) -> Result<Doorbell, PartitionError> {
+        let bell = Doorbell::new().map_err(refused("making a doorbell"))?;
+        self.lock().doorbells.push((addr, rings_on, bell.clone()));
+        Ok(bell)
+    }
+}
+
+fn refused(act: &'static str) -> impl FnOnce(io::Error) -> PartitionError {
+    move |source| PartitionError::Refused {
+        act: act.into(),
+        source,
+        hint: "",
     }
 }
 

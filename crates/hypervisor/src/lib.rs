@@ -17,7 +17,7 @@ pub use cpu::{
 pub use cpuid::{CpuidEntry, find_leaf};
 
 use alveole_guest_memory::GuestRam;
-use alveole_interrupts::IrqLine;
+use alveole_interrupts::{Doorbell, IrqLine, MsiVector};
 
 /// One guest: its physical memory, its interrupt lines, its processors.
 pub trait Partition: Send + Sync {
@@ -55,6 +55,28 @@ pub trait Partition: Send + Sync {
     /// # Errors
     /// No such interrupt, or the host is out of file descriptors.
     fn irq_line(&self, gsi: u32) -> Result<IrqLine, PartitionError>;
+
+    /// A message-signalled interrupt. It has no message yet; the guest may choose one at any time.
+    ///
+    /// # Errors
+    /// There are too many, or the host is out of file descriptors.
+    fn msi_vector(&self) -> Result<MsiVector, PartitionError>;
+
+    /// A doorbell that rings when the guest writes guest-physical address `addr`, which is not RAM: the
+    /// write does not come out as an exit.
+    ///
+    /// # Errors
+    /// The address is taken, or the host is out of file descriptors.
+    fn doorbell(&self, addr: u64, rings_on: DoorbellValue) -> Result<Doorbell, PartitionError>;
+}
+
+/// Which writes ring a doorbell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DoorbellValue {
+    /// Any write of any width.
+    Any,
+    /// A 32-bit write of this value.
+    Word(u32),
 }
 
 /// Why the hypervisor could not do its part.
