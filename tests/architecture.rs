@@ -22,8 +22,8 @@ const LAYERS: [&[&str]; 6] = [
         "acpi",
     ],
     &["hypervisor", "hypervisor-kvm", "event-loop", "boot-loader"],
-    &["vcpu"],
-    &["serial", "board-devices"],
+    &["vcpu", "virtio"],
+    &["serial", "board-devices", "virtio-mmio"],
     &["machine", "host"],
     &["vmm", "cli", "bench"],
 ];
@@ -36,7 +36,7 @@ const SIDEWAYS: [(&str, &str, &str); 1] = [(
 )];
 
 /// Who may name which external crate: one owner per fact.
-const OWNERS: [(&str, &[&str]); 8] = [
+const OWNERS: [(&str, &[&str]); 9] = [
     ("kvm-ioctls", &["hypervisor-kvm"]),
     ("kvm-bindings", &["hypervisor-kvm"]),
     ("event-manager", &["event-loop"]),
@@ -44,6 +44,7 @@ const OWNERS: [(&str, &[&str]); 8] = [
     ("linux-loader", &["boot-loader"]),
     ("acpi_tables", &["acpi"]),
     ("vm-superio", &["serial"]),
+    ("virtio-queue", &["virtio"]),
     ("seccompiler", &["thread-sandbox"]),
 ];
 

@@ -1,0 +1,82 @@
+//! On which event loops the workers of a device run.
+
+use alveole_event_loop::{Event, EventLoopError, LoopHandle, Ops, Worker, WorkerId};
+
+use crate::{Progress, QueueWorker};
+
+/// The loops that host a device: one that it shares with others, one of its own, or one for each worker.
+#[derive(Clone)]
+pub struct Hosting {
+    loops: Vec<LoopHandle>,
+}
+
+impl Hosting {
+    /// On these loops, in turn.
+    #[must_use]
+    pub fn on(loops: Vec<LoopHandle>) -> Self {
+        Self { loops }
+    }
+
+    /// Moves a worker that serves queue `first` and perhaps others to its loop.
+    pub(crate) fn attach(
+        &self,
+        first: u16,
+        worker: Box<dyn QueueWorker>,
+    ) -> Result<Hosted, EventLoopError> {
+        let at = usize::from(first)
+            .checked_rem(self.loops.len())
+            .unwrap_or_default();
+        let Some(on) = self.loops.get(at) else {
+            return Err(EventLoopError::Stopped);
+        };
+        let queues = worker.queues();
+        let id = on.attach(Box::new(Guest(worker)))?;
+        Ok(Hosted {
+            on: on.clone(),
+            id,
+            queues,
+        })
+    }
+}
+
+/// A worker on its loop.
+pub(crate) struct Hosted {
+    on: LoopHandle,
+    id: WorkerId,
+    pub(crate) queues: Vec<u16>,
+}
+
+impl Hosted {
+    /// Takes the worker back and stops it. Nothing comes of a worker whose loop has ended: the machine is
+    /// about to.
+    pub(crate) fn stop(self) -> Vec<Progress> {
+        match self.on.detach(self.id).map(<dyn Worker>::downcast::<Guest>) {
+            Ok(Ok(guest)) => guest.0.stop(),
+            Ok(Err(other)) => {
+                log::error!("the loop gave back {} for a queue worker", other.name());
+                Vec::new()
+            }
+            Err(e) => {
+                log::debug!("a queue worker could not be taken back: {e}");
+                Vec::new()
+            }
+        }
+    }
+}
+
+/// A queue worker as the loop sees it.
+struct Guest(Box<dyn QueueWorker>);
+
+impl Worker for Guest {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    fn start(&mut self, ops: &mut Ops<'_>) -> Result<(), EventLoopError> {
+        self.0.start(ops)
+    }
+
+    fn on_event(&mut self, event: Event, ops: &mut Ops<'_>) {
+        self.0.on_event(event, ops);
+    }
+}

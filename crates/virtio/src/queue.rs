@@ -1,0 +1,238 @@
+//! A split virtqueue that is being served (section 2.7).
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use alveole_guest_memory::GuestRam;
+use alveole_guest_memory::vm_memory::{Bytes, GuestAddress};
+use alveole_interrupts::Doorbell;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+
+use crate::{Chain, Signals};
+
+/// What a driver did to its ring that no driver may do. The device goes quiet until it is reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BrokenRing {
+    /// The available index is further ahead than the queue is long (section 2.7.13.3).
+    #[error("the available index is more than the queue's size ahead")]
+    IndexJump,
+    /// A chain without end: a descriptor that leads nowhere, in a circle, or outside memory.
+    #[error(
+        "the chain at descriptor {head} has no proper end: it leaves its table or memory, goes in a circle, \
+         or is longer than 2^32 bytes"
+    )]
+    EndlessChain {
+        /// Its first descriptor.
+        head: u16,
+    },
+    /// Too many descriptors in a chain.
+    #[error(
+        "the chain at descriptor {head} has more than {} descriptors",
+        crate::MAX_CHAIN_SEGMENTS
+    )]
+    LongChain {
+        /// Its first descriptor.
+        head: u16,
+    },
+    /// A descriptor to be read behind one to be written.
+    #[error("the chain at descriptor {head} has a buffer to be read behind one to be written")]
+    MixedChain {
+        /// Its first descriptor.
+        head: u16,
+    },
+    /// A chain that is too short or odd for any request of the device.
+    #[error("the chain at descriptor {head} is no request: {why}")]
+    NoRequest {
+        /// Its first descriptor.
+        head: u16,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// The rings cannot be accessed.
+    #[error("the ring itself is not in guest memory")]
+    NoMemory,
+}
+
+/// How far a queue came: what a stop gives back and a start takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// The queue's number.
+    pub queue: u16,
+    /// Next entry of the available ring.
+    pub next_avail: u16,
+    /// Next entry of the used ring.
+    pub next_used: u16,
+}
+
+/// A queue in the hands of a worker.
+pub struct LiveQueue {
+    index: u16,
+    queue: Queue,
+    ram: GuestRam,
+    doorbell: Doorbell,
+    signals: Arc<Signals>,
+    name: &'static str,
+    broken: bool,
+    /// Something was completed that the driver has not been told of.
+    untold: bool,
+}
+
+impl LiveQueue {
+    pub(crate) fn new(
+        index: u16,
+        queue: Queue,
+        ram: GuestRam,
+        doorbell: Doorbell,
+        signals: Arc<Signals>,
+        name: &'static str,
+    ) -> Self {
+        Self {
+            index,
+            queue,
+            ram,
+            doorbell,
+            signals,
+            name,
+            broken: false,
+            untold: false,
+        }
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Its size in descriptors, as the driver has set it.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// What the driver rings when it has made buffers available.
+    #[must_use]
+    pub fn doorbell(&self) -> &Doorbell {
+        &self.doorbell
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Whether [`LiveQueue::fail`] was called.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Takes the next request into `chain`; false when there is none.
+    ///
+    /// # Errors
+    /// The driver has broken the ring; hand it to [`LiveQueue::fail`].
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, BrokenRing> {
+        let ram = self.ram.as_vm_memory();
+        let mut available = self.queue.iter(ram).map_err(|e| match e {
+            virtio_queue::Error::InvalidAvailRingIndex => BrokenRing::IndexJump,
+            _ => BrokenRing::NoMemory,
+        })?;
+        match available.next() {
+            Some(descriptors) => chain.fill(descriptors).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    /// Puts the request that [`LiveQueue::pop`] gave last back: it will be the next one again.
+    pub fn put_back(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Gives the request `head` back to the driver with `written` bytes filled in.
+    ///
+    /// # Errors
+    /// The ring is not in memory, or `head` is none of its descriptors.
+    pub fn complete(&mut self, head: u16, written: u32) -> Result<(), BrokenRing> {
+        // Looked at here, because the queue would log it each time.
+        if head >= self.queue.size() {
+            return Err(BrokenRing::NoRequest {
+                head,
+                why: "it is outside the table",
+            });
+        }
+        self.untold = true;
+        self.queue
+            .add_used(self.ram.as_vm_memory(), head, written)
+            .map_err(|_| BrokenRing::NoMemory)
+    }
+
+    /// Interrupts the driver for what was completed since the last call, if it wants to be.
+    ///
+    /// # Errors
+    /// The ring is not in memory.
+    pub fn notify(&mut self) -> Result<(), BrokenRing> {
+        if !std::mem::take(&mut self.untold) {
+            return Ok(());
+        }
+        let wanted = self
+            .queue
+            .needs_notification(self.ram.as_vm_memory())
+            .map_err(|_| BrokenRing::NoMemory)?;
+        if wanted && (self.queue.event_idx_enabled() || !self.asks_for_silence()?) {
+            self.signals.queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// VIRTQ_AVAIL_F_NO_INTERRUPT (section 2.7.7), which `virtio-queue` leaves to us.
+    fn asks_for_silence(&self) -> Result<bool, BrokenRing> {
+        const NO_INTERRUPT: u16 = 1;
+        let flags: u16 = self
+            .ram
+            .as_vm_memory()
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+            .map_err(|_| BrokenRing::NoMemory)?;
+        Ok(u16::from_le(flags) & NO_INTERRUPT != 0)
+    }
+
+    /// Asks the driver not to ring: the worker is looking anyway.
+    ///
+    /// # Errors
+    /// The ring is not in memory.
+    pub fn stop_doorbell(&mut self) -> Result<(), BrokenRing> {
+        self.queue
+            .disable_notification(self.ram.as_vm_memory())
+            .map_err(|_| BrokenRing::NoMemory)
+    }
+
+    /// Asks the driver to ring for the next request. True when there is one already, for which it will
+    /// not.
+    ///
+    /// # Errors
+    /// The ring is not in memory.
+    pub fn want_doorbell(&mut self) -> Result<bool, BrokenRing> {
+        self.queue
+            .enable_notification(self.ram.as_vm_memory())
+            .map_err(|_| BrokenRing::NoMemory)
+    }
+
+    /// Gives the device up until the driver resets it: sets NEEDS_RESET, tells the driver and the log. The
+    /// worker should unwatch everything and wait to be stopped.
+    pub fn fail(&mut self, why: BrokenRing) {
+        self.broken = true;
+        self.signals
+            .say(self.name, &format_args!("queue {}: {why}", self.index));
+        self.signals.need_reset();
+    }
+
+    /// Ends service.
+    #[must_use]
+    pub fn stop(self) -> Progress {
+        Progress {
+            queue: self.index,
+            next_avail: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! What a running device may tell the guest.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+/// Most log lines about broken rings and refused starts of one device. Abused by a guest that breaks its
+/// ring and resets the device in a loop.
+pub const MAX_TROUBLE_LINES: u32 = 10;
+
+/// How a transport tells the driver something. Supplied by the transport, called from any thread.
+pub trait Wires: Send + Sync {
+    /// Queue `queue` has used buffers.
+    fn queue(&self, queue: u16);
+    /// The configuration, or the status, has changed.
+    fn config(&self);
+    /// The device was reset: nothing that was told before counts any more.
+    fn clear(&self);
+}
+
+/// The part of a device's state that its worker's thread changes: shared by core, transport and worker.
+pub struct Signals {
+    wires: Box<dyn Wires>,
+    needs_reset: AtomicBool,
+    generation: AtomicU32,
+    trouble: AtomicU32,
+}
+
+impl Signals {
+    /// Over the wires of one transport.
+    #[must_use]
+    pub fn new(wires: Box<dyn Wires>) -> Arc<Self> {
+        Arc::new(Self {
+            wires,
+            needs_reset: AtomicBool::new(false),
+            generation: AtomicU32::new(0),
+            trouble: AtomicU32::new(0),
+        })
+    }
+
+    /// Tells the driver that `queue` has used buffers.
+    pub(crate) fn queue(&self, queue: u16) {
+        self.wires.queue(queue);
+    }
+
+    /// The configuration space has changed: a new generation, and an interrupt (section 2.5.1).
+    pub(crate) fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.wires.config();
+    }
+
+    /// The device cannot go on without a reset (section 2.1.2).
+    pub(crate) fn need_reset(&self) {
+        self.needs_reset.store(true, Ordering::Release);
+        self.wires.config();
+    }
+
+    pub(crate) fn needs_reset(&self) -> bool {
+        self.needs_reset.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn restore(&self, generation: u32, needs_reset: bool) {
+        self.generation.store(generation, Ordering::Release);
+        self.needs_reset.store(needs_reset, Ordering::Release);
+    }
+
+    /// After a reset. The generation stays: a driver that compares two readings must not be fooled.
+    pub(crate) fn reset(&self) {
+        self.needs_reset.store(false, Ordering::Release);
+        self.wires.clear();
+    }
+
+    /// Says in the log what went wrong, unless there is too much of it.
+    pub(crate) fn say(&self, name: &str, what: &dyn std::fmt::Display) {
+        let line = self.trouble.fetch_add(1, Ordering::Relaxed);
+        if line < MAX_TROUBLE_LINES {
+            log::warn!("{name}: {what}; the device waits for a reset by the guest");
+            if line == MAX_TROUBLE_LINES - 1 {
+                log::warn!("{name}: no more is said about this device");
+            }
+        }
+    }
+
+    /// How often the device had to be given up until a reset.
+    #[must_use]
+    pub fn trouble(&self) -> u32 {
+        self.trouble.load(Ordering::Relaxed)
+    }
+}
+
+/// Tells the driver that the configuration space has changed.
+#[derive(Clone)]
+pub struct ConfigIrq(pub(crate) Arc<Signals>);
+
+impl ConfigIrq {
+    /// Raises the interrupt. The change itself must be visible in the configuration space before.
+    pub fn raise(&self) {
+        self.0.config_changed();
+    }
+}

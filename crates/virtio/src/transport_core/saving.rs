@@ -1,0 +1,154 @@
+//! The core's state, out and in.
+
+use crate::transport_core::{QueueSlot, TransportCore};
+use crate::{QueueStateV1, TransportStateV1, features, status};
+
+/// Why a saved state was refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum RestoreError {
+    /// The state is of another device.
+    #[error("the saved state is of a {found}, not of a {wanted}")]
+    Kind {
+        /// What the device is.
+        wanted: String,
+        /// What the state says.
+        found: String,
+    },
+    /// The state is of a version that this program does not know.
+    #[error("the saved state of {kind} has version {found}; this program knows up to {known}")]
+    Version {
+        /// The kind of device.
+        kind: String,
+        /// What the state says.
+        found: u32,
+        /// What is known.
+        known: u32,
+    },
+    /// A value that no device of this kind can have.
+    #[error("the saved state of {kind} is not valid: {why}")]
+    Invalid {
+        /// The kind of device.
+        kind: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// The device is being served.
+    #[error("a device takes a saved state over only before its driver has started it")]
+    Running,
+}
+
+impl TransportCore {
+    /// The state, while paused or before the driver has started the device; else nothing.
+    #[must_use]
+    pub fn save(&self) -> Option<TransportStateV1> {
+        // Exhaustive, so that a new field has to decide whether it is saved.
+        let Self {
+            device,
+            identity: _,
+            ram: _,
+            doorbells: _,
+            signals,
+            hosting: _,
+            status,
+            driver_features,
+            device_feature_select,
+            driver_feature_select,
+            queue_select,
+            queues,
+            running,
+            paused: _,
+        } = self;
+        running.is_empty().then(|| TransportStateV1 {
+            status: *status,
+            needs_reset: signals.needs_reset(),
+            driver_features: *driver_features,
+            device_feature_select: *device_feature_select,
+            driver_feature_select: *driver_feature_select,
+            queue_select: *queue_select,
+            config_generation: signals.generation(),
+            queues: queues
+                .iter()
+                .map(|slot| QueueStateV1 {
+                    size: slot.size,
+                    enabled: slot.enabled,
+                    descriptors_addr: slot.descriptors_addr,
+                    available_addr: slot.available_addr,
+                    used_addr: slot.used_addr,
+                    next_avail: slot.next_avail,
+                    next_used: slot.next_used,
+                })
+                .collect(),
+            device: device.save(),
+        })
+    }
+
+    /// Takes a saved state over; [`Self::resume`] starts it.
+    ///
+    /// # Errors
+    /// The state is not one that this device can have; nothing is changed but perhaps the device itself.
+    pub fn restore(&mut self, saved: &TransportStateV1) -> Result<(), RestoreError> {
+        if !self.running.is_empty() {
+            return Err(RestoreError::Running);
+        }
+        let TransportStateV1 {
+            status,
+            needs_reset,
+            driver_features,
+            device_feature_select,
+            driver_feature_select,
+            queue_select,
+            config_generation,
+            queues,
+            device,
+        } = saved;
+        let invalid = |why: String| RestoreError::Invalid {
+            kind: self.identity.name.to_owned(),
+            why,
+        };
+        if queues.len() != self.queues.len() {
+            return Err(invalid(format!(
+                "it has {} queues, the device {}",
+                queues.len(),
+                self.queues.len()
+            )));
+        }
+        for (slot, saved) in self.queues.iter().zip(queues) {
+            if !saved.size.is_power_of_two() || saved.size > slot.max_size {
+                return Err(invalid(format!(
+                    "a queue of {} descriptors, where a power of two up to {} is possible",
+                    saved.size, slot.max_size
+                )));
+            }
+        }
+        let foreign = driver_features & !self.offered();
+        if foreign != 0 {
+            return Err(invalid(format!(
+                "features {foreign:#x} that the device does not have"
+            )));
+        }
+        if status & status::DRIVER_OK != 0 && driver_features & features::VERSION_1 == 0 {
+            return Err(invalid("a driver that runs without VERSION_1".into()));
+        }
+        self.device.restore(device)?;
+        self.status = *status & !status::NEEDS_RESET;
+        self.signals.restore(*config_generation, *needs_reset);
+        self.driver_features = *driver_features;
+        self.device_feature_select = *device_feature_select;
+        self.driver_feature_select = *driver_feature_select;
+        self.queue_select = *queue_select;
+        for (slot, saved) in self.queues.iter_mut().zip(queues) {
+            *slot = QueueSlot {
+                max_size: slot.max_size,
+                size: saved.size,
+                enabled: saved.enabled,
+                descriptors_addr: saved.descriptors_addr,
+                available_addr: saved.available_addr,
+                used_addr: saved.used_addr,
+                next_avail: saved.next_avail,
+                next_used: saved.next_used,
+            };
+        }
+        self.paused = true;
+        Ok(())
+    }
+}
