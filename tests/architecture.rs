@@ -21,7 +21,13 @@ const LAYERS: [&[&str]; 6] = [
         "thread-sandbox",
         "acpi",
     ],
-    &["hypervisor", "hypervisor-kvm", "event-loop", "boot-loader"],
+    &[
+        "hypervisor",
+        "hypervisor-kvm",
+        "event-loop",
+        "boot-loader",
+        "block-store",
+    ],
     &["vcpu", "virtio"],
     &["serial", "board-devices", "virtio-mmio"],
     &["machine", "host"],
@@ -36,7 +42,7 @@ const SIDEWAYS: [(&str, &str, &str); 1] = [(
 )];
 
 /// Who may name which external crate: one owner per fact.
-const OWNERS: [(&str, &[&str]); 9] = [
+const OWNERS: [(&str, &[&str]); 10] = [
     ("kvm-ioctls", &["hypervisor-kvm"]),
     ("kvm-bindings", &["hypervisor-kvm"]),
     ("event-manager", &["event-loop"]),
@@ -46,16 +52,21 @@ const OWNERS: [(&str, &[&str]); 9] = [
     ("vm-superio", &["serial"]),
     ("virtio-queue", &["virtio"]),
     ("seccompiler", &["thread-sandbox"]),
+    ("io-uring", &["block-store"]),
 ];
 
 /// Crates that may hold unsafe code, and why.
-const UNSAFE: [(&str, &str); 5] = [
+const UNSAFE: [(&str, &str); 6] = [
     ("guest-memory", "maps guest RAM"),
     (
         "hypervisor-kvm",
         "issues ioctls and reads the page shared with the kernel",
     ),
     ("thread-sandbox", "installs filters and a signal handler"),
+    (
+        "block-store",
+        "hands guest RAM to the kernel and issues the calls of block devices",
+    ),
     ("serial", "restores the terminal from signal handlers"),
     ("host", "asks the kernel what it offers by raw system calls"),
 ];

@@ -1,0 +1,20 @@
+//! Where blocks really are: files, block devices, RAM.
+//!
+//! A [`BlockStore`] is opened once, with everything that it will ever need, because the process enters a
+//! sandbox afterwards. Each queue of a device gets a [`StoreQueue`] of its own: it takes requests whose
+//! buffers are checked ranges of guest RAM, hands them to the host in batches and gives them back when
+//! they are done.
+//!
+//! Deliberately does not know: virtio, what a queue of a guest looks like, who waits for the
+//! descriptors, how a guest is run.
+
+mod error;
+mod options;
+mod ram;
+mod request;
+mod store;
+
+pub use error::StoreError;
+pub use options::{Backing, Cache, Engine, Format, OpenOptions};
+pub use ram::RamStore;
+pub use store::{BlockStore, Completion, Geometry, Operation, Request, SECTOR_BYTES, StoreQueue};
