@@ -20,6 +20,7 @@ const LAYERS: [&[&str]; 6] = [
         "counters",
         "thread-sandbox",
         "acpi",
+        "rate-limiter",
     ],
     &[
         "hypervisor",
@@ -29,7 +30,13 @@ const LAYERS: [&[&str]; 6] = [
         "block-store",
     ],
     &["vcpu", "virtio"],
-    &["serial", "board-devices", "virtio-mmio"],
+    &[
+        "serial",
+        "board-devices",
+        "virtio-mmio",
+        "virtio-blk",
+        "virtio-rng",
+    ],
     &["machine", "host"],
     &["vmm", "cli", "bench"],
 ];
