@@ -390,15 +390,10 @@ fn devices_that_are_not_built_are_refused_by_name() {
     let bench = Bench::new(&power_off());
     for (key, value) in [
         (
-            "drives",
-            r#"[{"drive_id": "a", "path_on_host": "/x", "is_root_device": true}]"#,
-        ),
-        (
             "network-interfaces",
             r#"[{"iface_id": "eth0", "host_dev_name": "tap0"}]"#,
         ),
         ("vsock", r#"{"guest_cid": 3, "uds_path": "/x"}"#),
-        ("entropy", "{}"),
         ("balloon", r#"{"amount_mib": 1}"#),
         ("pmem", r#"[{"id": "p"}]"#),
         ("memory-hotplug", r#"{"total_size_mib": 64}"#),

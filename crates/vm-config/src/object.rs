@@ -187,6 +187,24 @@ impl<'a> Value<'a> {
         value
     }
 
+    /// The values of an array, named by their place; notes a problem if it is none.
+    fn array(&self) -> Option<Vec<Value<'a>>> {
+        let Ok(entries) = serde_json::from_str::<Vec<&'a RawValue>>(self.raw) else {
+            self.wrong(format_args!("expected an array, found {}", self.shown()));
+            return None;
+        };
+        let entries = entries.into_iter().enumerate();
+        Some(
+            entries
+                .map(|(at, raw)| Value {
+                    raw: raw.get(),
+                    field: format!("{}[{at}]", self.field),
+                    report: self.report,
+                })
+                .collect(),
+        )
+    }
+
     /// The value as an object; notes a problem if it is none.
     pub(crate) fn object(&self) -> Option<Object<'a>> {
         if !self.raw.starts_with('{') {
@@ -281,6 +299,25 @@ impl<'a> Object<'a> {
         let value = read(&mut section);
         section.refuse_the_rest();
         Some(value)
+    }
+
+    /// A field that is an array of objects, each read by `read`; absent and `null` are an empty one.
+    pub(crate) fn list<T>(
+        &mut self,
+        name: &'static str,
+        mut read: impl FnMut(&mut Object<'a>) -> T,
+    ) -> Vec<T> {
+        let Some(value) = self.take(name).filter(|v| !v.is_null()) else {
+            return Vec::new();
+        };
+        let mut all = Vec::new();
+        for entry in value.array().unwrap_or_default() {
+            if let Some(mut entry) = entry.object() {
+                all.push(read(&mut entry));
+                entry.refuse_the_rest();
+            }
+        }
+        all
     }
 
     /// A field that must be there and be an object, read by `read`.

@@ -2,7 +2,8 @@
 
 use crate::object::{Leaf, Object, Value};
 use crate::types::{
-    BootSource, CpuTemplate, HugePages, LogLevel, Logger, MachineConfig, Metrics, Serial, VmConfig,
+    BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages, IoEngine, LogLevel,
+    Logger, MachineConfig, Metrics, RateLimiter, Serial, TokenBucket, VmConfig,
 };
 
 pub(crate) fn vm_config(top: &mut Object<'_>) -> VmConfig {
@@ -14,12 +15,12 @@ pub(crate) fn vm_config(top: &mut Object<'_>) -> VmConfig {
         logger: top.section("logger", logger),
         metrics: top.section("metrics", metrics),
         serial: top.section("serial", serial),
+        drives: top.list("drives", drive),
+        entropy: top.section("entropy", entropy),
     };
     for (key, what) in [
-        ("drives", "block devices are"),
         ("network-interfaces", "network devices are"),
         ("vsock", "the vsock device is"),
-        ("entropy", "the entropy device is"),
         ("balloon", "the balloon device is"),
         ("pmem", "persistent memory devices are"),
         ("memory-hotplug", "memory hotplug is"),
@@ -134,6 +135,67 @@ impl Leaf for LogLevel {
         })
     }
 }
+
+fn drive(section: &mut Object<'_>) -> Drive {
+    section.not_built("socket", "disks served over vhost-user are");
+    Drive {
+        drive_id: section.required("drive_id"),
+        path_on_host: section.required("path_on_host"),
+        is_root_device: section.required("is_root_device"),
+        partuuid: section.optional("partuuid"),
+        is_read_only: section.optional("is_read_only").unwrap_or_default(),
+        cache_type: section.optional("cache_type").unwrap_or_default(),
+        io_engine: section.optional("io_engine"),
+        rate_limiter: section.section("rate_limiter", rate_limiter),
+        format: section.optional("format"),
+        num_queues: section.optional("num_queues"),
+    }
+}
+
+fn entropy(section: &mut Object<'_>) -> Entropy {
+    Entropy {
+        rate_limiter: section.section("rate_limiter", rate_limiter),
+    }
+}
+
+fn rate_limiter(section: &mut Object<'_>) -> RateLimiter {
+    RateLimiter {
+        bandwidth: section.section("bandwidth", token_bucket),
+        ops: section.section("ops", token_bucket),
+    }
+}
+
+fn token_bucket(section: &mut Object<'_>) -> TokenBucket {
+    TokenBucket {
+        size: section.required("size"),
+        one_time_burst: section.optional("one_time_burst"),
+        refill_time: section.required("refill_time"),
+    }
+}
+
+/// A choice among words, which are read as they are written.
+macro_rules! words {
+    ($type:ty, $expected:literal, $($word:literal => $value:expr,)*) => {
+        impl Leaf for $type {
+            const EXPECTED: &'static str = $expected;
+
+            fn from_json(raw: &str) -> Option<Self> {
+                let word: String = serde_json::from_str(raw).ok()?;
+                match word.as_str() {
+                    $($word => Some($value),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+words! { CacheType, "one of \"Unsafe\", \"Writeback\", \"Direct\"",
+"Unsafe" => CacheType::Unsafe, "Writeback" => CacheType::Writeback, "Direct" => CacheType::Direct, }
+words! { IoEngine, "one of \"Sync\", \"Async\"",
+"Sync" => IoEngine::Sync, "Async" => IoEngine::Async, }
+words! { DiskFormat, "one of \"raw\", \"qcow2\"",
+"raw" => DiskFormat::Raw, "qcow2" => DiskFormat::Qcow2, }
 
 fn metrics(section: &mut Object<'_>) -> Metrics {
     let metrics = Metrics {

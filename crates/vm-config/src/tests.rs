@@ -36,7 +36,22 @@ fn firecrackers_own_file_is_read() {
             "boot_args": "console=ttyS0 reboot=k panic=1",
             "initrd_path": null
           },
-          "drives": [],
+          "drives": [
+            {
+              "drive_id": "rootfs",
+              "partuuid": null,
+              "is_root_device": true,
+              "cache_type": "Unsafe",
+              "is_read_only": false,
+              "path_on_host": "ubuntu-24.04.ext4",
+              "io_engine": "Sync",
+              "rate_limiter": {
+                "bandwidth": { "size": 1000, "one_time_burst": 0, "refill_time": 100 },
+                "ops": null
+              },
+              "socket": null
+            }
+          ],
           "machine-config": {
             "vcpu_count": 2,
             "mem_size_mib": 1024,
@@ -52,7 +67,7 @@ fn firecrackers_own_file_is_read() {
           "logger": { "log_path": "/tmp/log", "level": "WARN", "show_level": true, "module": null },
           "metrics": { "metrics_path": "m.fifo", "emit_id": false },
           "mmds-config": null,
-          "entropy": null,
+          "entropy": { "rate_limiter": null },
           "pmem": [],
           "memory-hotplug": null,
           "serial": { "serial_out_path": "out", "rate_limiter": null }
@@ -84,7 +99,50 @@ fn firecrackers_own_file_is_read() {
             serial: Some(Serial {
                 serial_out_path: Some("out".into()),
             }),
+            drives: vec![Drive {
+                drive_id: "rootfs".into(),
+                path_on_host: "ubuntu-24.04.ext4".into(),
+                is_root_device: true,
+                io_engine: Some(IoEngine::Sync),
+                rate_limiter: Some(RateLimiter {
+                    bandwidth: Some(TokenBucket {
+                        size: 1000,
+                        one_time_burst: Some(0),
+                        refill_time: 100,
+                    }),
+                    ops: None,
+                }),
+                ..Drive::default()
+            }],
+            entropy: Some(Entropy::default()),
         }
+    );
+}
+
+#[test]
+fn mistakes_in_a_drive_are_told_with_its_place_in_the_list() {
+    let message = told(&with(
+        "  \"drives\": [\n    {\"drive_id\": \"a\", \"path_on_host\": \"x\", \"is_root_device\": true},\n    \
+         {\"drive_id\": \"b\", \"cache_type\": \"Fast\", \"socket\": \"s\", \"is_root_device\": 1},\n    7]",
+    ));
+    let lines: Vec<_> = message.lines().collect();
+    for part in [
+        "vm.json:5:5: \"drives[1].path_on_host\": this field is required and missing; add it",
+        "vm.json:5:37: \"drives[1].cache_type\": expected one of \"Unsafe\", \"Writeback\", \"Direct\", found the \
+         string \"Fast\"",
+        "\"drives[1].socket\": disks served over vhost-user are not built yet; remove the key to start without it",
+        "\"drives[1].is_root_device\": expected true or false, found the number 1",
+        "vm.json:6:5: \"drives[2]\": expected an object, found the number 7",
+    ] {
+        assert!(
+            lines.iter().any(|l| l.contains(part)),
+            "{part}\nin\n{message}"
+        );
+    }
+    assert_eq!(lines.len(), 5);
+    assert_eq!(
+        told(&with("  \"drives\": {}")),
+        "vm.json:3:13: \"drives\": expected an array, found an object"
     );
 }
 
@@ -113,10 +171,8 @@ fn what_is_absent_is_as_firecracker_has_it() {
 #[test]
 fn a_device_that_is_not_built_is_named() {
     for (key, what) in [
-        ("drives", "block devices are"),
         ("network-interfaces", "network devices are"),
         ("vsock", "the vsock device is"),
-        ("entropy", "the entropy device is"),
         ("balloon", "the balloon device is"),
         ("pmem", "persistent memory devices are"),
         ("memory-hotplug", "memory hotplug is"),
@@ -279,7 +335,7 @@ fn a_field_given_twice_is_refused() {
 #[test]
 fn everything_that_is_wrong_is_listed_in_the_order_of_the_text() {
     let text = r#"{
-  "drives": [{}],
+  "pmem": [{}],
   "boot-source": { "boot_args": 3 },
   "machine-config": {
     "vcpu_count": "two",
@@ -299,7 +355,7 @@ fn everything_that_is_wrong_is_listed_in_the_order_of_the_text() {
     assert_eq!(
         places,
         [
-            (2, 3, "drives"),
+            (2, 3, "pmem"),
             (3, 18, "boot-source.kernel_image_path"),
             (3, 33, "boot-source.boot_args"),
             (4, 21, "machine-config.mem_size_mib"),
@@ -370,9 +426,11 @@ fn hostile_files_are_refused_soon_and_in_few_words() {
         "vm.json:1:1: expected an object, found an array"
     );
     let nested = &nested[MAX_SIZE_BYTES / 4..MAX_SIZE_BYTES / 4 * 3];
-    let message = told(&with(&format!("  \"drives\": {nested}")));
+    let message = told(&with(&format!("  \"pmem\": {nested}")));
+    let deep = told(&with(&format!("  \"drives\": {nested}")));
+    assert!(deep.contains("\"drives[0]\": expected an object"), "{deep}");
     assert!(
-        message.starts_with("vm.json:3:3: \"drives\": block"),
+        message.starts_with("vm.json:3:3: \"pmem\": persistent"),
         "{message}"
     );
 
@@ -430,6 +488,45 @@ prop_compose! {
     }
 }
 
+fn bucket() -> impl Strategy<Value = TokenBucket> {
+    (any::<u64>(), any::<Option<u64>>(), any::<u64>()).prop_map(
+        |(size, one_time_burst, refill_time)| TokenBucket {
+            size,
+            one_time_burst,
+            refill_time,
+        },
+    )
+}
+
+prop_compose! {
+    fn limiter()(
+        bandwidth in prop::option::of(bucket()),
+        ops in prop::option::of(bucket()),
+    ) -> RateLimiter {
+        RateLimiter { bandwidth, ops }
+    }
+}
+
+prop_compose! {
+    fn drive()(
+        drive_id in any::<String>(),
+        path_on_host in path(),
+        is_root_device in any::<bool>(),
+        partuuid in any::<Option<String>>(),
+        is_read_only in any::<bool>(),
+        cache_type in prop::sample::select(vec![CacheType::Unsafe, CacheType::Writeback, CacheType::Direct]),
+        io_engine in prop::sample::select(vec![None, Some(IoEngine::Sync), Some(IoEngine::Async)]),
+        rate_limiter in prop::option::of(limiter()),
+        format in prop::sample::select(vec![None, Some(DiskFormat::Raw), Some(DiskFormat::Qcow2)]),
+        num_queues in any::<Option<u64>>(),
+    ) -> Drive {
+        Drive {
+            drive_id, path_on_host, is_root_device, partuuid, is_read_only, cache_type, io_engine,
+            rate_limiter, format, num_queues,
+        }
+    }
+}
+
 prop_compose! {
     fn config()(
         kernel_image_path in path(),
@@ -440,6 +537,8 @@ prop_compose! {
         logger in prop::option::of(logger()),
         metrics in prop::option::of(path()),
         serial in prop::option::of(prop::option::of(path())),
+        drives in prop::collection::vec(drive(), 0..3),
+        entropy in prop::option::of(prop::option::of(limiter())),
     ) -> VmConfig {
         VmConfig {
             boot_source: BootSource { kernel_image_path, initrd_path, boot_args },
@@ -447,6 +546,8 @@ prop_compose! {
             logger,
             metrics: metrics.map(|metrics_path| Metrics { metrics_path }),
             serial: serial.map(|serial_out_path| Serial { serial_out_path }),
+            drives,
+            entropy: entropy.map(|rate_limiter| Entropy { rate_limiter }),
         }
     }
 }

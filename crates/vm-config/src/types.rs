@@ -23,6 +23,12 @@ pub struct VmConfig {
     /// Where the serial console writes; none: standard output.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
+    /// Disks, in the order in which the guest finds them; the root device comes first wherever it stands.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub drives: Vec<Drive>,
+    /// The entropy device; none: the guest has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<Entropy>,
 }
 
 /// What the guest boots.
@@ -135,4 +141,98 @@ pub struct Serial {
     /// A file or named pipe on the host; none: standard output.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial_out_path: Option<PathBuf>,
+}
+
+/// A disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Drive {
+    /// Its name in this description and in messages.
+    pub drive_id: String,
+    /// The image or block device on the host.
+    pub path_on_host: PathBuf,
+    /// Whether the guest boots from it: it becomes the first disk, and `root=` is added to the command
+    /// line.
+    pub is_root_device: bool,
+    /// The partition of it that is the root file system; none: all of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partuuid: Option<String>,
+    /// Whether the guest may only read it.
+    pub is_read_only: bool,
+    /// What stands between the guest and the medium.
+    pub cache_type: CacheType,
+    /// Who carries its requests; none: io_uring where the host has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub io_engine: Option<IoEngine>,
+    /// Bounds on bytes and operations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+    /// How blocks lie in the file (not a field of Firecracker's); none: qcow2 for a name that ends so,
+    /// else raw.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<DiskFormat>,
+    /// Number of queues (not a field of Firecracker's); none: one for each vCPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_queues: Option<u64>,
+}
+
+/// What stands between a guest and a medium.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub enum CacheType {
+    /// The host's page cache; flushes are ignored.
+    #[default]
+    Unsafe,
+    /// The host's page cache; flushes reach the medium.
+    Writeback,
+    /// Nothing; flushes reach the medium (not a value of Firecracker's).
+    Direct,
+}
+
+/// Who carries a disk's requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum IoEngine {
+    /// One plain call after the other.
+    Sync,
+    /// io_uring.
+    Async,
+}
+
+/// How blocks lie in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// One after the other.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+}
+
+/// Bounds on bytes and operations; an absent one does not bound.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct RateLimiter {
+    /// Tokens are bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<TokenBucket>,
+    /// Tokens are operations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ops: Option<TokenBucket>,
+}
+
+/// How many tokens in how long.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct TokenBucket {
+    /// Tokens a full bucket holds.
+    pub size: u64,
+    /// Tokens besides, spent first and once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub one_time_burst: Option<u64>,
+    /// Milliseconds in which an empty bucket is full again.
+    pub refill_time: u64,
+}
+
+/// The entropy device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Entropy {
+    /// Bounds on bytes and operations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
 }
