@@ -20,6 +20,7 @@ const LAYERS: [&[&str]; 6] = [
         "counters",
         "thread-sandbox",
         "acpi",
+        "qcow2",
     ],
     &["hypervisor", "hypervisor-kvm", "event-loop", "boot-loader"],
     &["vcpu"],
@@ -36,7 +37,7 @@ const SIDEWAYS: [(&str, &str, &str); 1] = [(
 )];
 
 /// Who may name which external crate: one owner per fact.
-const OWNERS: [(&str, &[&str]); 8] = [
+const OWNERS: [(&str, &[&str]); 10] = [
     ("kvm-ioctls", &["hypervisor-kvm"]),
     ("kvm-bindings", &["hypervisor-kvm"]),
     ("event-manager", &["event-loop"]),
@@ -45,6 +46,8 @@ const OWNERS: [(&str, &[&str]); 8] = [
     ("acpi_tables", &["acpi"]),
     ("vm-superio", &["serial"]),
     ("seccompiler", &["thread-sandbox"]),
+    ("miniz_oxide", &["qcow2"]),
+    ("ruzstd", &["qcow2"]),
 ];
 
 /// Crates that may hold unsafe code, and why.
