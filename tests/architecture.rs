@@ -20,6 +20,7 @@ const LAYERS: [&[&str]; 6] = [
         "counters",
         "thread-sandbox",
         "acpi",
+        "qcow2",
     ],
     &[
         "hypervisor",
@@ -42,7 +43,7 @@ const SIDEWAYS: [(&str, &str, &str); 1] = [(
 )];
 
 /// Who may name which external crate: one owner per fact.
-const OWNERS: [(&str, &[&str]); 9] = [
+const OWNERS: [(&str, &[&str]); 11] = [
     ("kvm-ioctls", &["hypervisor-kvm"]),
     ("kvm-bindings", &["hypervisor-kvm"]),
     ("event-manager", &["event-loop"]),
@@ -52,6 +53,8 @@ const OWNERS: [(&str, &[&str]); 9] = [
     ("vm-superio", &["serial"]),
     ("seccompiler", &["thread-sandbox"]),
     ("io-uring", &["block-store"]),
+    ("miniz_oxide", &["qcow2"]),
+    ("ruzstd", &["qcow2"]),
 ];
 
 /// Crates that may hold unsafe code, and why.

@@ -2,12 +2,16 @@
 //!
 //! The ring is restricted before it is enabled: it takes six operations, on its registered files only, and
 //! can never be given others. Who takes the process over has no more in it than in the calls themselves.
+//!
+//! Not used, since it did not pay: registered buffers (guest RAM would be pinned, and reads from the page cache
+//! copy anyway), a polling kernel thread (a processor for each ring).
 
 use std::collections::VecDeque;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use io_uring::register::{Probe, Restriction};
 use io_uring::{IoUring, opcode, squeue, types};
@@ -102,6 +106,10 @@ pub(crate) struct UringEngine {
     unsubmitted: VecDeque<u32>,
     reaped: Vec<(u32, i32)>,
     idle_attempts: u32,
+    /// The last batch was complete when it was handed over, as from the page cache: the next one will be, too.
+    at_once: bool,
+    /// The eventfd is not signalled. Only where the kernel has nothing, or is about to be given it.
+    quiet: bool,
     /// The ring is broken: nothing is handed over any more.
     dead: bool,
 }
@@ -143,6 +151,8 @@ impl UringEngine {
             unsubmitted: VecDeque::with_capacity(depth as usize),
             reaped: Vec::with_capacity(depth as usize),
             idle_attempts: 0,
+            at_once: false,
+            quiet: false,
             dead: false,
             ring,
         })
@@ -184,7 +194,17 @@ impl UringEngine {
 
     /// Hands everything over that was taken, and takes what is complete. One system call for a batch, none
     /// where there is none; more only where something was cut short or put off.
+    ///
+    /// What completes while it is handed over needs no signal: it would wake the caller for nothing. So as long as
+    /// batches complete at once the eventfd is kept quiet. A worker of the kernel may complete something just when it
+    /// is made loud again, and have seen it quiet: then this signals by itself, once, and the caller comes back.
     pub(crate) fn kick(&mut self, finished: &mut Vec<(Piece, io::Result<()>)>) {
+        let batch = !self.unsubmitted.is_empty();
+        let idle = batch && self.at_kernel() == 0;
+        if idle && self.at_once && !self.quiet {
+            self.ring.completion().disable_eventfd();
+            self.quiet = true;
+        }
         loop {
             let before = self.unsubmitted.len();
             if before > 0 {
@@ -196,8 +216,17 @@ impl UringEngine {
                 break;
             }
         }
-        if !self.unsubmitted.is_empty() && self.at_kernel() == 0 {
-            // Nothing will complete and wake the caller up: have it come back by itself.
+        if batch {
+            self.at_once = idle && self.at_kernel() == 0;
+        }
+        let loud = self.quiet && self.at_kernel() > 0;
+        if loud {
+            self.ring.completion().enable_eventfd();
+            self.quiet = false;
+            fence(Ordering::SeqCst);
+        }
+        // Or: nothing will complete and wake the caller up, so it has to come back by itself.
+        if loud || !self.unsubmitted.is_empty() && self.at_kernel() == 0 {
             sys::signal(&self.event);
         }
     }
