@@ -38,6 +38,7 @@ pub(crate) struct HostFile {
     device: bool,
     write: bool,
     direct: Option<Alignment>,
+    locked: bool,
     lacks: AtomicU8,
     geometry: Geometry,
     identity: String,
@@ -128,6 +129,7 @@ impl HostFile {
             device,
             write: how.write,
             direct,
+            locked: how.lock,
             lacks: AtomicU8::new(0),
             geometry: Geometry {
                 block_size_bytes: direct
@@ -186,6 +188,15 @@ impl HostFile {
     /// How large the file is now, in whole sectors.
     pub(crate) fn size_now(&self) -> io::Result<u64> {
         Ok(sys::size(&self.file)? / SECTOR_BYTES * SECTOR_BYTES)
+    }
+}
+
+impl Drop for HostFile {
+    fn drop(&mut self) {
+        // Rings have finished what they had, but the kernel takes them down at its ease.
+        if self.locked {
+            sys::unlock(&self.file);
+        }
     }
 }
 

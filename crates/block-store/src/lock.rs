@@ -9,6 +9,8 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::{OpenError, sys};
 
@@ -27,8 +29,38 @@ const ALONE: &[u64] = &[WRITE, RESIZE];
 /// Most processes that are looked through for the holder of a lock: a name in a message is not worth more.
 const MAX_PROCESSES: usize = 100_000;
 
-/// Locks `file` for as long as it is open.
+/// How long to wait for a holder that cannot be seen. When a process is killed, its ring lives on until what it had in
+/// flight has landed, and the lock with it: only then may somebody else write.
+const MAX_WAIT: Duration = Duration::from_secs(2);
+const ROUND: Duration = Duration::from_millis(2);
+
+/// Locks `file` for as long as it is open anywhere, rings of the kernel included.
 pub(crate) fn lock(file: &File, path: &Path, write: bool) -> Result<(), OpenError> {
+    let start = Instant::now();
+    loop {
+        let error = match try_lock(file, path, write) {
+            Err(Conflict) => holders(file),
+            Ok(()) => return Ok(()),
+        };
+        if error.is_none() && start.elapsed() < MAX_WAIT {
+            sys::unlock(file);
+            thread::sleep(ROUND);
+            continue;
+        }
+        return Err(OpenError::Locked {
+            path: path.to_owned(),
+            access: if write { "writing" } else { "reading" },
+            holder: error.unwrap_or_else(|| {
+                "it is in use by a process that cannot be seen from here".to_owned()
+            }),
+        });
+    }
+}
+
+/// Somebody else has it.
+struct Conflict;
+
+fn try_lock(file: &File, path: &Path, write: bool) -> Result<(), Conflict> {
     let uses = if write { WRITER } else { READER };
     let ours = uses
         .iter()
@@ -36,7 +68,7 @@ pub(crate) fn lock(file: &File, path: &Path, write: bool) -> Result<(), OpenErro
         .chain(ALONE.iter().map(|right| NOT_SHARED + right));
     for byte in ours {
         if let Err(e) = sys::lock_byte_shared(file, byte) {
-            return cannot(file, path, write, &e);
+            return cannot(path, &e);
         }
     }
     let against = uses
@@ -46,33 +78,23 @@ pub(crate) fn lock(file: &File, path: &Path, write: bool) -> Result<(), OpenErro
     for byte in against {
         match sys::byte_is_locked(file, byte) {
             Ok(false) => {}
-            Ok(true) => return Err(locked(file, path, write)),
-            Err(e) => return cannot(file, path, write, &e),
+            Ok(true) => return Err(Conflict),
+            Err(e) => return cannot(path, &e),
         }
     }
     Ok(())
 }
 
-fn cannot(file: &File, path: &Path, write: bool, error: &io::Error) -> Result<(), OpenError> {
+fn cannot(path: &Path, error: &io::Error) -> Result<(), Conflict> {
     // Somebody holds an exclusive lock, which QEMU and we never take.
     if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) {
-        return Err(locked(file, path, write));
+        return Err(Conflict);
     }
     log::warn!(
         "{}: cannot be locked here ({error}): nobody is kept from writing to it at the same time",
         path.display()
     );
     Ok(())
-}
-
-fn locked(file: &File, path: &Path, write: bool) -> OpenError {
-    OpenError::Locked {
-        path: path.to_owned(),
-        access: if write { "writing" } else { "reading" },
-        holder: holders(file).unwrap_or_else(|| {
-            "it is in use by a process that cannot be seen from here".to_owned()
-        }),
-    }
 }
 
 /// Who holds locks of the file besides this open file, from what /proc says of the files of each process:

@@ -191,6 +191,15 @@ pub(crate) fn lock_byte_shared(file: &File, at: u64) -> io::Result<()> {
     done(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })
 }
 
+/// Takes all locks of this open file back.
+pub(crate) fn unlock(file: &File) {
+    let mut lock = byte_lock(libc::F_UNLCK, 0);
+    // To the end of the file and beyond.
+    lock.l_len = 0;
+    // SAFETY: reads one `flock`.
+    let _ = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+}
+
 /// Whether somebody else holds a lock of this byte.
 pub(crate) fn byte_is_locked(file: &File, at: u64) -> io::Result<bool> {
     let mut lock = byte_lock(libc::F_WRLCK, at);
