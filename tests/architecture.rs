@@ -21,6 +21,7 @@ const LAYERS: [&[&str]; 6] = [
         "thread-sandbox",
         "acpi",
         "rate-limiter",
+        "qcow2",
     ],
     &[
         "hypervisor",
@@ -49,7 +50,7 @@ const SIDEWAYS: [(&str, &str, &str); 1] = [(
 )];
 
 /// Who may name which external crate: one owner per fact.
-const OWNERS: [(&str, &[&str]); 10] = [
+const OWNERS: &[(&str, &[&str])] = &[
     ("kvm-ioctls", &["hypervisor-kvm"]),
     ("kvm-bindings", &["hypervisor-kvm"]),
     ("event-manager", &["event-loop"]),
@@ -60,10 +61,12 @@ const OWNERS: [(&str, &[&str]); 10] = [
     ("virtio-queue", &["virtio"]),
     ("seccompiler", &["thread-sandbox"]),
     ("io-uring", &["block-store"]),
+    ("miniz_oxide", &["qcow2"]),
+    ("ruzstd", &["qcow2"]),
 ];
 
 /// Crates that may hold unsafe code, and why.
-const UNSAFE: [(&str, &str); 6] = [
+const UNSAFE: &[(&str, &str)] = &[
     ("guest-memory", "maps guest RAM"),
     (
         "hypervisor-kvm",

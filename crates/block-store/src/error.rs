@@ -7,7 +7,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// A queue's part could not be made.
-    #[error("cannot open a queue of depth {depth} to {path}: {what}: {source}")]
+    #[error("cannot open a queue of depth {depth} to {}: {what}: {source}", path.display())]
     Queue {
         /// The store.
         path: PathBuf,
@@ -19,7 +19,7 @@ pub enum StoreError {
         source: io::Error,
     },
     /// The host does not say how large the store is.
-    #[error("cannot see how large {path} is: {source}")]
+    #[error("cannot see how large {} is: {source}", path.display())]
     Size {
         /// The store.
         path: PathBuf,
@@ -27,7 +27,7 @@ pub enum StoreError {
         source: io::Error,
     },
     /// The store cannot have that size.
-    #[error("cannot make {path} {size_bytes} bytes large: {reason}")]
+    #[error("cannot make {} {size_bytes} bytes large: {reason}", path.display())]
     Resize {
         /// The store.
         path: PathBuf,
@@ -36,4 +36,74 @@ pub enum StoreError {
         /// Why, and what to do.
         reason: String,
     },
+}
+/// Why something cannot be opened as a store.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The host does not open it.
+    #[error("cannot open {} for {access}: {source}{cure}", path.display())]
+    Open {
+        /// What was to be opened.
+        path: PathBuf,
+        /// How.
+        access: &'static str,
+        /// What the host says.
+        source: io::Error,
+        /// What to do about it.
+        cure: &'static str,
+    },
+    /// There is something that holds no blocks.
+    #[error("cannot use {} as a disk: it is {kind}; name a file or a block device", path.display())]
+    Kind {
+        /// What was to be opened.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// There is nothing in it.
+    #[error("cannot use {} as a disk: it holds less than one sector of 512 bytes; make it larger first", path.display())]
+    Empty {
+        /// What was to be opened.
+        path: PathBuf,
+    },
+    /// Direct I/O was asked for, and is not to be had.
+    #[error("cannot use direct I/O on {}: {why}; or choose cache=writeback", path.display())]
+    Direct {
+        /// What was to be opened.
+        path: PathBuf,
+        /// Why not.
+        why: String,
+    },
+    /// Somebody else uses the image in a way that does not go together with this one.
+    #[error("cannot lock {} for {access}: {holder}; stop that first, or use the image read-only in both", path.display())]
+    Locked {
+        /// What was to be opened.
+        path: PathBuf,
+        /// How it was to be used.
+        access: &'static str,
+        /// Who uses it and how.
+        holder: String,
+    },
+    /// io_uring was asked for, and is not to be had.
+    #[error("cannot use io_uring: {reason}; or choose engine=sync")]
+    Engine {
+        /// Why not.
+        reason: String,
+    },
+}
+
+impl OpenError {
+    /// What a person can do about an error of open(2), as the end of a sentence.
+    pub(crate) fn cure(error: &io::Error, write: bool) -> &'static str {
+        match error.raw_os_error() {
+            Some(libc::ENOENT) => "; check the name",
+            Some(libc::EACCES | libc::EPERM | libc::EROFS) if write => {
+                "; use it read-only, or give the right to write"
+            }
+            Some(libc::EACCES | libc::EPERM) => "; give the right to read",
+            Some(libc::EBUSY) => "; it is mounted or used by another program",
+            Some(libc::ENOMEDIUM) => "; insert a medium",
+            _ => "",
+        }
+    }
 }

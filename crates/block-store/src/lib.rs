@@ -8,13 +8,32 @@
 //! Deliberately does not know: virtio, what a queue of a guest looks like, who waits for the
 //! descriptors, how a guest is run.
 
+#![expect(
+    unsafe_code,
+    reason = "guest RAM is handed to the kernel, and block devices have calls of their own"
+)]
+
+mod bounce;
+mod carrier;
 mod error;
+mod gate;
+mod host_file;
+mod lock;
+mod open;
 mod options;
+mod piece;
 mod ram;
+mod raw;
 mod request;
 mod store;
+mod sync;
+mod sys;
+mod uring;
 
-pub use error::StoreError;
+pub use error::{OpenError, StoreError};
+pub(crate) use open::engine_name;
+pub use open::open;
 pub use options::{Backing, Cache, Engine, Format, OpenOptions};
 pub use ram::RamStore;
 pub use store::{BlockStore, Completion, Geometry, Operation, Request, SECTOR_BYTES, StoreQueue};
+pub use uring::io_uring_available;

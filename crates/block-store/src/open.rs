@@ -1,0 +1,49 @@
+//! Opening a store.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::raw::RawStore;
+use crate::uring::io_uring_available;
+use crate::{BlockStore, Cache, Engine, Format, OpenError, OpenOptions};
+
+/// Opens what lies at `path`, with everything that its use will ever need: the caller may enter a sandbox
+/// afterwards.
+///
+/// # Errors
+/// What keeps it from being used as `options` say, with what to do about it.
+pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn BlockStore>, OpenError> {
+    let uring = match options.engine {
+        Engine::Sync => false,
+        Engine::Auto => match io_uring_available() {
+            Ok(()) => true,
+            Err(reason) => {
+                log::info!("{}: no io_uring: {reason}", path.display());
+                false
+            }
+        },
+        Engine::IoUring => {
+            io_uring_available().map_err(|reason| OpenError::Engine { reason })?;
+            true
+        }
+    };
+    if options.cache == Cache::Unsafe {
+        log::warn!(
+            "{}: cache=unsafe: flushes are ignored, what the guest writes is lost if the host goes down",
+            path.display()
+        );
+    }
+    Ok(match options.format {
+        Format::Raw => Arc::new(RawStore::open(path, options, uring)?),
+        Format::Qcow2 => {
+            return Err(OpenError::Engine {
+                reason: "qcow2 is not there yet".into(),
+            });
+        }
+    })
+}
+
+/// The engine's name for people.
+pub(crate) fn engine_name(uring: bool) -> &'static str {
+    if uring { "io_uring" } else { "sync" }
+}

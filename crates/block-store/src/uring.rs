@@ -1,0 +1,374 @@
+//! The engine on io_uring: one ring for each queue, made for its files alone.
+//!
+//! The ring is restricted before it is enabled: it takes six operations, on its registered files only, and
+//! can never be given others. Who takes the process over has no more in it than in the calls themselves.
+//!
+//! Not used, since it did not pay: registered buffers (guest RAM would be pinned, and reads from the page cache
+//! copy anyway), a polling kernel thread (a processor for each ring).
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use io_uring::register::{Probe, Restriction};
+use io_uring::{IoUring, opcode, squeue, types};
+
+use crate::host_file::HostFile;
+use crate::piece::{Piece, Step};
+use crate::sys::{self, Ranges};
+
+/// What a ring may be asked for.
+const OPERATIONS: [(u8, &str); 6] = [
+    (opcode::Read::CODE, "READ"),
+    (opcode::Write::CODE, "WRITE"),
+    (opcode::Readv::CODE, "READV"),
+    (opcode::Writev::CODE, "WRITEV"),
+    (opcode::Fsync::CODE, "FSYNC"),
+    (opcode::Fallocate::CODE, "FALLOCATE"),
+];
+
+/// Most requests of one ring at the host. A guest chooses its queue size; this is what virtio allows.
+pub(crate) const MAX_DEPTH: u32 = 4096;
+
+/// How often a batch is handed over again when the kernel took none of it and nothing is in flight
+/// whose end would free something.
+const MAX_IDLE_ATTEMPTS: u32 = 1000;
+
+/// Whether the host offers io_uring as this crate uses it.
+///
+/// # Errors
+/// The reason, for people.
+pub fn io_uring_available() -> Result<(), String> {
+    let ring = build_ring(1).map_err(|e| match e.raw_os_error() {
+        Some(libc::ENOSYS) => "this kernel has none, or a sandbox hides it".to_owned(),
+        Some(libc::EPERM) => match fs::read_to_string("/proc/sys/kernel/io_uring_disabled") {
+            Ok(n) if n.trim() != "0" => {
+                let n = n.trim();
+                format!("the host forbids it by the sysctl kernel.io_uring_disabled={n}")
+            }
+            _ => "a sandbox or security policy of the host forbids it".to_owned(),
+        },
+        Some(libc::ENOMEM) => {
+            "there is no memory for it within the limit of locked memory (ulimit -l)".to_owned()
+        }
+        Some(libc::EINVAL) => "this kernel is older than 5.10".to_owned(),
+        _ => e.to_string(),
+    })?;
+    let mut probe = Probe::new();
+    ring.submitter()
+        .register_probe(&mut probe)
+        .map_err(|e| format!("the kernel does not say what it can: {e}"))?;
+    for (code, name) in OPERATIONS {
+        if !probe.is_supported(code) {
+            return Err(format!("this kernel has no IORING_OP_{name}"));
+        }
+    }
+    Ok(())
+}
+
+/// A ring that is not enabled yet, with the best flags that this kernel knows.
+fn build_ring(entries: u32) -> io::Result<IoUring> {
+    // SUBMIT_ALL (5.18): a bad entry does not hold the rest of its batch back. COOP_TASKRUN (5.19):
+    // completions do not interrupt the thread, which enters the kernel soon anyway. Not SINGLE_ISSUER and what needs it:
+    // queues move between threads.
+    let modern = IoUring::builder()
+        .setup_r_disabled()
+        .setup_submit_all()
+        .setup_coop_taskrun()
+        .build(entries);
+    match modern {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            IoUring::builder().setup_r_disabled().build(entries)
+        }
+        other => other,
+    }
+}
+
+/// `IORING_ENTER_GETEVENTS` of Linux include/uapi/linux/io_uring.h.
+const ENTER_GETEVENTS: u32 = 1;
+
+/// The step of opening a ring that failed, with what the host said.
+pub(crate) type RingError = (&'static str, io::Error);
+
+pub(crate) struct UringEngine {
+    ring: IoUring,
+    event: Arc<OwnedFd>,
+    files: Arc<[Arc<HostFile>]>,
+    /// What is at the kernel or on its way, by the number that the kernel knows it by.
+    slots: Vec<Option<Piece>>,
+    free: Vec<u32>,
+    /// What has no slot yet.
+    pending: VecDeque<Piece>,
+    /// The slots of the entries that the kernel has not taken yet; it takes them in order.
+    unsubmitted: VecDeque<u32>,
+    reaped: Vec<(u32, i32)>,
+    idle_attempts: u32,
+    /// The last batch was complete when it was handed over, as from the page cache: the next one will be, too.
+    at_once: bool,
+    /// The eventfd is not signalled. Only where the kernel has nothing, or is about to be given it.
+    quiet: bool,
+    /// The ring is broken: nothing is handed over any more.
+    dead: bool,
+}
+
+impl UringEngine {
+    pub(crate) fn new(files: Arc<[Arc<HostFile>]>, depth: u32) -> Result<Self, RingError> {
+        let depth = depth.clamp(1, MAX_DEPTH);
+        let ring = build_ring(depth).map_err(|e| ("making the ring", e))?;
+        let event = sys::event_fd().map_err(|e| ("making its eventfd", e))?;
+        let submitter = ring.submitter();
+        let fds: Vec<_> = files.iter().map(|f| f.file().as_raw_fd()).collect();
+        submitter
+            .register_files(&fds)
+            .map_err(|e| ("registering its files", e))?;
+        submitter
+            .register_eventfd(event.as_raw_fd())
+            .map_err(|e| ("registering its eventfd", e))?;
+        let fixed = squeue::Flags::FIXED_FILE.bits();
+        let mut allowed: Vec<_> = OPERATIONS
+            .iter()
+            .map(|(code, _)| Restriction::sqe_op(*code))
+            .chain([
+                Restriction::sqe_flags_allowed(fixed),
+                Restriction::sqe_flags_required(fixed),
+            ])
+            .collect();
+        submitter
+            .register_restrictions(&mut allowed)
+            .map_err(|e| ("restricting the ring", e))?;
+        submitter
+            .register_enable_rings()
+            .map_err(|e| ("enabling the ring", e))?;
+        Ok(Self {
+            event: Arc::new(event),
+            files,
+            slots: (0..depth).map(|_| None).collect(),
+            free: (0..depth).rev().collect(),
+            pending: VecDeque::new(),
+            unsubmitted: VecDeque::with_capacity(depth as usize),
+            reaped: Vec::with_capacity(depth as usize),
+            idle_attempts: 0,
+            at_once: false,
+            quiet: false,
+            dead: false,
+            ring,
+        })
+    }
+
+    pub(crate) fn event(&self) -> &Arc<OwnedFd> {
+        &self.event
+    }
+
+    /// How many pieces the kernel has.
+    fn at_kernel(&self) -> usize {
+        self.slots.len() - self.free.len() - self.unsubmitted.len()
+    }
+
+    /// Takes a piece. No system call.
+    pub(crate) fn start(&mut self, piece: Piece, finished: &mut Vec<(Piece, io::Result<()>)>) {
+        if self.dead {
+            finished.push(failed(piece));
+            return;
+        }
+        match self.free.pop() {
+            Some(slot) => self.put(slot, piece),
+            None => self.pending.push_back(piece),
+        }
+    }
+
+    fn put(&mut self, slot: u32, piece: Piece) {
+        let piece = self.slots[slot as usize].insert(piece);
+        let file = &self.files[piece.file];
+        let fd = types::Fixed(piece.file as u32);
+        let entry = entry_of(piece.step(file), fd).user_data(slot.into());
+        // SAFETY: what the entry points to is guest RAM, an area, zeroes, or the list of such ranges on the heap;
+        // the piece keeps all of them, and stays in its slot until the kernel has answered.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        // There are as many entries as slots.
+        debug_assert!(pushed.is_ok());
+        self.unsubmitted.push_back(slot);
+    }
+
+    /// Hands everything over that was taken, and takes what is complete. One system call for a batch, none
+    /// where there is none; more only where something was cut short or put off.
+    ///
+    /// What completes while it is handed over needs no signal: it would wake the caller for nothing. So as long as
+    /// batches complete at once the eventfd is kept quiet. A worker of the kernel may complete something just when it
+    /// is made loud again, and have seen it quiet: then this signals by itself, once, and the caller comes back.
+    pub(crate) fn kick(&mut self, finished: &mut Vec<(Piece, io::Result<()>)>) {
+        let batch = !self.unsubmitted.is_empty();
+        let idle = batch && self.at_kernel() == 0;
+        if idle && self.at_once && !self.quiet {
+            self.ring.completion().disable_eventfd();
+            self.quiet = true;
+        }
+        loop {
+            let before = self.unsubmitted.len();
+            if before > 0 {
+                self.enter(0, finished);
+            }
+            let stuck = before > 0 && self.unsubmitted.len() == before;
+            self.reap(finished);
+            if self.unsubmitted.is_empty() || stuck {
+                break;
+            }
+        }
+        if batch {
+            self.at_once = idle && self.at_kernel() == 0;
+        }
+        let loud = self.quiet && self.at_kernel() > 0;
+        if loud {
+            self.ring.completion().enable_eventfd();
+            self.quiet = false;
+            fence(Ordering::SeqCst);
+        }
+        // Or: nothing will complete and wake the caller up, so it has to come back by itself.
+        if loud || !self.unsubmitted.is_empty() && self.at_kernel() == 0 {
+            sys::signal(&self.event);
+        }
+    }
+
+    /// Waits until nothing is left.
+    pub(crate) fn finish(&mut self, finished: &mut Vec<(Piece, io::Result<()>)>) {
+        loop {
+            self.kick(finished);
+            if self.at_kernel() > 0 {
+                self.enter(1, finished);
+            } else if self.unsubmitted.is_empty() {
+                break;
+            }
+        }
+    }
+
+    fn enter(&mut self, want: usize, finished: &mut Vec<(Piece, io::Result<()>)>) {
+        let submitter = self.ring.submitter();
+        let entered = if self.dead {
+            // SAFETY: hands nothing over, and passes no argument.
+            unsafe { submitter.enter::<()>(0, want as u32, ENTER_GETEVENTS, None) }
+        } else {
+            submitter.submit_and_wait(want)
+        };
+        match entered.map_err(|e| (e.raw_os_error(), e)) {
+            Ok(n) => {
+                self.unsubmitted.drain(..n.min(self.unsubmitted.len()));
+                self.idle_attempts = 0;
+            }
+            Err((Some(libc::EINTR), _)) => {}
+            // The kernel has no memory, or waits for its completions to be taken.
+            Err((Some(libc::EAGAIN | libc::EBUSY), _))
+                if self.at_kernel() > 0 || self.idle_attempts < MAX_IDLE_ATTEMPTS =>
+            {
+                self.idle_attempts += u32::from(self.at_kernel() == 0);
+            }
+            Err((_, e)) => self.give_up(&e, finished),
+        }
+    }
+
+    /// The ring takes nothing more: what was not handed over fails. Its entries still lie in the ring, so
+    /// nothing may be handed over ever again.
+    fn give_up(&mut self, error: &io::Error, finished: &mut Vec<(Piece, io::Result<()>)>) {
+        if !self.dead {
+            log::error!("io_uring takes no more requests: {error}; the disk fails from here on");
+        }
+        self.dead = true;
+        for slot in std::mem::take(&mut self.unsubmitted) {
+            if let Some(piece) = self.slots[slot as usize].take() {
+                finished.push(failed(piece));
+                self.free.push(slot);
+            }
+        }
+        finished.extend(self.pending.drain(..).map(failed));
+    }
+
+    /// Takes what is complete. No system call.
+    fn reap(&mut self, finished: &mut Vec<(Piece, io::Result<()>)>) {
+        let mut reaped = std::mem::take(&mut self.reaped);
+        loop {
+            reaped.extend(
+                self.ring
+                    .completion()
+                    .map(|c| (c.user_data() as u32, c.result())),
+            );
+            if reaped.is_empty() {
+                break;
+            }
+            for (slot, result) in reaped.drain(..) {
+                self.complete(slot, result, finished);
+            }
+        }
+        self.reaped = reaped;
+    }
+
+    fn complete(&mut self, slot: u32, result: i32, finished: &mut Vec<(Piece, io::Result<()>)>) {
+        let Some(mut piece) = self.slots[slot as usize].take() else {
+            return;
+        };
+        let result = u64::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
+        let file = &self.files[piece.file];
+        match piece.after(result, file) {
+            Some(result) => {
+                finished.push((piece, result));
+                match self.pending.pop_front() {
+                    Some(next) => self.put(slot, next),
+                    None => self.free.push(slot),
+                }
+            }
+            None if self.dead => {
+                finished.push(failed(piece));
+                self.free.push(slot);
+            }
+            None => self.put(slot, piece),
+        }
+    }
+}
+
+impl Drop for UringEngine {
+    fn drop(&mut self) {
+        // The kernel writes to the buffers of what it has: they must not go before it is done.
+        let mut finished = Vec::new();
+        self.finish(&mut finished);
+    }
+}
+
+fn entry_of(step: Step<'_>, fd: types::Fixed) -> squeue::Entry {
+    match step {
+        Step::Read(Ranges::One(ptr, len), at) => {
+            opcode::Read::new(fd, ptr, len as u32).offset(at).build()
+        }
+        Step::Read(Ranges::Many(list), at) => {
+            opcode::Readv::new(fd, list.as_ptr(), list.len() as u32)
+                .offset(at)
+                .build()
+        }
+        Step::Write(Ranges::One(ptr, len), at, durable) => opcode::Write::new(fd, ptr, len as u32)
+            .offset(at)
+            .rw_flags(flags(durable))
+            .build(),
+        Step::Write(Ranges::Many(list), at, durable) => {
+            opcode::Writev::new(fd, list.as_ptr(), list.len() as u32)
+                .offset(at)
+                .rw_flags(flags(durable))
+                .build()
+        }
+        Step::Sync => opcode::Fsync::new(fd)
+            .flags(types::FsyncFlags::DATASYNC)
+            .build(),
+        Step::Fallocate { mode, offset, len } => opcode::Fallocate::new(fd, len)
+            .offset(offset)
+            .mode(mode)
+            .build(),
+        // Carried out before it comes here.
+        Step::DiscardBlocks { .. } => opcode::Fsync::new(fd).build(),
+    }
+}
+
+fn failed(piece: Piece) -> (Piece, io::Result<()>) {
+    (piece, Err(io::Error::from_raw_os_error(libc::EIO)))
+}
+
+fn flags(durable: bool) -> i32 {
+    if durable { libc::RWF_DSYNC } else { 0 }
+}
