@@ -1,6 +1,9 @@
 //! The devices of a machine: the only place that names them. Each is placed on a bus, wired to its
 //! interrupt and described to the guest here, and nowhere else.
 
+mod threads;
+mod virtio;
+
 use std::sync::{Arc, Mutex};
 
 use alveole_acpi::{DeviceNode, PowerRegisters};
@@ -9,15 +12,21 @@ use alveole_board_devices::{
     PanicPort, PowerButton, PowerPorts, RESET_OFFSET, RESET_VALUE, SLEEP_CONTROL_OFFSET,
     SLEEP_STATUS_OFFSET,
 };
+use alveole_counters::CounterSet;
+use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::Partition;
 use alveole_io_bus::{BusBuilder, BusDevice, SharedDevice};
 use alveole_serial::{Console, ConsoleHandle, ConsoleWorker, UART_PORTS};
+use alveole_virtio_blk::BlkHandle;
 
-use crate::build::BuildError;
+use crate::build::{BuildError, Options};
 use crate::layout;
 
-/// The devices that add to the system calls of a thread (`resources/seccomp/<arch>/devices.d`).
-pub(crate) const SECCOMP: &[&str] = &["serial"];
+pub(crate) use threads::{Running, Threads};
+pub(crate) use virtio::VirtioDevices;
+
+/// What the console adds to the system calls of a thread (`resources/seccomp/<arch>/devices.d`).
+const SERIAL_SANDBOX: &str = "serial";
 
 /// All devices of one machine, placed.
 pub(crate) struct Devices {
@@ -28,13 +37,25 @@ pub(crate) struct Devices {
     pub(crate) power_button: PowerButton,
     pub(crate) console: ConsoleHandle,
     pub(crate) console_worker: ConsoleWorker,
+    /// The event loops that host workers.
+    pub(crate) threads: Threads,
+    /// Counters of virtio devices.
+    pub(crate) counters: Vec<Arc<dyn CounterSet + Send + Sync>>,
+    /// The owner's handles on disks.
+    pub(crate) disks: Vec<BlkHandle>,
+    /// What the devices add to the system calls of threads.
+    pub(crate) sandbox: Vec<&'static str>,
+    /// What a kernel that does not read the tables' devices must be told.
+    pub(crate) cmdline: Vec<String>,
 }
 
 /// Places every device.
 pub(crate) fn place(
     partition: &dyn Partition,
+    ram: &GuestRam,
     console: Console,
-    boot_timer: bool,
+    virtio: VirtioDevices,
+    options: Options,
 ) -> Result<Devices, BuildError> {
     let mut ports = BusBuilder::new();
     let mut memory = BusBuilder::new();
@@ -67,7 +88,7 @@ pub(crate) fn place(
         POWER_PORTS,
         shared(PowerPorts::new()),
     )?;
-    if boot_timer {
+    if options.boot_timer {
         let timer = shared(BootTimer::new());
         memory.place(
             "boot-timer",
@@ -76,7 +97,7 @@ pub(crate) fn place(
             timer,
         )?;
     }
-    let nodes = vec![
+    let mut nodes = vec![
         DeviceNode {
             name: *b"COM1",
             hid: "PNP0501",
@@ -94,6 +115,11 @@ pub(crate) fn place(
             gsi: None,
         },
     ];
+    let mut threads = Threads::new()?;
+    let mut sandbox = vec![SERIAL_SANDBOX];
+    sandbox.extend(virtio.sandbox());
+    let placed = virtio.place(partition, ram, &mut threads, &mut memory, options)?;
+    nodes.extend(placed.nodes);
     Ok(Devices {
         ports,
         memory,
@@ -101,6 +127,11 @@ pub(crate) fn place(
         power_button,
         console,
         console_worker,
+        threads,
+        counters: placed.counters,
+        disks: placed.disks,
+        sandbox,
+        cmdline: placed.cmdline,
     })
 }
 
@@ -126,18 +157,35 @@ pub(crate) fn restart_code() -> [u8; 9] {
     [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
 }
 
-/// The command line with what a kernel cannot learn from the tables. What the user says goes first.
+/// The command line with what a kernel cannot learn from the tables. What the user says goes first, and of
+/// each `name=` only what the user has not said is added.
 ///
 /// A machine without a PCI bus has no table that says so, and kernels look for one through ports: over two
 /// hundred accesses, each an exit.
-pub(crate) fn complete_cmdline(cmdline: &str) -> String {
-    if cmdline
-        .split_whitespace()
-        .any(|word| word.starts_with("pci="))
-    {
-        return cmdline.to_owned();
+pub(crate) fn complete_cmdline(cmdline: &str, devices: &[String]) -> String {
+    // What follows "--" is for init, not for the kernel.
+    let (kernel, init) = match cmdline.split_once(" -- ") {
+        Some((kernel, init)) => (kernel, Some(init)),
+        None => (cmdline, None),
+    };
+    let is_said = |words: &str| {
+        let name = words.split_inclusive('=').next().unwrap_or(words);
+        kernel.split_whitespace().any(|word| word.starts_with(name))
+    };
+    let mut whole = kernel.trim_end().to_owned();
+    for words in devices.iter().map(String::as_str).chain(["pci=off"]) {
+        if !is_said(words) {
+            if !whole.is_empty() {
+                whole.push(' ');
+            }
+            whole.push_str(words);
+        }
     }
-    format!("{cmdline} pci=off").trim_start().to_owned()
+    if let Some(init) = init {
+        whole.push_str(" -- ");
+        whole.push_str(init);
+    }
+    whole
 }
 
 fn shared(device: impl BusDevice + 'static) -> SharedDevice {
@@ -149,9 +197,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_users_word_on_pci_counts() {
-        assert_eq!(complete_cmdline(""), "pci=off");
-        assert_eq!(complete_cmdline("quiet"), "quiet pci=off");
-        assert_eq!(complete_cmdline("pci=conf1 quiet"), "pci=conf1 quiet");
+    fn the_users_word_counts() {
+        let root = ["root=/dev/vda ro".to_owned()];
+        for (said, devices, whole) in [
+            ("", &[][..], "pci=off"),
+            ("quiet", &[], "quiet pci=off"),
+            ("pci=conf1 quiet", &[], "pci=conf1 quiet"),
+            ("quiet", &root, "quiet root=/dev/vda ro pci=off"),
+            ("root=LABEL=x", &root, "root=LABEL=x pci=off"),
+            (
+                "quiet -- root=a b",
+                &root,
+                "quiet root=/dev/vda ro pci=off -- root=a b",
+            ),
+        ] {
+            assert_eq!(complete_cmdline(said, devices), whole);
+        }
     }
 }

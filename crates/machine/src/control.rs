@@ -5,20 +5,19 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use alveole_board_devices::PowerButton;
 use alveole_counters::Registry;
-use alveole_event_loop::LoopHandle;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{CpuPosition, Partition};
 use alveole_io_bus::MachineRequest;
 use alveole_serial::{ConsoleEvent, ConsoleHandle};
 use alveole_thread_sandbox::Role;
 use alveole_vcpu::{EndReason, Order, Report, ReportKind, VcpuHandle};
+use alveole_virtio_blk::BlkHandle;
 
-use crate::catalog;
+use crate::catalog::Running;
 use crate::lifecycle::{Command, Lifecycle, permit};
 use crate::{End, build::Options};
 
@@ -76,8 +75,11 @@ pub struct Machine {
     pub(crate) events: Receiver<Event>,
     pub(crate) console: ConsoleHandle,
     pub(crate) power_button: PowerButton,
-    pub(crate) devices: LoopHandle,
-    pub(crate) devices_thread: Option<JoinHandle<()>>,
+    /// What the devices add to the system calls of threads.
+    pub(crate) sandbox: Vec<&'static str>,
+    pub(crate) disks: Vec<BlkHandle>,
+    /// The event loops of devices.
+    pub(crate) threads: Running,
     pub(crate) registry: Arc<Registry>,
     pub(crate) options: Options,
     pub(crate) booted: Option<Instant>,
@@ -96,6 +98,12 @@ impl Machine {
         &self.registry
     }
 
+    /// The owner's handles on the disks, in the order in which the guest finds them.
+    #[must_use]
+    pub fn disks(&self) -> &[BlkHandle] {
+        &self.disks
+    }
+
     /// The moments of the boot so far.
     #[must_use]
     pub fn milestones(&self) -> Milestones {
@@ -110,11 +118,11 @@ impl Machine {
     /// `tick` is called every `period`, and once when the guest has ended (for counters), and when the
     /// guest has said that its init runs.
     pub fn run(&mut self, period: Duration, tick: &mut dyn FnMut(&Self)) -> End {
-        let end =
-            match alveole_thread_sandbox::enter_with(Role::Control, "control", catalog::SECCOMP) {
-                Ok(()) => self.drive(period, tick),
-                Err(e) => End::HostError(e.to_string()),
-            };
+        let end = match alveole_thread_sandbox::enter_with(Role::Control, "control", &self.sandbox)
+        {
+            Ok(()) => self.drive(period, tick),
+            Err(e) => End::HostError(e.to_string()),
+        };
         self.wind_down();
         tick(self);
         end
@@ -264,16 +272,13 @@ impl Machine {
         if lost > 0 {
             log::warn!("nobody took the last {lost} bytes of the console");
         }
-        self.devices.stop();
-        if let Some(thread) = self.devices_thread.take() {
-            let _ = thread.join();
-        }
+        self.threads.stop();
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        if self.devices_thread.is_some() {
+        if self.threads.are_running() {
             self.wind_down();
         }
     }

@@ -9,8 +9,10 @@
 //! | ports | 0x600-0x602 | power: sleep control, sleep status, reset |
 //! | memory | 0xf_fff0 | what a restart through the firmware runs |
 //! | memory | 0xc000_0000 | boot timer (as Firecracker's), only when asked for |
+//! | memory | 0xc000_1000-0xc001_2fff | virtio devices, a page each |
 //! | memory | 0xfec0_0000, 0xfee0_0000 | I/O APIC, local APICs (the hypervisor's) |
 //! | GSI | 4, 5 | serial port, power button |
+//! | GSI | 6-23 | virtio devices, one each |
 
 /// First port of the serial port (COM1).
 pub(crate) const SERIAL_PORT: u16 = 0x3f8;
@@ -32,3 +34,9 @@ pub(crate) const IO_APIC_ADDR: u32 = 0xfec0_0000;
 pub(crate) const ACPI_ADDR: u64 = 0xe_0000;
 /// Where a processor goes that restarts through the firmware in real mode (ffff:0000).
 pub(crate) const RESTART_ADDR: u64 = 0xf_fff0;
+/// The register block of the first virtio device; the others follow.
+pub(crate) const VIRTIO_MMIO_ADDR: u64 = 0xc000_1000;
+/// Interrupt of the first virtio device; the others follow.
+pub(crate) const VIRTIO_MMIO_GSI: u32 = 6;
+/// The last interrupt of the I/O APIC, and so the last virtio device.
+pub(crate) const LAST_GSI: u32 = 23;

@@ -16,9 +16,12 @@ mod lifecycle;
 mod resources;
 mod validate;
 
-pub use build::{BuildError, Options, Placement, build};
+pub use alveole_virtio_blk::BlkHandle;
+pub use build::{BuildError, DiskThreads, Options, Placement, build};
 pub use control::{Event, Machine, Mailbox, Milestones};
 pub use end::End;
 pub use lifecycle::{Command, Lifecycle, permit};
 pub use resources::{HostResources, ResourceError};
-pub use validate::{Invalid, MAX_CPUS, MIN_MEMORY_MIB, ValidConfig, validate};
+pub use validate::{
+    Invalid, MAX_CPUS, MAX_DRIVES, MAX_QUEUES, MIN_MEMORY_MIB, ValidConfig, validate,
+};

@@ -5,34 +5,58 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::ValidConfig;
+use crate::catalog::VirtioDevices;
 
 /// The process is out of file descriptors.
 const EMFILE: i32 = 24;
 
 /// The open files of one machine.
 pub struct HostResources {
+    boot: BootFiles,
+    virtio: VirtioDevices,
+}
+
+/// What the guest boots.
+pub(crate) struct BootFiles {
     pub(crate) kernel: File,
     pub(crate) kernel_path: PathBuf,
     pub(crate) initrd: Option<(File, PathBuf)>,
 }
 
-/// Why a file could not be opened.
+/// Why the host does not give what the machine needs.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot open the {what} {path:?}: {source}{}", cure(source))]
-pub struct ResourceError {
-    /// What it is to the machine.
-    what: &'static str,
-    /// The path as it was given.
-    path: PathBuf,
-    /// What the host said.
-    source: io::Error,
+pub enum ResourceError {
+    /// A file.
+    #[error("cannot open the {what} {path:?}: {source}{}", cure(source))]
+    File {
+        /// What it is to the machine.
+        what: &'static str,
+        /// The path as it was given.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// What lies behind a disk.
+    #[error("drive {id:?}: {source}")]
+    Drive {
+        /// Its name.
+        id: String,
+        /// Why not.
+        source: alveole_block_store::OpenError,
+    },
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] alveole_virtio_blk::BlkError),
+    /// The entropy device.
+    #[error("the entropy device has no timer: {0}; raise the limit on open files (ulimit -n)")]
+    Entropy(io::Error),
 }
 
 impl HostResources {
     /// Opens everything that `config` names.
     ///
     /// # Errors
-    /// A file is missing, not readable, or not a file.
+    /// A file is missing, not readable, or not a file; a disk cannot be used as it is described.
     pub fn open(config: &ValidConfig) -> Result<Self, ResourceError> {
         let kernel = open("kernel", &config.kernel_path)?;
         let initrd = match &config.initrd_path {
@@ -40,10 +64,17 @@ impl HostResources {
             None => None,
         };
         Ok(Self {
-            kernel,
-            kernel_path: config.kernel_path.clone(),
-            initrd,
+            boot: BootFiles {
+                kernel,
+                kernel_path: config.kernel_path.clone(),
+                initrd,
+            },
+            virtio: VirtioDevices::open(config)?,
         })
+    }
+
+    pub(crate) fn into_parts(self) -> (BootFiles, VirtioDevices) {
+        (self.boot, self.virtio)
     }
 }
 
@@ -59,7 +90,7 @@ fn cure(source: &io::Error) -> &'static str {
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, ResourceError> {
-    let failed = |source| ResourceError {
+    let failed = |source| ResourceError::File {
         what,
         path: path.to_owned(),
         source,

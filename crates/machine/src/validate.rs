@@ -1,10 +1,16 @@
 //! From a wire description to a checked one. All rules that need more than one field or the machine's
 //! limits live here, each with its message; every broken rule is reported, not only the first.
 
+mod drives;
+
 use std::path::PathBuf;
 
 use alveole_guest_memory::MemoryPlan;
+use alveole_rate_limiter::Limits;
 use alveole_vm_config::VmConfig;
+
+pub(crate) use drives::ValidDrive;
+pub use drives::{MAX_DRIVES, MAX_QUEUES};
 
 /// Most processors of one guest: the machine tables are tested up to here.
 pub const MAX_CPUS: u32 = 64;
@@ -22,6 +28,9 @@ pub struct ValidConfig {
     pub(crate) kernel_path: PathBuf,
     pub(crate) initrd_path: Option<PathBuf>,
     pub(crate) cmdline: String,
+    /// The root device, if there is one, comes first.
+    pub(crate) drives: Vec<ValidDrive>,
+    pub(crate) entropy: Option<Limits>,
 }
 
 impl ValidConfig {
@@ -61,6 +70,40 @@ pub enum Invalid {
     /// No kernel.
     #[error("kernel_image_path is empty: name the kernel to boot")]
     NoKernel,
+    /// A drive without a name.
+    #[error("drives[{0}].drive_id is empty: give the disk a name")]
+    NoDriveId(usize),
+    /// A name that cannot be one.
+    #[error("drive_id {0:?}: a name has at most 64 letters, digits, '_', '-' and '.'")]
+    DriveId(String),
+    /// Two drives of one name.
+    #[error("drive_id {0:?} is given to two drives: give each a name of its own")]
+    SameDriveId(String),
+    /// No path.
+    #[error("drive {0:?} has an empty path_on_host: name an image or a block device")]
+    NoDrivePath(String),
+    /// Two roots.
+    #[error("drives {0:?} and {1:?} are both the root device: only one can be")]
+    TwoRoots(String, String),
+    /// An impossible number of queues.
+    #[error("drive {id:?} has num_queues {queues}: give it 1 to {MAX_QUEUES}")]
+    Queues {
+        /// The drive.
+        id: String,
+        /// What was asked for.
+        queues: u64,
+    },
+    /// A partition that would break the command line.
+    #[error("drive {id:?} has partuuid {partuuid:?}: it has letters, digits and '-' only")]
+    PartUuid {
+        /// The drive.
+        id: String,
+        /// What was given.
+        partuuid: String,
+    },
+    /// More drives than there are interrupts.
+    #[error("{0} drives: this machine has room for {MAX_DRIVES}")]
+    TooManyDrives(usize),
 }
 
 /// Checks `config` against the machine's rules.
@@ -93,6 +136,8 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
     if boot.kernel_image_path.as_os_str().is_empty() {
         broken.push(Invalid::NoKernel);
     }
+    let drives = drives::validate(config, &mut broken);
+    let limiter = config.entropy.map(|e| e.rate_limiter.unwrap_or_default());
     match memory {
         Some(memory) if broken.is_empty() => Ok(ValidConfig {
             cpus,
@@ -103,6 +148,8 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
                 .boot_args
                 .clone()
                 .unwrap_or_else(|| DEFAULT_CMDLINE.into()),
+            drives,
+            entropy: limiter.map(|l| drives::limits(&l)),
         }),
         _ => Err(broken),
     }

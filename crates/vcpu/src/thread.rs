@@ -92,6 +92,9 @@ pub struct Vcpu {
     pub cpu: Box<dyn VirtualCpu>,
     /// What it reaches.
     pub buses: Buses,
+    /// Devices whose registers its accesses reach: what they add to its system calls (see
+    /// [`alveole_thread_sandbox::enter_with`]).
+    pub sandbox: Vec<&'static str>,
     /// Where its reports go. Called on the processor's thread; must not block.
     pub report: Box<dyn Fn(Report) + Send>,
 }
@@ -192,9 +195,9 @@ struct Runner {
 impl Runner {
     fn live(mut self) {
         self.kick.bind_to_this_thread();
-        if let Err(e) =
-            alveole_thread_sandbox::enter(Role::Vcpu, &format!("vcpu {}", self.vcpu.index))
-        {
+        let name = format!("vcpu {}", self.vcpu.index);
+        let sandbox = &self.vcpu.sandbox;
+        if let Err(e) = alveole_thread_sandbox::enter_with(Role::Vcpu, &name, sandbox) {
             self.report(ReportKind::NoSandbox(e.to_string()));
             return;
         }

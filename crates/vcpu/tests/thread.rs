@@ -69,6 +69,7 @@ fn rig_of(index: u32, script: Vec<Step>) -> Rig {
             ports: ports.freeze(),
             memory: memory.freeze(),
         },
+        sandbox: Vec::new(),
         report: Box::new(move |r| sender.send(r).unwrap()),
     };
     Rig {

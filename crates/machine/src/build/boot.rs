@@ -7,7 +7,8 @@ use alveole_hypervisor::{InitialState, Partition};
 use crate::build::devices::WithDevices;
 use crate::build::{BuildError, Options};
 use crate::catalog::{self, Devices};
-use crate::{HostResources, ValidConfig, layout};
+use crate::resources::BootFiles;
+use crate::{ValidConfig, layout};
 
 /// Everything the guest finds in memory is there.
 pub(super) struct WithBoot {
@@ -21,7 +22,7 @@ impl WithDevices {
     pub(super) fn load_boot(
         self,
         config: &ValidConfig,
-        resources: HostResources,
+        files: BootFiles,
         options: Options,
     ) -> Result<WithBoot, BuildError> {
         let Self {
@@ -42,11 +43,11 @@ impl WithDevices {
         if let Some(table) = alveole_acpi::mp_table(&board) {
             ram.write(alveole_acpi::MP_TABLE_ADDR, &table)?;
         }
-        let HostResources {
+        let BootFiles {
             kernel,
             kernel_path,
             initrd,
-        } = resources;
+        } = files;
         // Mapped, guests share the kernel's pages and nothing is read before the start; copied, it lies in
         // huge pages and the guest meets few faults. Faults are what a shadowing hypervisor is slow at.
         let nested = partition.has_nested_paging();
@@ -56,7 +57,7 @@ impl WithDevices {
             Placement::Copy
         };
         let placement = options.placement.unwrap_or(suits);
-        let cmdline = catalog::complete_cmdline(&config.cmdline);
+        let cmdline = catalog::complete_cmdline(&config.cmdline, &devices.cmdline);
         let source = BootSource {
             kernel: &kernel,
             kernel_path: &kernel_path,

@@ -6,7 +6,7 @@ use alveole_serial::Console;
 
 use crate::build::memory::WithPartition;
 use crate::build::{BuildError, Options};
-use crate::catalog::{self, Devices};
+use crate::catalog::{self, Devices, VirtioDevices};
 
 /// Every device is on its bus.
 pub(super) struct WithDevices {
@@ -19,10 +19,11 @@ impl WithPartition {
     pub(super) fn place_devices(
         self,
         console: Console,
+        virtio: VirtioDevices,
         options: Options,
     ) -> Result<WithDevices, BuildError> {
         let Self { ram, partition } = self;
-        let devices = catalog::place(partition.as_ref(), console, options.boot_timer)?;
+        let devices = catalog::place(partition.as_ref(), &ram, console, virtio, options)?;
         Ok(WithDevices {
             ram,
             partition,

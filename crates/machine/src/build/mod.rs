@@ -28,6 +28,20 @@ pub struct Options {
     pub end_with_terminal: bool,
     /// How kernel and initrd get into guest memory; none: as suits the hypervisor.
     pub placement: Option<Placement>,
+    /// Which threads serve disks.
+    pub disk_threads: DiskThreads,
+}
+
+/// Which threads serve the queues of disks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DiskThreads {
+    /// The one that serves all devices.
+    Shared,
+    /// One for each disk.
+    #[default]
+    PerDisk,
+    /// One for each queue, as far as the host has processors.
+    PerQueue,
 }
 
 /// Why a machine could not be built.
@@ -59,6 +73,9 @@ pub enum BuildError {
     /// Two devices in one place: a mistake in this program.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// There is no interrupt left for a device.
+    #[error("there are more virtio devices than interrupts for them: give the guest fewer disks")]
+    TooManyDevices,
     /// The devices loop.
     #[error(transparent)]
     Loop(#[from] EventLoopError),
@@ -77,7 +94,8 @@ impl BuildError {
         match self {
             Self::Memory(MapError::MoreThanHost { .. })
             | Self::Boot(_)
-            | Self::TooManyCpus { .. } => true,
+            | Self::TooManyCpus { .. }
+            | Self::TooManyDevices => true,
             Self::Memory(MapError::Refused { .. } | MapError::Ranges(_))
             | Self::Tables(_)
             | Self::Acpi(_)
@@ -103,10 +121,11 @@ pub fn build(
     (mailbox, events): (Mailbox, Receiver<Event>),
     options: Options,
 ) -> Result<Machine, BuildError> {
+    let (boot, virtio) = resources.into_parts();
     memory::plan_memory(config)?
         .create_partition(config, partition)?
-        .place_devices(console, options)?
-        .load_boot(config, resources, options)?
+        .place_devices(console, virtio, options)?
+        .load_boot(config, boot, options)?
         .create_processors(config, &mailbox)?
-        .seal(workers, mailbox, events, options)
+        .seal(workers, &mailbox, events, options)
 }

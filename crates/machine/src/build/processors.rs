@@ -1,15 +1,19 @@
 //! Step 5: the processors exist, know what they are and where they start.
 
+use std::sync::Arc;
+
 use alveole_board_devices::PowerButton;
+use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{InitialState, Partition};
 use alveole_serial::{ConsoleHandle, ConsoleWorker};
 use alveole_vcpu::cpuid::guest_cpuid;
 use alveole_vcpu::{Buses, Vcpu};
+use alveole_virtio_blk::BlkHandle;
 
 use crate::build::BuildError;
 use crate::build::boot::WithBoot;
-use crate::catalog::Devices;
+use crate::catalog::{Devices, Threads};
 use crate::{Event, Mailbox, ValidConfig};
 
 /// The processors exist.
@@ -19,6 +23,10 @@ pub(super) struct WithProcessors {
     pub(super) power_button: PowerButton,
     pub(super) console: ConsoleHandle,
     pub(super) console_worker: ConsoleWorker,
+    pub(super) threads: Threads,
+    pub(super) counters: Vec<Arc<dyn CounterSet + Send + Sync>>,
+    pub(super) disks: Vec<BlkHandle>,
+    pub(super) sandbox: Vec<&'static str>,
     pub(super) vcpus: Vec<Vcpu>,
 }
 
@@ -40,7 +48,12 @@ impl WithBoot {
             power_button,
             console,
             console_worker,
+            threads,
+            counters,
+            disks,
+            sandbox,
             nodes: _,
+            cmdline: _,
         } = devices;
         let buses = Buses {
             ports: ports.freeze(),
@@ -66,6 +79,7 @@ impl WithBoot {
                 index,
                 cpu,
                 buses: buses.clone(),
+                sandbox: sandbox.clone(),
                 report,
             });
         }
@@ -75,6 +89,10 @@ impl WithBoot {
             power_button,
             console,
             console_worker,
+            threads,
+            counters,
+            disks,
+            sandbox,
             vcpus,
         })
     }

@@ -2,15 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::thread::JoinHandle;
 
 use alveole_counters::Registry;
-use alveole_event_loop::{EventLoop, Worker};
-use alveole_thread_sandbox::Role;
+use alveole_event_loop::Worker;
 
 use crate::build::processors::WithProcessors;
 use crate::build::{BuildError, Options};
-use crate::catalog;
 use crate::lifecycle::Lifecycle;
 use crate::{Event, Machine, Mailbox};
 
@@ -18,25 +15,25 @@ impl WithProcessors {
     pub(super) fn seal(
         self,
         workers: Vec<Box<dyn Worker>>,
-        mailbox: Mailbox,
+        mailbox: &Mailbox,
         events: Receiver<Event>,
         options: Options,
     ) -> Result<Machine, BuildError> {
-        let mut devices = EventLoop::new()?;
-        devices.attach(Box::new(self.console_worker))?;
+        let mut threads = self.threads;
+        threads.shared.attach(Box::new(self.console_worker))?;
         for worker in workers {
-            devices.attach(worker)?;
+            threads.shared.attach(worker)?;
         }
-        let handle = devices.handle();
-        let thread = start_devices(devices, mailbox)?;
+        let threads = threads.start(&self.sandbox, mailbox)?;
         let mut machine = Machine {
             state: Lifecycle::Built,
             vcpus: Vec::new(),
             events,
             console: self.console,
             power_button: self.power_button,
-            devices: handle,
-            devices_thread: Some(thread),
+            sandbox: self.sandbox,
+            disks: self.disks,
+            threads,
             registry: Arc::new(Registry::new()),
             options,
             booted: None,
@@ -47,6 +44,9 @@ impl WithProcessors {
         };
         let mut registry = Registry::new();
         registry.register(machine.console.counters().clone());
+        for counters in self.counters {
+            registry.register(counters);
+        }
         for vcpu in self.vcpus {
             // A failure here drops the machine, which ends the threads that exist already.
             let handle = vcpu.start()?;
@@ -56,21 +56,4 @@ impl WithProcessors {
         machine.registry = Arc::new(registry);
         Ok(machine)
     }
-}
-
-fn start_devices(mut devices: EventLoop, mailbox: Mailbox) -> Result<JoinHandle<()>, BuildError> {
-    let body = move || {
-        let ended =
-            match alveole_thread_sandbox::enter_with(Role::Devices, "devices", catalog::SECCOMP) {
-                Ok(()) => devices.run().map_err(|e| e.to_string()),
-                Err(e) => Err(e.to_string()),
-            };
-        if let Err(why) = ended {
-            mailbox.send(Event::LoopEnded(why));
-        }
-    };
-    std::thread::Builder::new()
-        .name("devices".into())
-        .spawn(body)
-        .map_err(BuildError::Thread)
 }

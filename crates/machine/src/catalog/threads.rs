@@ -1,0 +1,135 @@
+//! The event loops of a machine: one for everybody, and those that disks have for themselves.
+
+use std::thread::JoinHandle;
+
+use alveole_event_loop::{EventLoop, LoopHandle};
+use alveole_thread_sandbox::Role;
+use alveole_virtio::Hosting;
+
+use crate::build::{BuildError, DiskThreads};
+use crate::{Event, Mailbox};
+
+/// Name of the loop that everybody shares.
+const SHARED: &str = "devices";
+
+/// Event loops that no thread runs yet.
+pub(crate) struct Threads {
+    pub(crate) shared: EventLoop,
+    own: Vec<(String, EventLoop)>,
+}
+
+/// Event loops that threads run.
+pub(crate) struct Running {
+    loops: Vec<LoopHandle>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Threads {
+    pub(crate) fn new() -> Result<Self, BuildError> {
+        Ok(Self {
+            shared: EventLoop::new()?,
+            own: Vec::new(),
+        })
+    }
+
+    /// On the loop that everybody shares.
+    pub(crate) fn shared(&self) -> Hosting {
+        Hosting::on(vec![self.shared.handle()])
+    }
+
+    /// Where the workers of a disk with so many queues run. More threads than the host has processors
+    /// would only wait for each other.
+    pub(crate) fn for_disk(
+        &mut self,
+        name: &str,
+        queues: usize,
+        kind: DiskThreads,
+    ) -> Result<Hosting, BuildError> {
+        let count = match kind {
+            DiskThreads::Shared => return Ok(self.shared()),
+            DiskThreads::PerDisk => 1,
+            DiskThreads::PerQueue => {
+                let host = std::thread::available_parallelism().map_or(1, usize::from);
+                queues.clamp(1, host)
+            }
+        };
+        let mut loops = Vec::new();
+        for index in 0..count {
+            let own = EventLoop::new()?;
+            loops.push(own.handle());
+            let name = if count == 1 {
+                format!("disk {name}")
+            } else {
+                format!("disk {name}/{index}")
+            };
+            self.own.push((name, own));
+        }
+        Ok(Hosting::on(loops))
+    }
+
+    /// Gives each loop its thread.
+    pub(crate) fn start(
+        self,
+        sandbox: &[&'static str],
+        mailbox: &Mailbox,
+    ) -> Result<Running, BuildError> {
+        let mut running = Running {
+            loops: Vec::new(),
+            threads: Vec::new(),
+        };
+        let shared = (SHARED.to_owned(), self.shared);
+        for (name, event_loop) in std::iter::once(shared).chain(self.own) {
+            running.loops.push(event_loop.handle());
+            // A failure drops what runs already, which ends it.
+            let thread = start(name, event_loop, sandbox.to_vec(), mailbox.clone())?;
+            running.threads.push(thread);
+        }
+        Ok(running)
+    }
+}
+
+impl Running {
+    /// Whether [`Self::stop`] has not been called.
+    pub(crate) fn are_running(&self) -> bool {
+        !self.threads.is_empty()
+    }
+
+    /// Ends all loops and waits for their threads.
+    pub(crate) fn stop(&mut self) {
+        for handle in &self.loops {
+            handle.stop();
+        }
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn start(
+    name: String,
+    mut event_loop: EventLoop,
+    sandbox: Vec<&'static str>,
+    mailbox: Mailbox,
+) -> Result<JoinHandle<()>, BuildError> {
+    // The kernel keeps fifteen bytes of a thread's name.
+    let short: String = name.chars().take(15).collect();
+    let body = move || {
+        let ended = match alveole_thread_sandbox::enter_with(Role::Devices, &name, &sandbox) {
+            Ok(()) => event_loop.run().map_err(|e| e.to_string()),
+            Err(e) => Err(e.to_string()),
+        };
+        if let Err(why) = ended {
+            mailbox.send(Event::LoopEnded(why));
+        }
+    };
+    std::thread::Builder::new()
+        .name(short)
+        .spawn(body)
+        .map_err(BuildError::Thread)
+}
