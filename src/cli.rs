@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use alveole_machine::Placement;
+use alveole_machine::{DiskThreads, Placement};
 use alveole_serial::{ConsoleTarget, FileStart};
 use alveole_vm_config::LogLevel;
 
@@ -19,6 +19,8 @@ usage: alveole-vmm --config-file FILE --no-api [options]
   --kernel-memory HOW   share: map kernel and initrd copy-on-write, one copy for all guests;
                         copy: into the guest's own huge pages; auto (default): share where
                         the processor has nested paging, else copy, as faults are dear there
+  --disk-threads WHICH  threads that serve disks: disk (default): one for each; queue: one for each
+                        queue, as far as the host has processors; shared: that of all devices
   --boot-timer          say how long it took from the start of this process to the first
                         guest instruction and to the guest's init
   --id ID               name of this machine in log lines (default: anonymous-instance)
@@ -44,6 +46,7 @@ pub(crate) struct Args {
     pub(crate) console: Option<ConsoleTarget>,
     pub(crate) boot_timer: bool,
     pub(crate) placement: Option<Placement>,
+    pub(crate) disk_threads: DiskThreads,
     pub(crate) id: Option<String>,
     pub(crate) log_path: Option<PathBuf>,
     pub(crate) level: Option<LogLevel>,
@@ -98,6 +101,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "metrics-path" => args.metrics_path = Some(text()?.into()),
             "module" => args.module = Some(text()?),
             "kernel-memory" => args.placement = placement(&text()?)?,
+            "disk-threads" => args.disk_threads = disk_threads(&text()?)?,
             "console" => args.console = Some(console(&text()?)?),
             "level" => args.level = Some(level(&text()?)?),
             "id" => args.id = Some(id(text()?)?),
@@ -114,6 +118,17 @@ fn placement(value: &str) -> Result<Option<Placement>, String> {
         "copy" => Ok(Some(Placement::Copy)),
         _ => Err(format!(
             "--kernel-memory {value:?}: expected auto, share or copy"
+        )),
+    }
+}
+
+fn disk_threads(value: &str) -> Result<DiskThreads, String> {
+    match value {
+        "shared" => Ok(DiskThreads::Shared),
+        "disk" => Ok(DiskThreads::PerDisk),
+        "queue" => Ok(DiskThreads::PerQueue),
+        _ => Err(format!(
+            "--disk-threads {value:?}: expected disk, queue or shared"
         )),
     }
 }
@@ -203,6 +218,7 @@ mod tests {
             ),
             ("--console file:", "expected stdio"),
             ("--kernel-memory huge", "expected auto, share or copy"),
+            ("--disk-threads many", "expected disk, queue or shared"),
             ("--no-api=1", "no-api"),
         ] {
             let e = run(line).unwrap_err();

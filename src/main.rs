@@ -63,6 +63,7 @@ fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
         boot_timer: args.boot_timer,
         end_with_terminal: matches!(target, ConsoleTarget::Terminal),
         placement: args.placement,
+        disk_threads: args.disk_threads,
     };
     let to_control = mailbox.clone();
     let console = Console::open(

@@ -5,6 +5,7 @@
 //! examined (`alveole-host` does).
 
 mod console;
+mod disk;
 mod doctor;
 mod lab;
 mod memory_size;

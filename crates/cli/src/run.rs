@@ -9,12 +9,13 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use alveole_host::{doctor, in_lab, programs};
-use alveole_vm_config::{BootSource, MachineConfig, VmConfig};
+use alveole_vm_config::{BootSource, Entropy, MachineConfig, VmConfig};
 use anyhow::{Context, bail};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::FdFlags;
 
 use crate::console::Console;
+use crate::disk::{self, Disk};
 use crate::lab;
 use crate::memory_size::MemorySize;
 
@@ -55,6 +56,12 @@ pub(crate) struct RunArgs {
     /// Guest memory: 512M, 2G, or a plain number of MiB
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     pub(crate) memory: MemorySize,
+
+    /// Disk: an image or a block device, and what is special about it: PATH[,ro][,data]
+    /// [,cache=writeback|direct|unsafe][,engine=io_uring|sync][,format=raw|qcow2][,queues=N][,id=NAME].
+    /// The first is the root device unless it is marked `data`; repeatable
+    #[arg(long, value_name = "PATH[,OPTION]...")]
+    pub(crate) disk: Vec<Disk>,
 
     /// Serial console: stdio, file:PATH, unix:PATH or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
@@ -121,6 +128,8 @@ fn describe(args: &RunArgs) -> VmConfig {
             mem_size_mib: args.memory.mib(),
             ..MachineConfig::default()
         },
+        drives: disk::drives(&args.disk),
+        entropy: Some(Entropy::default()),
         ..VmConfig::default()
     }
 }
