@@ -11,25 +11,7 @@ use std::process::Command;
 use alveole_qcow2::{
     Access, Backing, Compression, CreateOptions, Image, NoBacking, Repair, check, create,
 };
-use support::{Base, Random, differ, guest_write, read_all};
-
-fn skip(test: &str) -> bool {
-    if Command::new("qemu-img").arg("--version").output().is_ok() {
-        return false;
-    }
-    let line = format!("SKIPPED {test}: no qemu-img on this machine (package qemu-utils)\n");
-    eprint!("{line}");
-    if let Some(path) = std::env::var_os("ALVEOLE_SKIP_LOG") {
-        use std::io::Write;
-        let mut log = File::options()
-            .append(true)
-            .create(true)
-            .open(path)
-            .unwrap();
-        log.write_all(line.as_bytes()).unwrap();
-    }
-    true
-}
+use support::{Base, Random, differ, guest_write, read_all, skip};
 
 /// Runs `qemu-img` in `folder`; gives its exit status and what it said.
 fn ask(folder: &Path, words: &str) -> (i32, String) {

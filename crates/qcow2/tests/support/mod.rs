@@ -6,7 +6,9 @@
     reason = "each test program uses a part of it"
 )]
 
+use std::fs::File;
 use std::io;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use alveole_qcow2::{Access, BackingRead, Image, ImageError, ImageFile, WriteExtent};
@@ -93,4 +95,23 @@ pub(crate) fn differ(a: &[u8], b: &[u8]) -> Option<usize> {
         return Some(a.len().min(b.len()));
     }
     a.iter().zip(b).position(|(a, b)| a != b)
+}
+
+/// Whether there is no `qemu-img`: says so, and where skips are counted, too.
+pub(crate) fn skip(test: &str) -> bool {
+    if Command::new("qemu-img").arg("--version").output().is_ok() {
+        return false;
+    }
+    let line = format!("SKIPPED {test}: no qemu-img on this machine (package qemu-utils)\n");
+    eprint!("{line}");
+    if let Some(path) = std::env::var_os("ALVEOLE_SKIP_LOG") {
+        use std::io::Write;
+        let mut log = File::options()
+            .append(true)
+            .create(true)
+            .open(path)
+            .unwrap();
+        log.write_all(line.as_bytes()).unwrap();
+    }
+    true
 }
