@@ -14,6 +14,8 @@ mod harness;
 mod boot;
 #[path = "guest/console.rs"]
 mod console;
+#[path = "guest/disks.rs"]
+mod disks;
 #[path = "guest/ends.rs"]
 mod ends;
 #[path = "guest/files.rs"]

@@ -34,6 +34,7 @@ pub(crate) struct Vm {
     words: String,
     console: Console,
     options: Vec<String>,
+    drives: Vec<serde_json::Value>,
     by_nobody: bool,
 }
 
@@ -66,6 +67,7 @@ impl Vm {
                 words: "console=ttyS0 panic=-1 quiet".into(),
                 console: Console::default(),
                 options: Vec::new(),
+                drives: Vec::new(),
                 by_nobody: false,
             }),
             Err(why) => {
@@ -104,6 +106,22 @@ impl Vm {
     /// One more word for `alveole-vmm`.
     pub(crate) fn option(mut self, word: &str) -> Self {
         self.options.push(word.into());
+        self
+    }
+
+    /// One more disk, as the description has it; `drive_id` is made up, `is_root_device` is false unless
+    /// said, and flushes reach the medium.
+    pub(crate) fn disk(mut self, path: &Path, more: serde_json::Value) -> Self {
+        let mut drive = json!({
+            "drive_id": format!("disk{}", self.drives.len()),
+            "path_on_host": path,
+            "is_root_device": false,
+            "cache_type": "Writeback",
+        });
+        if let (Some(drive), serde_json::Value::Object(more)) = (drive.as_object_mut(), more) {
+            drive.extend(more);
+        }
+        self.drives.push(drive);
         self
     }
 
@@ -196,14 +214,18 @@ impl Vm {
             }
             fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
         }
-        let description = json!({
+        let mut description = json!({
             "boot-source": {
                 "kernel_image_path": kernel,
                 "initrd_path": initrd,
                 "boot_args": format!("{} {}", self.source.words, self.words).trim(),
             },
             "machine-config": { "vcpu_count": self.cpus, "mem_size_mib": self.memory_mib },
+            "drives": self.drives,
         });
+        if !self.drives.is_empty() {
+            description["entropy"] = json!({});
+        }
         let file = dir.join("vm.json");
         fs::write(&file, description.to_string()).unwrap();
 

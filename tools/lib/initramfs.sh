@@ -5,8 +5,9 @@
 #
 #   initramfs_busybox STAGING               puts busybox and links for all its commands there
 #   initramfs_modules STAGING MODULES NAME...
-#                                           copies kernel modules and what they depend on out of
-#                                           the tree MODULES (.../lib/modules/RELEASE), for modprobe
+#                                           copies kernel modules and what they depend on, softly
+#                                           too, out of the tree MODULES (.../lib/modules/RELEASE),
+#                                           for modprobe; a name may be an alias
 #   initramfs_pack STAGING OUT              writes OUT (newc cpio, not compressed); the same
 #                                           contents give the same bytes
 
@@ -28,14 +29,28 @@ initramfs_busybox() {
     done < <("$busybox" --list-full)
 }
 
+# Prints the line of modules.dep about the module, or the first module that has the name as an alias.
+module_line() {
+    local modules=$1 name=$2 alias
+    if grep -E "(^|/)${name//[_-]/[_-]}\.ko:" "$modules/modules.dep"; then
+        return 0
+    fi
+    while read -r alias; do
+        if grep -E "(^|/)${alias//[_-]/[_-]}\.ko:" "$modules/modules.dep"; then
+            return 0
+        fi
+    done < <(sed -n "s/^alias ${name//[_-]/[_-]} //p" "$modules/modules.alias")
+    return 1
+}
+
 initramfs_modules() {
-    local staging=$1 modules=$2 name line file found=''
+    local staging=$1 modules=$2 name line file soft found=''
     shift 2
     local tree=$staging/lib/modules/${modules##*/}
     mkdir -p "$tree" || return 1
     for name; do
         # A line of modules.dep: the file, a colon, all files which must be loaded before it.
-        line=$(grep -E "(^|/)${name//[_-]/[_-]}\.ko:" "$modules/modules.dep") || line=''
+        line=$(module_line "$modules" "$name") || line=''
         if [[ -z $line ]]; then
             if grep -qE "/${name//[_-]/[_-]}\.ko$" "$modules/modules.builtin"; then
                 continue
@@ -44,12 +59,20 @@ initramfs_modules() {
             return 1
         fi
         found+=$line$'\n'
+        # What a module asks the kernel for while it starts is in no dependency of its file.
+        while read -r soft; do
+            if file=$(module_line "$modules" "$soft"); then
+                line+=" ${file/:/}"
+                found+=$file$'\n'
+            fi
+        done < <(sed -n "s/^softdep ${name//[_-]/[_-]} pre: //p" "$modules/modules.softdep" | tr ' ' '\n')
         for file in ${line/:/}; do
             mkdir -p "$tree/${file%/*}" && cp "$modules/$file" "$tree/$file" || return 1
             # modprobe looks up the dependencies' own lines too.
             found+=$(grep -F "$file:" "$modules/modules.dep")$'\n'
         done
     done
+    cp "$modules"/modules.{alias,softdep} "$tree/" || return 1
     { cat "$tree/modules.dep" 2>/dev/null || true; printf '%s' "$found"; } | LC_ALL=C sort -u >"$tree/modules.dep.new"
     mv "$tree/modules.dep.new" "$tree/modules.dep"
 }
