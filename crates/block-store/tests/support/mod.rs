@@ -1,7 +1,6 @@
 //! What the tests of this crate share: files to work on, a queue with a model beside it, loud skips.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
-#![expect(dead_code, reason = "each test program uses a part of it")]
 
 use std::fs::{self, File};
 use std::io::Write;
