@@ -82,8 +82,7 @@ impl Rig {
         model: Vec<u8>,
     ) -> Self {
         let queues = store.open_queues(queues, depth).unwrap();
-        assert_eq!(store.geometry().size_bytes, model.len() as u64);
-        Self {
+        let rig = Self {
             ram: ram(),
             store,
             queues,
@@ -91,7 +90,9 @@ impl Rig {
             flights: Vec::new(),
             next_addr: 0,
             next_tag: 1,
-        }
+        };
+        assert_eq!(rig.store.geometry().size_bytes, rig.model.len() as u64);
+        rig
     }
 
     /// Buffers of `len` bytes in pieces of odd lengths at odd addresses where `cut` is not 0.
