@@ -108,16 +108,19 @@ impl Header {
             let found = u32_at(&fixed, 0);
             return Err(OpenError::Magic { found });
         }
+        let truncated = |needed_bytes| OpenError::Truncated {
+            found_bytes: file_len,
+            needed_bytes,
+        };
+        if file_len < V2_BYTES {
+            return Err(truncated(V2_BYTES));
+        }
         let version = u32_at(&fixed, 4);
         if !(2..=3).contains(&version) {
             return refuse("version", version.into(), "2 and 3 are supported");
         }
-        let needed_bytes = if version == 2 { V2_BYTES } else { V3_BYTES };
-        if file_len < needed_bytes {
-            return Err(OpenError::Truncated {
-                found_bytes: file_len,
-                needed_bytes,
-            });
+        if version >= 3 && file_len < V3_BYTES {
+            return Err(truncated(V3_BYTES));
         }
         let geometry = read_geometry(&fixed, version)?;
         let header_length = read_header_length(&fixed, version, geometry)?;

@@ -383,7 +383,7 @@ impl Shared {
             let (part, tail) = rest.split_at_mut(index(len).min(rest.len()));
             match extent {
                 Extent::Data { file_offset, .. } => {
-                    self.file.read_at(part, file_offset).act("read data")?
+                    self.file.read_at(part, file_offset).act("read data")?;
                 }
                 Extent::Zero { .. } => part.fill(0),
                 Extent::Backing { .. } => self.read_backing(at, part, backing)?,

@@ -65,9 +65,6 @@ mod scan;
 mod writer;
 mod zero;
 
-#[cfg(test)]
-mod tests;
-
 pub use check::{CheckError, Report, check};
 pub use create::{CreateOptions, create};
 pub use error::{ImageError, OpenError};

@@ -14,11 +14,11 @@ use crate::header::{Header, MOST_REFCOUNT_TABLE_BYTES};
 /// Most bytes of refcount blocks in memory; at least four blocks are. A guest that writes all over a
 /// fragmented image would otherwise have all of them.
 const MOST_CACHED_BYTES: u64 = 1 << 20;
-/// The file grows by a quarter, but no more than this at once: each step is a wait for the disk, and a
-/// crash leaves the rest as a hole behind the image.
-const MOST_GROWTH_BYTES: u64 = 64 << 20;
+/// The file grows by half, but no more than this at once: each step waits until the disk has everything
+/// written so far, and a kill leaves the rest as a hole behind the image.
+const MOST_GROWTH_BYTES: u64 = 1 << 30;
 /// And by at least so many clusters.
-const LEAST_GROWTH_CLUSTERS: u64 = 16;
+const LEAST_GROWTH_CLUSTERS: u64 = 256;
 
 /// The end of the file, where new clusters come from. What is taken here reads as zeroes, even after a
 /// crash: the file gets its length, durably, before a cluster is given out.
@@ -47,7 +47,7 @@ impl Space {
             });
         }
         if geometry.offset(end) > self.len {
-            let step = (self.len / 4).clamp(
+            let step = (self.len / 2).clamp(
                 geometry.offset(LEAST_GROWTH_CLUSTERS),
                 MOST_GROWTH_BYTES.max(geometry.offset(LEAST_GROWTH_CLUSTERS)),
             );

@@ -46,12 +46,12 @@ impl Image {
     /// backing image has there.
     fn blank(&self, old: u64, new: u64, backing: &dyn BackingRead) -> Result<(), ImageError> {
         let g = self.shared.geometry;
-        let whole = g.ceil(old).min(new);
-        self.fill(old, whole, backing)?;
-        if !self.shared.has_backing {
+        let whole = g.ceil(old);
+        self.fill(old, whole.min(new), backing)?;
+        let end = new.min(backing.size_bytes());
+        if !self.shared.has_backing || end <= whole {
             return Ok(());
         }
-        let end = new.min(backing.size_bytes()).max(whole);
         if self.shared.version < 3 {
             return self.fill(whole, end, backing);
         }
