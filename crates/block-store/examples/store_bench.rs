@@ -1,7 +1,8 @@
 //! What a request costs without a guest: RAM, plain calls and io_uring beside each other.
 //!
-//! `cargo run --release -p alveole-block-store --example store_bench [-- <file>]`. Random reads of 4 KiB from a file in the
-//! page cache. System calls are counted by perf's tracepoints where the kernel lets us, else left out.
+//! `cargo run --release -p alveole-block-store --example store_bench [-- <part of a store's name>]`, in a folder of a real
+//! file system: random reads of 4 KiB, `QD` in flight. The best of five runs counts. With `strace -cf` before the
+//! program's name it is seen how many system calls that takes (and nothing of the times).
 
 #![expect(clippy::unwrap_used, reason = "a bench that cannot go on says where")]
 
@@ -10,7 +11,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use alveole_block_store::{
-    BlockStore, Cache, Engine, Format, OpenOptions, Operation, RamStore, Request, open,
+    Backing, BlockStore, Cache, Engine, Format, OpenOptions, Operation, RamStore, Request, open,
+    tools,
 };
 use alveole_guest_memory::{GuestBuffers, GuestRam, MemoryPlan};
 
@@ -21,6 +23,17 @@ fn main() {
     let folder = tempfile::tempdir_in(".").unwrap();
     let path = folder.path().join("disk");
     std::fs::write(&path, vec![7; SIZE]).unwrap();
+    let overlay = folder.path().join("overlay.qcow2");
+    let full = folder.path().join("full.qcow2");
+    tools::create_overlay(&overlay, &path, Format::Raw).unwrap();
+    tools::convert(
+        &path,
+        Format::Raw,
+        &full,
+        Format::Qcow2,
+        Backing::BesideImage,
+    )
+    .unwrap();
     let only = std::env::args().nth(1);
     let mut base = None;
     println!(
@@ -28,7 +41,7 @@ fn main() {
         "store", "QD", "ns/request", "ratio"
     );
     for depth in [1_usize, 32] {
-        for (name, store) in stores(&path) {
+        for (name, store) in stores(&path, &overlay, &full) {
             if only.as_ref().is_some_and(|o| !name.contains(o.as_str())) {
                 continue;
             }
@@ -41,7 +54,7 @@ fn main() {
     }
 }
 
-fn stores(path: &Path) -> Vec<(String, Arc<dyn BlockStore>)> {
+fn stores(path: &Path, overlay: &Path, full: &Path) -> Vec<(String, Arc<dyn BlockStore>)> {
     let mut stores: Vec<(String, Arc<dyn BlockStore>)> =
         vec![("ram".into(), Arc::new(RamStore::new(SIZE)))];
     for (engine, name) in [(Engine::Sync, "sync"), (Engine::IoUring, "io_uring")] {
@@ -58,6 +71,17 @@ fn stores(path: &Path) -> Vec<(String, Arc<dyn BlockStore>)> {
                 Err(e) => println!("{name} {cached}: left out: {e}"),
             }
         }
+    }
+    for (image, name) in [
+        (overlay, "io_uring empty overlay"),
+        (full, "io_uring full qcow2"),
+    ] {
+        let options = OpenOptions {
+            format: Format::Qcow2,
+            read_only: true,
+            ..OpenOptions::default()
+        };
+        stores.push((name.into(), open(image, &options).unwrap()));
     }
     stores
 }

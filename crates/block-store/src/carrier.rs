@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use alveole_guest_memory::GuestBuffers;
 
-use crate::bounce::{AREA_BYTES, Area, Pool};
+use crate::bounce::{AREA_BYTES, Pool};
 use crate::host_file::{Alignment, HostFile};
 use crate::piece::{Action, Piece};
 use crate::sync::{SyncEngine, carry_out};
@@ -314,45 +314,26 @@ pub(crate) fn changes_parts(file: &HostFile, action: Action, offset: u64, len: u
             .is_some_and(|needs| !is_whole(offset, len, needs))
 }
 
-/// Writes parts of blocks, by reading the blocks and writing them back; all on this thread. The caller sees to it
-/// that nobody else writes to the file meanwhile.
-pub(crate) fn write_alone(file: &Arc<HostFile>, piece: &Piece) -> io::Result<()> {
-    let Some(needs) = file.direct() else {
-        return Err(io::ErrorKind::Unsupported.into());
-    };
-    let files = [Arc::clone(file)];
-    let (block, end) = (u64::from(needs.offset), piece.offset + piece.len);
-    let durable = piece.action == Action::Write { durable: true };
-    let mut area = Area::new();
-    let mut at = piece.offset;
-    while at < end {
-        let start = at / block * block;
-        let stop = end.min(start + AREA_BYTES as u64);
-        let len = stop.next_multiple_of(block) - start;
-        let none = || piece.buffers.part(0, 0);
-        let step = |action, area: Area| -> (io::Result<()>, Option<Area>) {
-            let mut step = Piece::new(0, action, start, len, none());
-            step.area = Some(area);
-            // All of the blocks, not only what the guest has in them.
-            step.skip = len as usize;
-            let result = carry_out(&mut step, &files);
-            (result, step.area)
-        };
-        let (result, back) = step(Action::Read, area);
-        result?;
-        area = back.unwrap_or_else(Area::new);
-        let changed = &mut area.bytes()[(at - start) as usize..(stop - start) as usize];
-        match piece.action {
-            Action::Write { .. } => piece
-                .buffers
-                .part(at - piece.offset, stop - at)
-                .copy_to(0, changed),
-            _ => changed.fill(0),
+/// Writes parts of blocks, all on this thread. The caller sees to it that nobody else writes to the file
+/// meanwhile.
+pub(crate) fn write_alone(file: &HostFile, piece: &Piece) -> io::Result<()> {
+    let mut done = 0;
+    let mut bytes = vec![
+        0;
+        usize::try_from(piece.len)
+            .unwrap_or(AREA_BYTES)
+            .min(AREA_BYTES)
+    ];
+    while done < piece.len {
+        let now = &mut bytes[..(piece.len - done).min(AREA_BYTES as u64) as usize];
+        if matches!(piece.action, Action::Write { .. }) {
+            piece.buffers.copy_to(done, now);
         }
-        let (result, back) = step(Action::Write { durable }, area);
-        result?;
-        area = back.unwrap_or_else(Area::new);
-        at = stop;
+        file.write_bytes(now, piece.offset + done)?;
+        done += now.len() as u64;
+    }
+    if piece.action == (Action::Write { durable: true }) {
+        file.file().sync_data()?;
     }
     Ok(())
 }

@@ -84,6 +84,24 @@ pub enum OpenError {
         /// Who uses it and how.
         holder: String,
     },
+    /// It is no image of the format that it should have, or a damaged one.
+    #[error("cannot open {} as qcow2: {source}", path.display())]
+    Image {
+        /// What was to be opened.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: alveole_qcow2::OpenError,
+    },
+    /// What an image is laid over cannot be used.
+    #[error("cannot use {backing:?}, which {} is laid over: {reason}", image.display())]
+    Backing {
+        /// The image.
+        image: PathBuf,
+        /// What it names.
+        backing: String,
+        /// Why not, and what to do.
+        reason: String,
+    },
     /// io_uring was asked for, and is not to be had.
     #[error("cannot use io_uring: {reason}; or choose engine=sync")]
     Engine {

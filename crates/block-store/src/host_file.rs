@@ -2,11 +2,11 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use crate::bounce::{Area, MAX_ALIGNMENT};
+use crate::bounce::{AREA_BYTES, Area, MAX_ALIGNMENT};
 use crate::gate::Gate;
 use crate::sys::{self, Ranges};
 use crate::{Geometry, OpenError, SECTOR_BYTES};
@@ -39,6 +39,8 @@ pub(crate) struct HostFile {
     write: bool,
     direct: Option<Alignment>,
     locked: bool,
+    len_bytes: u64,
+    sync_failed: AtomicBool,
     lacks: AtomicU8,
     geometry: Geometry,
     identity: String,
@@ -130,6 +132,8 @@ impl HostFile {
             write: how.write,
             direct,
             locked: how.lock,
+            len_bytes: size,
+            sync_failed: AtomicBool::new(false),
             lacks: AtomicU8::new(0),
             geometry: Geometry {
                 block_size_bytes: direct
@@ -183,6 +187,111 @@ impl HostFile {
 
     pub(crate) fn set_lacks(&self, mode: i32) {
         self.lacks.fetch_or(bit(mode), Ordering::Relaxed);
+    }
+
+    /// A sync has failed: Linux says so once, and forgets. Nobody may take a later success for an answer about what
+    /// was written before.
+    pub(crate) fn set_sync_failed(&self) {
+        self.sync_failed.store(true, Ordering::Release);
+    }
+
+    /// Makes durable what the tables of an image say.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        if self.sync_failed.load(Ordering::Acquire) {
+            let text = "a sync has failed before; open the image again";
+            return Err(io::Error::other(text));
+        }
+        self.file
+            .sync_data()
+            .inspect_err(|_| self.set_sync_failed())
+    }
+
+    /// How large the file was when it was opened, to the byte.
+    pub(crate) fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// Fills `into` from `offset` on, whatever direct I/O asks for; as far as the file goes. Says how far that is.
+    pub(crate) fn read_bytes(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut done = 0;
+        while done < into.len() {
+            let at = offset + done as u64;
+            let rest = &mut into[done..];
+            let n = match self.direct {
+                None => match FileExt::read_at(&self.file, rest, at) {
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                    other => other?,
+                },
+                Some(needs) => {
+                    let block = u64::from(needs.offset);
+                    let (start, skip) = (at / block * block, (at % block) as usize);
+                    let mut area = Area::new();
+                    let there = self.read_blocks(&mut area, start, skip + rest.len(), needs)?;
+                    let n = there.saturating_sub(skip).min(rest.len());
+                    rest[..n].copy_from_slice(&area.bytes()[skip..skip + n]);
+                    n
+                }
+            };
+            if n == 0 {
+                break;
+            }
+            done += n;
+        }
+        Ok(done)
+    }
+
+    /// Writes all of `from`, whatever direct I/O asks for. Parts of blocks are read before: the caller sees to it that
+    /// nobody else writes to those blocks.
+    pub(crate) fn write_bytes(&self, from: &[u8], offset: u64) -> io::Result<()> {
+        let Some(needs) = self.direct else {
+            return self.file.write_all_at(from, offset);
+        };
+        let block = u64::from(needs.offset);
+        let mut area = Area::new();
+        let mut done = 0;
+        while done < from.len() {
+            let at = offset + done as u64;
+            let (start, skip) = (at / block * block, (at % block) as usize);
+            let now = (from.len() - done).min(AREA_BYTES - skip);
+            let len = (skip + now).next_multiple_of(block as usize);
+            if skip + now != len || skip != 0 {
+                let there = self.read_blocks(&mut area, start, len, needs)?;
+                area.bytes()[there..len].fill(0);
+            }
+            area.bytes()[skip..skip + now].copy_from_slice(&from[done..done + now]);
+            self.file.write_all_at(&area.bytes()[..len], start)?;
+            done += now;
+        }
+        Ok(())
+    }
+
+    /// Reads whole blocks that hold `len` bytes, or what fits into the area; says how much there is.
+    fn read_blocks(
+        &self,
+        area: &mut Area,
+        start: u64,
+        len: usize,
+        needs: Alignment,
+    ) -> io::Result<usize> {
+        let len = len.next_multiple_of(needs.offset as usize).min(AREA_BYTES);
+        let mut done = 0;
+        while done < len {
+            match self
+                .file
+                .read_at(&mut area.bytes()[done..len], start + done as u64)
+            {
+                Ok(n) => {
+                    done += n;
+                    // What is cut within a block is so by the end of the file.
+                    if n == 0 || !n.is_multiple_of(needs.offset as usize) {
+                        break;
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(done)
     }
 
     /// How large the file is now, in whole sectors.

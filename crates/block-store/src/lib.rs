@@ -15,6 +15,7 @@
 
 mod bounce;
 mod carrier;
+mod chain;
 mod error;
 mod gate;
 mod host_file;
@@ -22,12 +23,14 @@ mod lock;
 mod open;
 mod options;
 mod piece;
+mod qcow2_store;
 mod ram;
 mod raw;
 mod request;
 mod store;
 mod sync;
 mod sys;
+pub mod tools;
 mod uring;
 
 pub use error::{OpenError, StoreError};

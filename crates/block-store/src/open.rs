@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::qcow2_store::Qcow2Store;
 use crate::raw::RawStore;
 use crate::uring::io_uring_available;
 use crate::{BlockStore, Cache, Engine, Format, OpenError, OpenOptions};
@@ -35,11 +36,7 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn BlockStore>, O
     }
     Ok(match options.format {
         Format::Raw => Arc::new(RawStore::open(path, options, uring)?),
-        Format::Qcow2 => {
-            return Err(OpenError::Engine {
-                reason: "qcow2 is not there yet".into(),
-            });
-        }
+        Format::Qcow2 => Arc::new(Qcow2Store::open(path, options, uring)?),
     })
 }
 

@@ -219,6 +219,9 @@ impl Piece {
                 return None;
             }
         }
+        if self.action == Action::Sync {
+            file.set_sync_failed();
+        }
         let missing = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV);
         match (self.action, self.way) {
             // A hint: who cannot follow it does not fail.

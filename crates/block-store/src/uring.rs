@@ -3,8 +3,9 @@
 //! The ring is restricted before it is enabled: it takes six operations, on its registered files only, and
 //! can never be given others. Who takes the process over has no more in it than in the calls themselves.
 //!
-//! Not used, since it did not pay: registered buffers (guest RAM would be pinned, and reads from the page cache
-//! copy anyway), a polling kernel thread (a processor for each ring).
+//! Files are registered: that restricts the ring, and saves about 7 % of the processor time of a read from the page
+//! cache. Not registered are buffers: they would save a seventh of that of direct I/O and nothing of reads from the page
+//! cache, but would pin all of a guest's RAM. Nor is there a polling thread: it would take a processor for each ring.
 
 use std::collections::VecDeque;
 use std::fs;

@@ -12,7 +12,7 @@ use alveole_block_store::{
     open,
 };
 use proptest::prelude::*;
-use support::{Rig, file, folder, pattern, skip};
+use support::{Rig, file, folder, one, one_of, pattern, skip};
 
 const SIZE: usize = 1 << 20;
 const SECTORS: u64 = SIZE as u64 / 512;
@@ -153,4 +153,10 @@ fn the_engine_that_chooses_itself_is_io_uring_where_there_is_one() {
         "sync"
     };
     assert_eq!(store.engine_name(), name);
+    let mut rig = Rig::new(store, 1, 1, pattern(4096, 1));
+    let seen = rig.store.geometry();
+    assert_eq!(rig.queues[0].geometry(), seen);
+    let buffers = rig.buffers(4096, 0);
+    let buffers = one(&mut *rig.queues[0], Operation::Read, 0, buffers).unwrap();
+    one_of(&mut *rig.queues[0], Operation::Flush, 0, 0, buffers).unwrap();
 }

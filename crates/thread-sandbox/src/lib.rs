@@ -173,6 +173,7 @@ pub fn enter_with(role: Role, thread_name: &str, devices: &[&str]) -> Result<(),
             limit: compose::MAX_INSTRUCTIONS,
         });
     }
+    keep_malloc_from_files();
     report::install_handler()?;
     report::name_this_thread(role, thread_name);
     compose::install(&filter).map_err(|(call, source)| {
@@ -183,6 +184,14 @@ pub fn enter_with(role: Role, thread_name: &str, devices: &[&str]) -> Result<(),
             source,
         }
     })
+}
+
+/// Before glibc gives the end of a thread's heap back, it opens /proc/sys/vm/overcommit_memory to see how: a large
+/// `free` at the wrong moment would be a refused call. With this threshold it does not come to that. Blocks over
+/// 128 KiB have mappings of their own, which still go back to the host at once.
+fn keep_malloc_from_files() {
+    // SAFETY: sets one number of the allocator, under its own lock.
+    unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX) };
 }
 
 /// The devices that have a fragment in this build.

@@ -1,7 +1,6 @@
 //! What the tests of this crate share: files to work on, a queue with a model beside it, loud skips.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
-#![expect(dead_code, reason = "each test program uses a part of it")]
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -83,8 +82,7 @@ impl Rig {
         model: Vec<u8>,
     ) -> Self {
         let queues = store.open_queues(queues, depth).unwrap();
-        assert_eq!(store.geometry().size_bytes, model.len() as u64);
-        Self {
+        let rig = Self {
             ram: ram(),
             store,
             queues,
@@ -92,7 +90,9 @@ impl Rig {
             flights: Vec::new(),
             next_addr: 0,
             next_tag: 1,
-        }
+        };
+        assert_eq!(rig.store.geometry().size_bytes, rig.model.len() as u64);
+        rig
     }
 
     /// Buffers of `len` bytes in pieces of odd lengths at odd addresses where `cut` is not 0.

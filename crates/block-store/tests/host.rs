@@ -1,0 +1,681 @@
+//! Files as hosts have them: locked, full, shrinking, missing, special; and queues that move between threads.
+
+#![expect(unsafe_code, reason = "std has no epoll")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use alveole_block_store::{
+    BlockStore, Cache, Engine, OpenOptions, Operation, RamStore, Request, StoreQueue,
+    io_uring_available, open,
+};
+use alveole_guest_memory::GuestBuffers;
+use support::{Rig, file, folder, one, one_of, pattern, ram, skip};
+
+const WRITE: Operation = Operation::Write { durable: false };
+
+fn engines() -> Vec<Engine> {
+    if let Err(reason) = io_uring_available() {
+        skip("the engine io_uring in tests/host.rs", &reason);
+        return vec![Engine::Sync];
+    }
+    vec![Engine::Sync, Engine::IoUring]
+}
+
+fn with(engine: Engine) -> OpenOptions {
+    OpenOptions {
+        engine,
+        ..OpenOptions::default()
+    }
+}
+
+fn reader() -> OpenOptions {
+    OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    }
+}
+
+fn queue(store: &Arc<dyn BlockStore>) -> Box<dyn StoreQueue> {
+    store.open_queues(1, 8).unwrap().remove(0)
+}
+
+fn refusal(path: &Path, options: &OpenOptions) -> String {
+    open(path, options).err().unwrap().to_string()
+}
+
+#[test]
+fn what_is_no_disk_is_refused_with_words() {
+    let folder = folder();
+    let at = |name: &str| folder.path().join(name);
+    let fifo = at("fifo");
+    Command::new("mkfifo").arg(&fifo).status().unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+    File::create(at("empty")).unwrap();
+    fs::write(at("tiny"), [0; 511]).unwrap();
+    let own = OpenOptions::default();
+    for (path, says) in [
+        (
+            at("missing"),
+            "No such file or directory (os error 2); check the name",
+        ),
+        (folder.path().to_owned(), "it is a directory; name a file"),
+        (fifo, "it is a FIFO"),
+        (at("socket"), "it is a socket"),
+        ("/dev/null".into(), "it is a character device"),
+        (at("empty"), "less than one sector"),
+        (at("tiny"), "less than one sector"),
+    ] {
+        let told = refusal(&path, &own);
+        assert!(told.contains(says), "{told}");
+        assert!(told.contains(path.to_str().unwrap()), "{told}");
+    }
+}
+
+#[test]
+fn a_file_without_the_right_to_write_can_be_read() {
+    let folder = folder();
+    let path = file(folder.path(), "iso", 4096);
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
+    if File::options().write(true).open(&path).is_ok() {
+        let reason = "this user may write to anything";
+        skip("a_file_without_the_right_to_write_can_be_read", reason);
+    } else {
+        let told = refusal(&path, &OpenOptions::default());
+        assert!(told.contains("use it read-only"), "{told}");
+    }
+    let store = open(&path, &reader()).unwrap();
+    let ram = ram();
+    let mut buffers = GuestBuffers::new(&ram);
+    buffers.push(0, 512).unwrap();
+    let mut queue = queue(&store);
+    let e = one(&mut *queue, WRITE, 0, buffers.part(0, 512)).unwrap_err();
+    assert_eq!(e.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    one(&mut *queue, Operation::Read, 0, buffers).unwrap();
+}
+
+#[test]
+fn requests_that_do_not_fit_are_refused_by_every_store() {
+    let folder = folder();
+    let mut stores: Vec<Arc<dyn BlockStore>> = vec![Arc::new(RamStore::new(8192))];
+    for (n, engine) in engines().into_iter().enumerate() {
+        let path = file(folder.path(), &n.to_string(), 8192 + 100);
+        stores.push(open(&path, &with(engine)).unwrap());
+    }
+    let ram = ram();
+    for store in stores {
+        assert_eq!(store.geometry().size_bytes, 8192);
+        let mut queue = queue(&store);
+        for (offset, len) in [
+            (8192, 512),
+            (7680, 1024),
+            (u64::MAX - 511, 512),
+            (1, 512),
+            (0, 511),
+            (0, 1 << 20),
+        ] {
+            for operation in [Operation::Read, WRITE] {
+                let mut buffers = GuestBuffers::new(&ram);
+                buffers.push(0, len).unwrap();
+                one(&mut *queue, operation, offset, buffers).unwrap_err();
+            }
+            let zero = Operation::WriteZeroes { may_unmap: true };
+            for operation in [Operation::Discard, zero] {
+                let none = GuestBuffers::new(&ram);
+                one_of(&mut *queue, operation, offset, len, none).unwrap_err();
+            }
+        }
+        // Another length than the buffers have.
+        let mut buffers = GuestBuffers::new(&ram);
+        buffers.push(0, 1024).unwrap();
+        one_of(&mut *queue, Operation::Read, 0, 512, buffers).unwrap_err();
+        one_of(
+            &mut *queue,
+            Operation::Discard,
+            0,
+            8192,
+            GuestBuffers::new(&ram),
+        )
+        .unwrap();
+    }
+}
+
+#[test]
+fn a_file_that_shrinks_gives_errors_and_no_zeroes() {
+    for engine in engines() {
+        let folder = folder();
+        let path = file(folder.path(), "disk", 1 << 20);
+        let store = open(&path, &with(engine)).unwrap();
+        let ram = ram();
+        let mut queue = queue(&store);
+        File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_len(512 << 10)
+            .unwrap();
+        for (offset, len) in [(512_u64 << 10, 4096), ((512 << 10) - 512, 1024)] {
+            let mut buffers = GuestBuffers::new(&ram);
+            buffers.push(0, len).unwrap();
+            let e = one(&mut *queue, Operation::Read, offset, buffers).unwrap_err();
+            assert_eq!(e.kind(), std::io::ErrorKind::UnexpectedEof);
+        }
+        assert_eq!(store.refresh().unwrap().size_bytes, 512 << 10);
+        assert_eq!(queue.geometry().size_bytes, 512 << 10);
+        assert_eq!(store.resize(2 << 20).unwrap().size_bytes, 2 << 20);
+        let mut buffers = GuestBuffers::new(&ram);
+        buffers.push(0, 4096).unwrap();
+        one(&mut *queue, WRITE, (2 << 20) - 4096, buffers).unwrap();
+    }
+}
+
+/// Something mounted, taken away at the end.
+struct Mount(PathBuf);
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        // At its ease: the kernel takes rings down at its own.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_until_there_is_room_again() {
+    let test = "a_full_disk_is_an_error_until_there_is_room_again";
+    let folder = folder();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=2m", "none"])
+        .arg(folder.path())
+        .output();
+    if !mounted.is_ok_and(|o| o.status.success()) {
+        skip(test, "this user may not mount");
+        return;
+    }
+    let mount = Mount(folder.path().to_owned());
+    for engine in engines() {
+        let path = mount.0.join("disk");
+        fs::remove_file(&path).ok();
+        File::create(&path).unwrap().set_len(8 << 20).unwrap();
+        let filler = mount.0.join("filler");
+        fs::write(&filler, vec![1; 1 << 20]).unwrap();
+        let store = open(&path, &with(engine)).unwrap();
+        let ram = ram();
+        let mut queue = queue(&store);
+        let mut buffers = GuestBuffers::new(&ram);
+        buffers.push(0, 2 << 20).unwrap();
+        let e = one(&mut *queue, WRITE, 0, buffers.part(0, 2 << 20)).unwrap_err();
+        assert_eq!(e.raw_os_error(), Some(libc::ENOSPC), "{e}");
+        // tmpfs has no FALLOC_FL_ZERO_RANGE: zeroes are written, and there is no room for them either.
+        let zero = Operation::WriteZeroes { may_unmap: false };
+        let none = || GuestBuffers::new(&ram);
+        let e = one_of(&mut *queue, zero, 4 << 20, 2 << 20, none()).unwrap_err();
+        assert_eq!(e.raw_os_error(), Some(libc::ENOSPC), "{e}");
+        one_of(&mut *queue, Operation::Discard, 0, 8 << 20, none()).unwrap();
+        fs::remove_file(&filler).unwrap();
+        one(&mut *queue, WRITE, 0, buffers.part(0, 1 << 20)).unwrap();
+        one(&mut *queue, Operation::Flush, 0, none()).unwrap();
+        one_of(&mut *queue, zero, 0, 64 << 10, none()).unwrap();
+        let small = buffers.part(0, 128 << 10);
+        small.copy_from(0, &vec![7; 128 << 10]);
+        let back = one(&mut *queue, Operation::Read, 0, small).unwrap();
+        let mut bytes = vec![7; 128 << 10];
+        back.copy_to(0, &mut bytes);
+        assert!(bytes[..64 << 10].iter().all(|b| *b == 0));
+    }
+}
+
+#[test]
+fn queues_move_between_threads_with_requests_in_flight() {
+    for (engine, cache) in engines()
+        .into_iter()
+        .flat_map(|e| [(e, Cache::Writeback), (e, Cache::Direct)])
+    {
+        let folder = folder();
+        let path = file(folder.path(), "disk", 4 << 20);
+        let options = OpenOptions {
+            cache,
+            ..with(engine)
+        };
+        let store = match open(&path, &options) {
+            Ok(store) => store,
+            Err(e) => {
+                skip(
+                    "queues_move_between_threads_with_requests_in_flight",
+                    &e.to_string(),
+                );
+                continue;
+            }
+        };
+        let mut rig = Rig::new(store, 2, 16, pattern(4 << 20, 1));
+        for round in 0..20_u64 {
+            for n in 0..32 {
+                let at = (n * 128 + round) % 1000 * 4096;
+                let operation = if n % 3 == 0 { Operation::Read } else { WRITE };
+                rig.submit(
+                    (n % 2) as usize,
+                    operation,
+                    at,
+                    4096,
+                    if n % 5 == 0 { 1000 } else { 0 },
+                );
+            }
+            rig.kick(0);
+            rig = thread::spawn(move || {
+                rig.kick(1);
+                rig
+            })
+            .join()
+            .unwrap();
+            rig = thread::spawn(move || {
+                rig.settle();
+                rig
+            })
+            .join()
+            .unwrap();
+        }
+        assert!(rig.read_all() == rig.model);
+    }
+}
+
+#[test]
+fn the_descriptor_tells_of_every_completion() {
+    let folder = folder();
+    let path = file(folder.path(), "disk", 4 << 20);
+    if io_uring_available().is_err() {
+        skip("the_descriptor_tells_of_every_completion", "no io_uring");
+        return;
+    }
+    for cache in [Cache::Writeback, Cache::Direct] {
+        let options = OpenOptions {
+            cache,
+            ..with(Engine::IoUring)
+        };
+        let Ok(store) = open(&path, &options) else {
+            skip("the_descriptor_tells_of_every_completion", "no direct I/O");
+            continue;
+        };
+        let ram = ram();
+        let mut queue = queue(&store);
+        let fd = queue.event_fd().unwrap().as_raw_fd();
+        // As an event loop watches it: edges, never read.
+        // SAFETY: takes no pointer.
+        let epoll = unsafe { libc::epoll_create1(0) };
+        let mut event = libc::epoll_event {
+            events: (libc::EPOLLIN | libc::EPOLLET) as u32,
+            u64: 1,
+        };
+        // SAFETY: one event.
+        unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, fd, &raw mut event) };
+        let mut done = Vec::new();
+        for round in 0..2000_u64 {
+            // Reads complete at once from the page cache; zeroes and flushes go to a worker of the kernel.
+            for n in 0..round % 4 + 1 {
+                let operation = match round % 7 {
+                    0 => Operation::WriteZeroes { may_unmap: false },
+                    1 | 2 => WRITE,
+                    _ => Operation::Read,
+                };
+                let mut buffers = GuestBuffers::new(&ram);
+                if operation == Operation::Read || operation == WRITE {
+                    buffers.push(n * 8192, 4096).unwrap();
+                }
+                queue.submit(Request {
+                    tag: n,
+                    operation,
+                    offset: (round * 4 + n) % 1000 * 4096,
+                    len: 4096,
+                    buffers,
+                });
+            }
+            queue.kick(&mut done);
+            while queue.in_flight() > 0 {
+                // SAFETY: room for one event.
+                let n = unsafe { libc::epoll_wait(epoll, &raw mut event, 1, 10_000) };
+                // The kernel interrupts the wait to post completions.
+                let interrupted =
+                    std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted;
+                if n < 0 && interrupted {
+                    continue;
+                }
+                assert_eq!(n, 1, "round {round}: nobody told of a completion");
+                queue.collect(&mut done);
+            }
+            assert_eq!(done.len() as u64, round % 4 + 1);
+            assert!(done.drain(..).all(|c| c.result.is_ok()));
+        }
+        // SAFETY: ours, and not used any more.
+        unsafe { libc::close(epoll) };
+    }
+}
+
+/// A second process that holds a lock until it is dropped.
+struct Holder(Child);
+
+impl Holder {
+    /// Runs `program` and waits until it has locked something.
+    fn new(program: &mut Command) -> Option<Self> {
+        let child = program
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .ok()?;
+        let folder = format!("/proc/{}/fdinfo", child.id());
+        for _ in 0..1000 {
+            let locked = fs::read_dir(&folder)
+                .unwrap()
+                .filter_map(|entry| fs::read_to_string(entry.unwrap().path()).ok())
+                .any(|text| text.contains("OFDLCK"));
+            if locked {
+                break;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Some(Self(child))
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+/// The second process of `another_process…`: holds a lock while its standard input is open.
+#[test]
+#[ignore = "not a test: run by one as its second process"]
+fn hold_a_lock() {
+    let Some(path) = std::env::var_os("ALVEOLE_TEST_HOLD") else {
+        return;
+    };
+    let options = if std::env::var_os("ALVEOLE_TEST_READ").is_some() {
+        reader()
+    } else {
+        OpenOptions::default()
+    };
+    let store = open(Path::new(&path), &options).unwrap();
+    let _queue = queue(&store);
+    println!("\nheld");
+    std::io::stdout().flush().unwrap();
+    thread::sleep(Duration::from_secs(60));
+}
+
+fn holder(path: &Path, read: bool) -> Holder {
+    let mut program = Command::new(std::env::current_exe().unwrap());
+    program
+        .args(["--ignored", "--nocapture", "--exact", "hold_a_lock"])
+        .env("ALVEOLE_TEST_HOLD", path);
+    if read {
+        program.env("ALVEOLE_TEST_READ", "1");
+    }
+    let mut child = program
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let output = BufReader::new(child.stdout.as_mut().unwrap());
+    assert!(
+        output.lines().map(Result::unwrap).any(|l| l == "held"),
+        "the second process did not open the image"
+    );
+    Holder(child)
+}
+
+#[test]
+fn another_process_is_kept_off_and_named() {
+    let folder = folder();
+    let path = file(folder.path(), "disk", 1 << 20);
+    let writer = holder(&path, false);
+    let pid = writer.0.id();
+    for options in [OpenOptions::default(), reader()] {
+        let told = refusal(&path, &options);
+        assert!(told.contains(&format!("process {pid} (")), "{told}");
+        assert!(told.contains("open to write"), "{told}");
+    }
+    let free = OpenOptions {
+        lock: false,
+        ..OpenOptions::default()
+    };
+    drop(open(&path, &free).unwrap());
+    // Killed, its ring may hold the lock for a moment yet.
+    drop(writer);
+    drop(open(&path, &OpenOptions::default()).unwrap());
+    let other = holder(&path, true);
+    let shared = open(&path, &reader()).unwrap();
+    let told = refusal(&path, &OpenOptions::default());
+    assert!(told.contains("open to read"), "{told}");
+    assert!(
+        told.contains(&format!("process {} (", other.0.id())),
+        "{told}"
+    );
+    assert!(told.contains("this process itself"), "{told}");
+    drop((other, shared));
+    open(&path, &OpenOptions::default()).unwrap();
+}
+
+#[test]
+fn an_image_is_opened_again_at_once() {
+    let folder = folder();
+    let path = file(folder.path(), "disk", 1 << 20);
+    for _ in 0..20 {
+        let start = Instant::now();
+        let store = open(&path, &OpenOptions::default()).unwrap();
+        let mut rig = Rig::new(store, 2, 4, fs::read(&path).unwrap());
+        rig.submit(0, WRITE, 0, 4096, 0);
+        rig.kick(0);
+        drop(rig);
+        assert!(start.elapsed() < Duration::from_secs(1));
+    }
+}
+
+#[test]
+fn qemu_and_we_keep_each_other_off() {
+    let test = "qemu_and_we_keep_each_other_off";
+    let folder = folder();
+    let path = file(folder.path(), "disk", 1 << 20);
+    let name = path.to_str().unwrap();
+    let qemu = |read: bool| {
+        let mut program = Command::new("qemu-io");
+        program.args(["-f", "raw", "-c", "length", "-c", "sleep 60000"]);
+        if read {
+            program.arg("-r");
+        }
+        Holder::new(program.arg(name))
+    };
+    let Some(writer) = qemu(false) else {
+        skip(test, "no qemu-io");
+        return;
+    };
+    let told = refusal(&path, &reader());
+    assert!(
+        told.contains(&format!("process {} (qemu-io)", writer.0.id())),
+        "{told}"
+    );
+    refusal(&path, &OpenOptions::default());
+    drop(writer);
+    let second = qemu(true);
+    drop(open(&path, &reader()).unwrap());
+    drop(second);
+    let run = |program: &str, args: &[&str]| {
+        let output = Command::new(program).args(args).output().unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success() || told.contains("lock"), "{told}");
+        output.status.success()
+    };
+    let write = ["-f", "raw", "-c", "write 0 512", name];
+    for options in [OpenOptions::default(), reader()] {
+        let ours = open(&path, &options).unwrap();
+        assert!(!run("qemu-io", &write));
+        drop(ours);
+    }
+    assert!(run("qemu-io", &write));
+    // The format driver of QEMU asks for more.
+    let image = folder.path().join("image");
+    alveole_block_store::tools::create_qcow2(&image, 1 << 20, 16).unwrap();
+    let options = OpenOptions {
+        format: alveole_block_store::Format::Qcow2,
+        ..OpenOptions::default()
+    };
+    let ours = open(&image, &options).unwrap();
+    let info = ["info", "-f", "qcow2", image.to_str().unwrap()];
+    assert!(!run("qemu-img", &info));
+    drop(ours);
+    let read_only = OpenOptions {
+        read_only: true,
+        ..options
+    };
+    let _ours = open(&image, &read_only).unwrap();
+    assert!(run("qemu-img", &info));
+}
+
+/// A loop device over a file, taken away at the end.
+struct Loop(PathBuf);
+
+impl Loop {
+    fn new(over: &Path, options: &[&str]) -> Result<Self, String> {
+        let output = Command::new("losetup")
+            .args(["--show", "-f"])
+            .args(options)
+            .arg(over)
+            .output()
+            .map_err(|e| format!("no losetup: {e}"))?;
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
+        }
+        Ok(Self(
+            String::from_utf8(output.stdout).unwrap().trim().into(),
+        ))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn block_devices_are_disks() {
+    let test = "block_devices_are_disks";
+    let folder = folder();
+    for block in ["512", "4096"] {
+        let path = file(folder.path(), block, 1 << 20);
+        let device = match Loop::new(&path, &["-b", block]) {
+            Ok(device) => device,
+            Err(reason) => {
+                skip(test, &reason);
+                return;
+            }
+        };
+        for (engine, cache) in engines()
+            .into_iter()
+            .flat_map(|e| [(e, Cache::Writeback), (e, Cache::Direct)])
+        {
+            let options = OpenOptions {
+                cache,
+                ..with(engine)
+            };
+            let before = fs::read(&path).unwrap();
+            let store = open(&device.0, &options).unwrap();
+            assert_eq!(store.geometry().block_size_bytes.to_string(), block);
+            store.resize(4096).unwrap_err();
+            let mut rig = Rig::new(store, 2, 8, before);
+            // Parts of blocks among whole ones, in both queues: none may be lost.
+            for n in 0..400_u64 {
+                let queue = (n % 2) as usize;
+                let sector = n * 7 % 1900;
+                let (at, len) = if n % 3 == 0 {
+                    (sector / 8 * 4096, 4096)
+                } else {
+                    (sector * 512, 512 * (n % 11 + 1))
+                };
+                let operation = match n % 13 {
+                    5 => Operation::WriteZeroes { may_unmap: true },
+                    6 => Operation::WriteZeroes { may_unmap: false },
+                    7 => Operation::Read,
+                    8 => Operation::Write { durable: true },
+                    _ => WRITE,
+                };
+                rig.submit(queue, operation, at, len, if n % 5 == 0 { 777 } else { 0 });
+                if n % 4 == 0 {
+                    rig.kick(queue);
+                }
+            }
+            assert!(rig.read_all() == rig.model, "{engine:?} {cache:?} {block}");
+            rig.submit(0, Operation::Flush, 0, 0, 0);
+            rig.settle();
+            let none = GuestBuffers::new(&rig.ram);
+            one_of(
+                &mut *rig.queues[0],
+                Operation::Discard,
+                512,
+                100 * 512,
+                none,
+            )
+            .unwrap();
+        }
+    }
+    let path = file(folder.path(), "ro", 1 << 20);
+    let device = Loop::new(&path, &["-r"]).unwrap();
+    let told = refusal(&device.0, &OpenOptions::default());
+    assert!(told.contains("read-only"), "{told}");
+    assert!(open(&device.0, &reader()).unwrap().geometry().read_only);
+}
+
+#[test]
+fn a_flood_of_pieces_goes_through() {
+    for engine in engines() {
+        let folder = folder();
+        let path = file(folder.path(), "disk", 1 << 20);
+        let store = open(&path, &with(engine)).unwrap();
+        let ram = ram();
+        let mut queue = queue(&store);
+        // More ranges than one call takes, and more requests than the ring has places.
+        let mut done = Vec::new();
+        for tag in 0..40 {
+            let mut buffers = GuestBuffers::new(&ram);
+            for n in 0..4096_u64 {
+                buffers.push(tag * 4096 * 20 + n * 19, 16).unwrap();
+            }
+            queue.submit(Request {
+                tag,
+                operation: Operation::Read,
+                offset: tag * 512,
+                len: 65536,
+                buffers,
+            });
+        }
+        assert_eq!(queue.in_flight(), 40);
+        queue.kick(&mut done);
+        queue.drain(&mut done);
+        let all = fs::read(&path).unwrap();
+        for c in done {
+            c.result.unwrap();
+            let mut bytes = vec![0; 65536];
+            c.buffers.copy_to(0, &mut bytes);
+            let at = c.tag as usize * 512;
+            assert!(bytes == all[at..at + 65536]);
+        }
+        // Dropped with requests in flight.
+        let mut buffers = GuestBuffers::new(&ram);
+        buffers.push(0, 1 << 20).unwrap();
+        queue.submit(Request {
+            tag: 0,
+            operation: Operation::Read,
+            offset: 0,
+            len: 1 << 20,
+            buffers,
+        });
+    }
+}
