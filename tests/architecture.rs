@@ -22,7 +22,7 @@ const LAYERS: [&[&str]; 6] = [
         "acpi",
     ],
     &["hypervisor", "hypervisor-kvm", "event-loop", "boot-loader"],
-    &["vcpu", "virtio"],
+    &["vcpu", "virtio", "pci"],
     &["serial", "board-devices", "virtio-mmio"],
     &["machine", "host"],
     &["vmm", "cli", "bench"],
