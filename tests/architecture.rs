@@ -23,7 +23,7 @@ const LAYERS: [&[&str]; 6] = [
     ],
     &["hypervisor", "hypervisor-kvm", "event-loop", "boot-loader"],
     &["vcpu", "virtio", "pci"],
-    &["serial", "board-devices", "virtio-mmio"],
+    &["serial", "board-devices", "virtio-mmio", "virtio-pci"],
     &["machine", "host"],
     &["vmm", "cli", "bench"],
 ];
