@@ -180,6 +180,7 @@ fn features_are_shown_half_by_half() {
         assert_eq!((pci.get::<4>(0x00), pci.get::<4>(0x04)), (select, 0));
     }
     let offered = pci.device_features();
+    assert_eq!(offered & (1 << 37), 0, "no SR-IOV without its capability");
     pci.set_driver_features(offered);
     for select in 0..2 {
         pci.set::<4>(0x08, select);
