@@ -30,11 +30,12 @@ const LAYERS: [&[&str]; 6] = [
         "boot-loader",
         "block-store",
     ],
-    &["vcpu", "virtio"],
+    &["vcpu", "virtio", "pci"],
     &[
         "serial",
         "board-devices",
         "virtio-mmio",
+        "virtio-pci",
         "virtio-blk",
         "virtio-rng",
     ],

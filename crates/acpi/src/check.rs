@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::{AcpiError, Board, DeviceNode, MAX_CPUS, dsdt};
+use crate::{AcpiError, Board, DeviceNode, ECAM_BUS_BYTES, MAX_CPUS, PciRoot, dsdt};
 
 pub(crate) fn check(board: &Board) -> Result<(), AcpiError> {
     let cpus = board.cpu_apic_ids.len();
@@ -12,6 +12,9 @@ pub(crate) fn check(board: &Board) -> Result<(), AcpiError> {
     let mut ids = HashSet::new();
     if let Some(twice) = board.cpu_apic_ids.iter().find(|id| !ids.insert(**id)) {
         return Err(AcpiError::SameApicId(*twice));
+    }
+    if let Some(pci) = &board.pci {
+        check_pci(pci)?;
     }
     let mut names: HashSet<[u8; 4]> = dsdt::OWN_NAMES.into_iter().collect();
     for node in &board.nodes {
@@ -54,8 +57,7 @@ fn check_node(node: &DeviceNode) -> Result<(), AcpiError> {
         .iter()
         .map(|&(start, size)| ("memory", start, size, u64::MAX));
     for (space, start, size, last) in ports.chain(memory) {
-        let ends = size.checked_sub(1).and_then(|span| start.checked_add(span));
-        if ends.is_none_or(|end| end > last) {
+        if last_of(start, size).is_none_or(|end| end > last) {
             return Err(AcpiError::BadRange {
                 name: name_of(node),
                 space,
@@ -65,6 +67,36 @@ fn check_node(node: &DeviceNode) -> Result<(), AcpiError> {
         }
     }
     Ok(())
+}
+
+fn check_pci(pci: &PciRoot) -> Result<(), AcpiError> {
+    let ecam_bytes = u64::from(pci.buses).saturating_mul(ECAM_BUS_BYTES);
+    if !(1..=256).contains(&pci.buses)
+        || !pci.ecam_addr.is_multiple_of(ECAM_BUS_BYTES)
+        || last_of(pci.ecam_addr, ecam_bytes).is_none()
+        || pci.windows.is_empty()
+    {
+        return Err(AcpiError::BadPci {
+            ecam_addr: pci.ecam_addr,
+            buses: pci.buses,
+        });
+    }
+    for &(start, size) in &pci.windows {
+        if last_of(start, size).is_none() {
+            return Err(AcpiError::BadRange {
+                name: dsdt::PCI_NAME.into(),
+                space: "memory",
+                start,
+                size,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The last address of a range; none where it is empty or wraps.
+fn last_of(start: u64, size: u64) -> Option<u64> {
+    size.checked_sub(1).and_then(|span| start.checked_add(span))
 }
 
 fn name_of(node: &DeviceNode) -> String {

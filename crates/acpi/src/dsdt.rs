@@ -5,6 +5,8 @@
 //! \_SB.CPUS.C000 ...   processors (ACPI0007, 8.4), in a container (ACPI0010)
 //! \_SB.PWRB            power button, control method (4.8.2.2.1.2)
 //! \_SB.GED_            turns the button's interrupt into a notification (5.6.9)
+//! \_SB.PCI0            root of the PCI bus (PNP0A08), if there is one
+//! \_SB.ECAM            its configuration window, taken (PNP0C02)
 //! \_SB.<node>          every device of the board
 //! ```
 
@@ -14,10 +16,12 @@ use acpi_tables::aml::{
     Method, Name, Notify, Package, Path, ResourceTemplate, Scope,
 };
 
-use crate::{Board, DeviceNode, SLEEP_TYPE_OFF};
+use crate::{Board, DeviceNode, ECAM_BUS_BYTES, PciRoot, SLEEP_TYPE_OFF};
 
 /// Names below `\_SB` that no device of the board may have.
-pub(crate) const OWN_NAMES: [[u8; 4]; 3] = [*b"CPUS", *b"PWRB", *b"GED_"];
+pub(crate) const OWN_NAMES: [[u8; 4]; 5] = [*b"CPUS", *b"PWRB", *b"GED_", *b"PCI0", *b"ECAM"];
+/// The root of the PCI bus.
+pub(crate) const PCI_NAME: &str = "PCI0";
 
 /// `Notify` value of a power button that was pressed (ACPI 6.5, table 5.166).
 const BUTTON_PRESSED: u8 = 0x80;
@@ -27,6 +31,9 @@ pub(crate) fn aml(board: &Board) -> Vec<u8> {
     let mut system_bus = Vec::new();
     processors(&board.cpu_apic_ids).to_aml_bytes(&mut system_bus);
     power_button(board.power_button_gsi, &mut system_bus);
+    if let Some(pci) = &board.pci {
+        pci_root(pci, &mut system_bus);
+    }
     for node in &board.nodes {
         device(node, &mut system_bus);
     }
@@ -74,6 +81,41 @@ fn power_button(gsi: u32, into: &mut Vec<u8>) {
     .to_aml_bytes(into);
 }
 
+/// The root bridge, and the area that must be taken for Linux to use the MCFG table's window
+/// (arch/x86/pci/mmconfig-shared.c; PCI Firmware Specification 3.3, 4.1.2).
+///
+/// No `_OSC`: nothing is granted, because there is nothing to control (no hot-plug, no ports, no errors).
+/// No `_PRT`: no function has an interrupt pin.
+fn pci_root(pci: &PciRoot, into: &mut Vec<u8>) {
+    let last_bus = pci.buses.saturating_sub(1);
+    let mut all: Vec<Box<dyn Aml>> = vec![Box::new(AddressSpace::new_bus_number(0u16, last_bus))];
+    for &(start, size) in &pci.windows {
+        all.push(window(start, size));
+    }
+    let all = resources(all.iter().map(Box::as_ref).collect());
+    let compatible = Name::new("_CID".into(), &"PNP0A03");
+    let segment = Name::new("_SEG".into(), &0u8);
+    let first_bus = Name::new("_BBN".into(), &0u8);
+    let ecam = Name::new("_CBA".into(), &pci.ecam_addr);
+    Device::new(
+        PCI_NAME.into(),
+        vec![
+            &hid("PNP0A08"),
+            &compatible,
+            &uid(0),
+            &segment,
+            &first_bus,
+            &ecam,
+            &all,
+        ],
+    )
+    .to_aml_bytes(into);
+    let ecam_bytes = u64::from(pci.buses).saturating_mul(ECAM_BUS_BYTES);
+    let taken = memory_range(pci.ecam_addr, ecam_bytes);
+    let taken = resources(vec![taken.as_ref()]);
+    Device::new("ECAM".into(), vec![&hid("PNP0C02"), &uid(0), &taken]).to_aml_bytes(into);
+}
+
 fn device(node: &DeviceNode, into: &mut Vec<u8>) {
     let ports = node
         .ports
@@ -113,13 +155,17 @@ fn interrupt(gsi: u32) -> Interrupt {
 fn memory_range(start: u64, size: u64) -> Box<dyn Aml> {
     match (u32::try_from(start), u32::try_from(size)) {
         (Ok(start), Ok(size)) => Box::new(Memory32Fixed::new(true, start, size)),
-        // `check` has seen that the range is not empty and does not wrap.
-        _ => Box::new(AddressSpace::new_memory(
-            AddressSpaceCacheable::NotCacheable,
-            true,
-            start,
-            start.saturating_add(size.saturating_sub(1)),
-            None,
-        )),
+        _ => window(start, size),
     }
+}
+
+fn window(start: u64, size: u64) -> Box<dyn Aml> {
+    Box::new(AddressSpace::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        start,
+        // `check` has seen that the range is not empty and does not wrap.
+        start.saturating_add(size.saturating_sub(1)),
+        None,
+    ))
 }

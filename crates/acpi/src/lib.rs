@@ -35,9 +35,27 @@ pub struct Board {
     pub power: PowerRegisters,
     /// Interrupt of the power button, edge-triggered.
     pub power_button_gsi: u32,
+    /// The PCI bus, if there is one.
+    pub pci: Option<PciRoot>,
     /// Devices that the guest cannot find by itself.
     pub nodes: Vec<DeviceNode>,
 }
+
+/// A PCI Express root: segment 0, whose buses are counted from 0.
+///
+/// There is no interrupt routing: its functions have no pins and signal by messages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PciRoot {
+    /// First address of the configuration window (ECAM), a multiple of [`ECAM_BUS_BYTES`].
+    pub ecam_addr: u64,
+    /// Number of buses in the window, 1 to 256.
+    pub buses: u16,
+    /// Where BARs may lie: first address, length in bytes.
+    pub windows: Vec<(u64, u64)>,
+}
+
+/// Bytes of configuration window for each bus (PCI Express Base 5.0, 7.2.2).
+pub const ECAM_BUS_BYTES: u64 = 1 << 20;
 
 /// One-byte ports for sleep (ACPI 6.5, 4.8.3.7) and reset (4.8.3.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,6 +147,16 @@ pub enum AcpiError {
         name: String,
         /// The id.
         hid: &'static str,
+    },
+    /// A bus whose configuration window or whose windows for BARs cannot be.
+    #[error(
+        "cannot describe the PCI bus: {buses} buses at {ecam_addr:#x}; give 1 to 256 buses on a multiple of {ECAM_BUS_BYTES:#x}, and a window for BARs"
+    )]
+    BadPci {
+        /// First address of the configuration window.
+        ecam_addr: u64,
+        /// Number of buses.
+        buses: u16,
     },
     /// An empty range, or one that passes the end of its address space.
     #[error(

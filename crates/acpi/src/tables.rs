@@ -1,8 +1,10 @@
-//! The fixed tables and where each lies: RSDP, XSDT, FADT, MADT, DSDT, in this order.
+//! The fixed tables and where each lies: RSDP, XSDT, FADT, MADT, MCFG if there is a PCI bus, DSDT,
+//! in this order.
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -32,12 +34,16 @@ const NO_CMOS_RTC: u16 = 1 << 5;
 
 pub(crate) fn lay_out(board: &Board, at: u64) -> Result<Tables, AcpiError> {
     let madt = madt(board);
+    let mcfg = mcfg(board);
     let dsdt = table(*b"DSDT", 2, &dsdt::aml(board));
 
+    // All but the RSDP and the DSDT.
+    let listed = if mcfg.is_empty() { 2 } else { 3 };
     let xsdt_at = Rsdp::len().next_multiple_of(ALIGN);
-    let fadt_at = (xsdt_at + XSDT_LEN).next_multiple_of(ALIGN);
+    let fadt_at = (xsdt_at + HEADER_LEN as usize + listed * 8).next_multiple_of(ALIGN);
     let madt_at = (fadt_at + FADT_LEN).next_multiple_of(ALIGN);
-    let dsdt_at = (madt_at + madt.len()).next_multiple_of(ALIGN);
+    let mcfg_at = (madt_at + madt.len()).next_multiple_of(ALIGN);
+    let dsdt_at = (mcfg_at + mcfg.len()).next_multiple_of(ALIGN);
     let size_bytes = dsdt_at + dsdt.len();
     if size_bytes > MAX_SIZE_BYTES {
         return Err(AcpiError::TooLarge(size_bytes));
@@ -51,11 +57,15 @@ pub(crate) fn lay_out(board: &Board, at: u64) -> Result<Tables, AcpiError> {
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(addr(fadt_at));
     xsdt.add_entry(addr(madt_at));
+    if !mcfg.is_empty() {
+        xsdt.add_entry(addr(mcfg_at));
+    }
     let parts = [
         (0, bytes_of(&Rsdp::new(OEM, addr(xsdt_at)))),
         (xsdt_at, bytes_of(&xsdt)),
         (fadt_at, fadt(board.power, addr(dsdt_at))),
         (madt_at, madt),
+        (mcfg_at, mcfg),
         (dsdt_at, dsdt),
     ];
     let mut bytes = Vec::with_capacity(size_bytes);
@@ -70,7 +80,6 @@ pub(crate) fn lay_out(board: &Board, at: u64) -> Result<Tables, AcpiError> {
     })
 }
 
-const XSDT_LEN: usize = HEADER_LEN as usize + 2 * 8;
 /// Length of a FADT of revision 6.
 const FADT_LEN: usize = 276;
 
@@ -134,6 +143,18 @@ fn madt(board: &Board) -> Vec<u8> {
     body.extend(board.io_apic_addr.to_le_bytes());
     body.extend(0u32.to_le_bytes());
     table(*b"APIC", 6, &body)
+}
+
+/// Where the configuration space of the PCI bus is (PCI Firmware Specification 3.3, 4.1.2); empty where
+/// there is no bus.
+fn mcfg(board: &Board) -> Vec<u8> {
+    let Some(pci) = &board.pci else {
+        return Vec::new();
+    };
+    let last_bus = u8::try_from(pci.buses.saturating_sub(1)).unwrap_or(u8::MAX);
+    let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
+    mcfg.add_ecam(pci.ecam_addr, 0, 0, last_bus);
+    bytes_of(&mcfg)
 }
 
 fn table(signature: [u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {

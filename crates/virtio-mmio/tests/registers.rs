@@ -93,3 +93,39 @@ fn odd_accesses_are_refused_and_harm_nothing() {
     driver.start();
     Echoes.exercise(&mut driver);
 }
+
+#[test]
+fn a_reset_clears_interrupts_and_ready_bits() {
+    let stage = Stage::new();
+    let mut mmio = MmioAccess::new(&stage, Box::new(Echo::new(2)));
+    for (queue, used) in [(0, 0x3000), (1, Stage::RAM_BYTES)] {
+        mmio.set_up_queue(queue, 16, [0x1000, 0x2000, used]);
+        mmio.enable_queue(queue);
+    }
+    // A queue that lies nowhere: NEEDS_RESET, which is told.
+    mmio.set_driver_features(alveole_virtio::features::VERSION_1);
+    for status in [1, 3, 11, 15] {
+        mmio.set_status(status);
+    }
+    assert_eq!(mmio.get(0x60), 2);
+    mmio.set_status(0);
+    assert_eq!(mmio.get(0x60), 0);
+    for queue in 0..2 {
+        assert!(!mmio.queue_is_enabled(queue));
+        assert_eq!(mmio.get(0xc0), 0);
+    }
+}
+
+#[test]
+fn queue_reset_reads_zero_before_and_after() {
+    let stage = Stage::new();
+    let mut mmio = MmioAccess::new(&stage, Box::new(Echo::new(1)));
+    mmio.set_up_queue(0, 16, [0x1000, 0x2000, 0x3000]);
+    assert_eq!(mmio.get(0xc0), 0);
+    mmio.enable_queue(0);
+    assert_eq!((mmio.get(0xc0), mmio.get(0x44)), (0, 1));
+    mmio.set(0xc0, 1);
+    assert_eq!((mmio.get(0xc0), mmio.get(0x44)), (0, 0));
+    mmio.enable_queue(0);
+    assert_eq!((mmio.get(0xc0), mmio.get(0x44)), (0, 1));
+}
