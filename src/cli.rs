@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use alveole_machine::{DiskThreads, Placement};
+use alveole_machine::{DiskThreads, Placement, Transport};
 use alveole_serial::{ConsoleTarget, FileStart};
 use alveole_vm_config::LogLevel;
 
@@ -19,6 +19,8 @@ usage: alveole-vmm --config-file FILE --no-api [options]
   --kernel-memory HOW   share: map kernel and initrd copy-on-write, one copy for all guests;
                         copy: into the guest's own huge pages; auto (default): share where
                         the processor has nested paging, else copy, as faults are dear there
+  --enable-pci          put devices on a PCI bus, with an interrupt for each queue, instead of
+                        virtio-mmio register blocks
   --disk-threads WHICH  threads that serve disks: disk (default): one for each; queue: one for each
                         queue, as far as the host has processors; shared: that of all devices
   --boot-timer          say how long it took from the start of this process to the first
@@ -47,6 +49,7 @@ pub(crate) struct Args {
     pub(crate) boot_timer: bool,
     pub(crate) placement: Option<Placement>,
     pub(crate) disk_threads: DiskThreads,
+    pub(crate) transport: Transport,
     pub(crate) id: Option<String>,
     pub(crate) log_path: Option<PathBuf>,
     pub(crate) level: Option<LogLevel>,
@@ -94,6 +97,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "version" => return Ok(Request::Version),
             "no-api" => args.no_api = true,
             "boot-timer" => args.boot_timer = true,
+            "enable-pci" => args.transport = Transport::Pci,
             "show-level" => args.show_level = true,
             "show-log-origin" => args.show_log_origin = true,
             "config-file" => args.config_file = Some(text()?.into()),

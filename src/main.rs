@@ -64,6 +64,7 @@ fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
         end_with_terminal: matches!(target, ConsoleTarget::Terminal),
         placement: args.placement,
         disk_threads: args.disk_threads,
+        transport: args.transport,
     };
     let to_control = mailbox.clone();
     let console = Console::open(

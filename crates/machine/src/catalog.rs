@@ -1,12 +1,13 @@
 //! The devices of a machine: the only place that names them. Each is placed on a bus, wired to its
 //! interrupt and described to the guest here, and nowhere else.
 
+mod carriers;
 mod threads;
 mod virtio;
 
 use std::sync::{Arc, Mutex};
 
-use alveole_acpi::{DeviceNode, PowerRegisters};
+use alveole_acpi::{DeviceNode, PciRoot, PowerRegisters};
 use alveole_board_devices::{
     BOOT_TIMER_SIZE_BYTES, BootTimer, KEYBOARD_PORTS, KeyboardReset, PANIC_PORTS, POWER_PORTS,
     PanicPort, PowerButton, PowerPorts, RESET_OFFSET, RESET_VALUE, SLEEP_CONTROL_OFFSET,
@@ -47,6 +48,8 @@ pub(crate) struct Devices {
     pub(crate) sandbox: Vec<&'static str>,
     /// What a kernel that does not read the tables' devices must be told.
     pub(crate) cmdline: Vec<String>,
+    /// The PCI bus, if there is one.
+    pub(crate) pci: Option<PciRoot>,
 }
 
 /// Places every device.
@@ -120,6 +123,7 @@ pub(crate) fn place(
     sandbox.extend(virtio.sandbox());
     let placed = virtio.place(partition, ram, &mut threads, &mut memory, options)?;
     nodes.extend(placed.nodes);
+    sandbox.extend(placed.sandbox);
     Ok(Devices {
         ports,
         memory,
@@ -132,6 +136,7 @@ pub(crate) fn place(
         disks: placed.disks,
         sandbox,
         cmdline: placed.cmdline,
+        pci: placed.pci,
     })
 }
 
@@ -159,9 +164,6 @@ pub(crate) fn restart_code() -> [u8; 9] {
 
 /// The command line with what a kernel cannot learn from the tables. What the user says goes first, and of
 /// each `name=` only what the user has not said is added.
-///
-/// A machine without a PCI bus has no table that says so, and kernels look for one through ports: over two
-/// hundred accesses, each an exit.
 pub(crate) fn complete_cmdline(cmdline: &str, devices: &[String]) -> String {
     // What follows "--" is for init, not for the kernel.
     let (kernel, init) = match cmdline.split_once(" -- ") {
@@ -173,7 +175,7 @@ pub(crate) fn complete_cmdline(cmdline: &str, devices: &[String]) -> String {
         kernel.split_whitespace().any(|word| word.starts_with(name))
     };
     let mut whole = kernel.trim_end().to_owned();
-    for words in devices.iter().map(String::as_str).chain(["pci=off"]) {
+    for words in devices {
         if !is_said(words) {
             if !whole.is_empty() {
                 whole.push(' ');
@@ -198,20 +200,18 @@ mod tests {
 
     #[test]
     fn the_users_word_counts() {
-        let root = ["root=/dev/vda ro".to_owned()];
-        for (said, devices, whole) in [
-            ("", &[][..], "pci=off"),
-            ("quiet", &[], "quiet pci=off"),
-            ("pci=conf1 quiet", &[], "pci=conf1 quiet"),
-            ("quiet", &root, "quiet root=/dev/vda ro pci=off"),
-            ("root=LABEL=x", &root, "root=LABEL=x pci=off"),
+        let words = ["root=/dev/vda ro".to_owned(), "pci=off".to_owned()];
+        for (said, whole) in [
+            ("", "root=/dev/vda ro pci=off"),
+            ("quiet", "quiet root=/dev/vda ro pci=off"),
+            ("pci=conf1 quiet", "pci=conf1 quiet root=/dev/vda ro"),
+            ("root=LABEL=x", "root=LABEL=x pci=off"),
             (
                 "quiet -- root=a b",
-                &root,
                 "quiet root=/dev/vda ro pci=off -- root=a b",
             ),
         ] {
-            assert_eq!(complete_cmdline(said, devices), whole);
+            assert_eq!(complete_cmdline(said, &words), whole);
         }
     }
 }

@@ -9,7 +9,9 @@
 //! | ports | 0x600-0x602 | power: sleep control, sleep status, reset |
 //! | memory | 0xf_fff0 | what a restart through the firmware runs |
 //! | memory | 0xc000_0000 | boot timer (as Firecracker's), only when asked for |
-//! | memory | 0xc000_1000-0xc001_2fff | virtio devices, a page each |
+//! | memory | 0xc000_1000-0xc001_2fff | virtio devices, a page each; or none, with PCI: |
+//! | memory | 0xd000_0000-0xd00f_ffff | the PCI bus's configuration window |
+//! | memory | 0xd100_0000-0xd1ff_ffff | BARs |
 //! | memory | 0xfec0_0000, 0xfee0_0000 | I/O APIC, local APICs (the hypervisor's) |
 //! | GSI | 4, 5 | serial port, power button |
 //! | GSI | 6-23 | virtio devices, one each |
@@ -40,3 +42,9 @@ pub(crate) const VIRTIO_MMIO_ADDR: u64 = 0xc000_1000;
 pub(crate) const VIRTIO_MMIO_GSI: u32 = 6;
 /// The last interrupt of the I/O APIC, and so the last virtio device.
 pub(crate) const LAST_GSI: u32 = 23;
+/// The configuration window (ECAM) of the PCI bus.
+pub(crate) const ECAM_ADDR: u64 = 0xd000_0000;
+/// Where BARs lie: room for 512 devices, of which a bus has 32.
+pub(crate) const BARS_ADDR: u64 = 0xd100_0000;
+/// Length of that window.
+pub(crate) const BARS_BYTES: u64 = 16 << 20;

@@ -17,7 +17,7 @@ mod resources;
 mod validate;
 
 pub use alveole_virtio_blk::BlkHandle;
-pub use build::{BuildError, DiskThreads, Options, Placement, build};
+pub use build::{BuildError, DiskThreads, Options, Placement, Transport, build};
 pub use control::{Event, Machine, Mailbox, Milestones};
 pub use end::End;
 pub use lifecycle::{Command, Lifecycle, permit};

@@ -35,7 +35,7 @@ impl WithDevices {
             io_apic_addr: layout::IO_APIC_ADDR,
             power: catalog::power_registers(),
             power_button_gsi: layout::POWER_BUTTON_GSI,
-            pci: None,
+            pci: devices.pci.take(),
             nodes: std::mem::take(&mut devices.nodes),
         };
         let tables = alveole_acpi::build(&board, layout::ACPI_ADDR)?;

@@ -30,6 +30,18 @@ pub struct Options {
     pub placement: Option<Placement>,
     /// Which threads serve disks.
     pub disk_threads: DiskThreads,
+    /// What carries virtio devices.
+    pub transport: Transport,
+}
+
+/// What carries virtio devices.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// Register blocks in memory, an interrupt line each.
+    #[default]
+    Mmio,
+    /// A PCI bus, a message for each queue.
+    Pci,
 }
 
 /// Which threads serve the queues of disks.
@@ -76,6 +88,9 @@ pub enum BuildError {
     /// There is no interrupt left for a device.
     #[error("there are more virtio devices than interrupts for them: give the guest fewer disks")]
     TooManyDevices,
+    /// A device cannot be a PCI function: a mistake in this program.
+    #[error(transparent)]
+    Pci(#[from] alveole_virtio_pci::PciTransportError),
     /// The devices loop.
     #[error(transparent)]
     Loop(#[from] EventLoopError),
@@ -101,6 +116,7 @@ impl BuildError {
             | Self::Acpi(_)
             | Self::Partition(_)
             | Self::Bus(_)
+            | Self::Pci(_)
             | Self::Loop(_)
             | Self::Vcpu(_)
             | Self::Thread(_) => false,

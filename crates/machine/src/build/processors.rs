@@ -54,6 +54,7 @@ impl WithBoot {
             sandbox,
             nodes: _,
             cmdline: _,
+            pci: _,
         } = devices;
         let buses = Buses {
             ports: ports.freeze(),

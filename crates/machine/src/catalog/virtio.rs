@@ -1,24 +1,22 @@
 //! The virtio devices of a machine, and what carries them.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use alveole_acpi::DeviceNode;
+use alveole_acpi::{DeviceNode, PciRoot};
 use alveole_block_store::Cache;
 use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
-use alveole_hypervisor::{DoorbellValue, Partition};
-use alveole_interrupts::Doorbell;
+use alveole_hypervisor::Partition;
 use alveole_io_bus::BusBuilder;
-use alveole_virtio::{Hosting, Signals, TransportCore, VirtioDevice};
 use alveole_virtio_blk::{BlkConfig, BlkHandle, VirtioBlk};
-use alveole_virtio_mmio::{MmioTransport, NOTIFY_OFFSET, SIZE_BYTES};
 use alveole_virtio_rng::VirtioRng;
 
+use crate::ValidConfig;
 use crate::build::{BuildError, Options};
 use crate::catalog::Threads;
+use crate::catalog::carriers::Carrier;
 use crate::resources::ResourceError;
 use crate::validate::ValidDrive;
-use crate::{ValidConfig, layout};
 
 /// What disks and the entropy device add to the system calls of threads.
 const BLOCK_SANDBOX: &str = "virtio-block";
@@ -43,6 +41,8 @@ pub(crate) struct Placed {
     pub(crate) counters: Vec<Arc<dyn CounterSet + Send + Sync>>,
     pub(crate) disks: Vec<BlkHandle>,
     pub(crate) cmdline: Vec<String>,
+    pub(crate) pci: Option<PciRoot>,
+    pub(crate) sandbox: Option<&'static str>,
 }
 
 impl VirtioDevices {
@@ -72,28 +72,31 @@ impl VirtioDevices {
         memory: &mut BusBuilder,
         options: Options,
     ) -> Result<Placed, BuildError> {
-        let mut placed = Placed {
-            nodes: Vec::new(),
-            counters: Vec::new(),
-            disks: Vec::new(),
-            cmdline: Vec::new(),
-        };
-        let mut slots = MmioSlots { next: 0 };
+        let mut counters: Vec<Arc<dyn CounterSet + Send + Sync>> = Vec::new();
+        let (mut disks, mut cmdline) = (Vec::new(), Vec::new());
+        let mut carrier = Carrier::new(options.transport);
         for disk in self.disks {
             let handle = disk.device.handle();
-            placed.counters.push(handle.counters().clone());
-            placed.disks.push(handle);
-            placed.cmdline.extend(disk.root);
+            counters.push(handle.counters().clone());
+            disks.push(handle);
+            cmdline.extend(disk.root);
             let hosting = threads.for_disk(&disk.name, disk.queues, options.disk_threads)?;
-            let node = slots.carry(Box::new(disk.device), partition, ram, hosting, memory)?;
-            placed.nodes.push(node);
+            carrier.carry(Box::new(disk.device), partition, ram, hosting, memory)?;
         }
         if let Some(rng) = self.rng {
-            placed.counters.push(rng.counters().clone());
-            let node = slots.carry(Box::new(rng), partition, ram, threads.shared(), memory)?;
-            placed.nodes.push(node);
+            counters.push(rng.counters().clone());
+            carrier.carry(Box::new(rng), partition, ram, threads.shared(), memory)?;
         }
-        Ok(placed)
+        let carried = carrier.finish(memory)?;
+        cmdline.push(carried.cmdline.to_owned());
+        Ok(Placed {
+            nodes: carried.nodes,
+            counters,
+            disks,
+            cmdline,
+            pci: carried.pci,
+            sandbox: carried.sandbox,
+        })
     }
 }
 
@@ -127,48 +130,4 @@ fn open_disk(drive: &ValidDrive) -> Result<Disk, ResourceError> {
         queues: usize::from(drive.queues),
         root: drive.root.clone(),
     })
-}
-
-/// Register blocks and interrupts, one after the other.
-struct MmioSlots {
-    next: u32,
-}
-
-impl MmioSlots {
-    fn carry(
-        &mut self,
-        device: Box<dyn VirtioDevice>,
-        partition: &dyn Partition,
-        ram: &GuestRam,
-        hosting: Hosting,
-        memory: &mut BusBuilder,
-    ) -> Result<DeviceNode, BuildError> {
-        let slot = self.next;
-        self.next += 1;
-        let addr = layout::VIRTIO_MMIO_ADDR + u64::from(slot) * SIZE_BYTES;
-        let gsi = layout::VIRTIO_MMIO_GSI + slot;
-        if gsi > layout::LAST_GSI {
-            return Err(BuildError::TooManyDevices);
-        }
-        let identity = device.identity();
-        let doorbells = (0u32..)
-            .zip(&identity.queue_sizes)
-            .map(|(queue, _)| partition.doorbell(addr + NOTIFY_OFFSET, DoorbellValue::Word(queue)))
-            .collect::<Result<Vec<Doorbell>, _>>()?;
-        let line = partition.irq_line(gsi)?;
-        let transport = MmioTransport::new(line, |wires| {
-            TransportCore::new(device, ram.clone(), doorbells, Signals::new(wires), hosting)
-        });
-        let shared = Arc::new(Mutex::new(transport));
-        memory.place(identity.name, addr, SIZE_BYTES, shared)?;
-        let [a, b] = [slot / 10, slot % 10].map(|digit| b'0' + u8::try_from(digit).unwrap_or(0));
-        Ok(DeviceNode {
-            name: [b'V', b'I', a, b],
-            hid: "LNRO0005",
-            uid: slot,
-            ports: Vec::new(),
-            memory: vec![(addr, SIZE_BYTES)],
-            gsi: Some(gsi),
-        })
-    }
 }

@@ -1,0 +1,169 @@
+//! What carries virtio devices: register blocks in memory, or functions of a PCI bus.
+
+use std::sync::{Arc, Mutex};
+
+use alveole_acpi::{DeviceNode, PciRoot};
+use alveole_guest_memory::GuestRam;
+use alveole_hypervisor::{DoorbellValue, Partition};
+use alveole_interrupts::Doorbell;
+use alveole_io_bus::BusBuilder;
+use alveole_pci::{ECAM_BYTES, RootBus};
+use alveole_virtio::{Hosting, Signals, TransportCore, VirtioDevice};
+use alveole_virtio_mmio::{MmioTransport, NOTIFY_OFFSET, SIZE_BYTES};
+use alveole_virtio_pci::{BAR_BYTES, PciTransport, notify_offset};
+
+use crate::build::{BuildError, Transport};
+use crate::layout;
+
+/// What a PCI bus adds to the system calls of a processor's thread, which connects messages.
+const PCI_SANDBOX: &str = "pci";
+
+/// Gives virtio devices their places, one after the other.
+pub(super) enum Carrier {
+    Mmio { next: u32, nodes: Vec<DeviceNode> },
+    Pci { next: u8, bus: RootBus },
+}
+
+/// What the guest and the threads are told of the carrier.
+#[derive(Default)]
+pub(super) struct Carried {
+    pub(super) nodes: Vec<DeviceNode>,
+    pub(super) pci: Option<PciRoot>,
+    pub(super) sandbox: Option<&'static str>,
+    /// A word for the kernel's command line.
+    pub(super) cmdline: &'static str,
+}
+
+impl Carrier {
+    pub(super) fn new(kind: Transport) -> Self {
+        match kind {
+            Transport::Mmio => Self::Mmio {
+                next: 0,
+                nodes: Vec::new(),
+            },
+            Transport::Pci => Self::Pci {
+                // The host bridge is the first.
+                next: 1,
+                bus: RootBus::new(),
+            },
+        }
+    }
+
+    pub(super) fn carry(
+        &mut self,
+        device: Box<dyn VirtioDevice>,
+        partition: &dyn Partition,
+        ram: &GuestRam,
+        hosting: Hosting,
+        memory: &mut BusBuilder,
+    ) -> Result<(), BuildError> {
+        match self {
+            Self::Mmio { next, nodes } => {
+                let slot = *next;
+                *next += 1;
+                nodes.push(by_mmio(slot, device, partition, ram, hosting, memory)?);
+            }
+            Self::Pci { next, bus } => {
+                let slot = *next;
+                *next += 1;
+                by_pci(slot, bus, device, partition, ram, hosting, memory)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends placing.
+    pub(super) fn finish(self, memory: &mut BusBuilder) -> Result<Carried, BuildError> {
+        match self {
+            // A machine without a PCI bus has no table that says so, and kernels look for one through
+            // ports: over two hundred accesses, each an exit.
+            Self::Mmio { nodes, .. } => Ok(Carried {
+                nodes,
+                cmdline: "pci=off",
+                ..Carried::default()
+            }),
+            Self::Pci { bus, .. } => {
+                let shared = Arc::new(Mutex::new(bus));
+                memory.place("pci", layout::ECAM_ADDR, ECAM_BYTES, shared)?;
+                Ok(Carried {
+                    pci: Some(PciRoot {
+                        ecam_addr: layout::ECAM_ADDR,
+                        buses: 1,
+                        windows: vec![(layout::BARS_ADDR, layout::BARS_BYTES)],
+                    }),
+                    sandbox: Some(PCI_SANDBOX),
+                    // Without looking for it through ports first, where it is not.
+                    cmdline: "pci=noearly",
+                    ..Carried::default()
+                })
+            }
+        }
+    }
+}
+
+fn by_mmio(
+    slot: u32,
+    device: Box<dyn VirtioDevice>,
+    partition: &dyn Partition,
+    ram: &GuestRam,
+    hosting: Hosting,
+    memory: &mut BusBuilder,
+) -> Result<DeviceNode, BuildError> {
+    let addr = layout::VIRTIO_MMIO_ADDR + u64::from(slot) * SIZE_BYTES;
+    let gsi = layout::VIRTIO_MMIO_GSI + slot;
+    if gsi > layout::LAST_GSI {
+        return Err(BuildError::TooManyDevices);
+    }
+    let identity = device.identity();
+    let doorbells = (0u32..)
+        .zip(&identity.queue_sizes)
+        .map(|(queue, _)| partition.doorbell(addr + NOTIFY_OFFSET, DoorbellValue::Word(queue)))
+        .collect::<Result<Vec<Doorbell>, _>>()?;
+    let line = partition.irq_line(gsi)?;
+    let transport = MmioTransport::new(line, |wires| {
+        TransportCore::new(device, ram.clone(), doorbells, Signals::new(wires), hosting)
+    });
+    let shared = Arc::new(Mutex::new(transport));
+    memory.place(identity.name, addr, SIZE_BYTES, shared)?;
+    let [a, b] = [slot / 10, slot % 10].map(|digit| b'0' + u8::try_from(digit).unwrap_or(0));
+    Ok(DeviceNode {
+        name: [b'V', b'I', a, b],
+        hid: "LNRO0005",
+        uid: slot,
+        ports: Vec::new(),
+        memory: vec![(addr, SIZE_BYTES)],
+        gsi: Some(gsi),
+    })
+}
+
+fn by_pci(
+    slot: u8,
+    bus: &mut RootBus,
+    device: Box<dyn VirtioDevice>,
+    partition: &dyn Partition,
+    ram: &GuestRam,
+    hosting: Hosting,
+    memory: &mut BusBuilder,
+) -> Result<(), BuildError> {
+    let addr = layout::BARS_ADDR + u64::from(slot) * BAR_BYTES;
+    if addr + BAR_BYTES > layout::BARS_ADDR + layout::BARS_BYTES {
+        return Err(BuildError::TooManyDevices);
+    }
+    let identity = device.identity();
+    let doorbells = (0u16..)
+        .zip(&identity.queue_sizes)
+        .map(|(queue, _)| partition.doorbell(addr + notify_offset(queue), DoorbellValue::Any))
+        .collect::<Result<Vec<Doorbell>, _>>()?;
+    // One for each queue, one for the configuration.
+    let vectors = (0..=identity.queue_sizes.len())
+        .map(|_| partition.msi_vector())
+        .collect::<Result<Vec<_>, _>>()?;
+    let transport = PciTransport::new(addr, vectors, |wires| {
+        TransportCore::new(device, ram.clone(), doorbells, Signals::new(wires), hosting)
+    })?;
+    let shared = Arc::new(Mutex::new(transport));
+    bus.place(slot, shared.clone())
+        .map_err(|_| BuildError::TooManyDevices)?;
+    memory.place(identity.name, addr, BAR_BYTES, shared)?;
+    Ok(())
+}
