@@ -1,7 +1,7 @@
 //! The type 0 configuration space of one function.
 
-/// Length of a configuration space without extended capabilities. What lies behind it reads as zeros: the
-/// list of extended capabilities is empty.
+/// Length of a configuration space without extended capabilities. What lies behind it reads as all ones, as
+/// of a conventional device: Linux then does not look for such capabilities (17 accesses of a boot).
 pub const CONFIG_BYTES: usize = 256;
 
 const VENDOR: usize = 0x00;
@@ -269,9 +269,9 @@ impl ConfigSpace {
         }
     }
 
-    /// Reads from `offset` on; zeros behind the end.
+    /// Reads from `offset` on; ones behind the end.
     pub fn read(&self, offset: u16, into: &mut [u8]) {
-        into.fill(0);
+        into.fill(0xff);
         let from = self.bytes.iter().skip(usize::from(offset));
         for (place, value) in into.iter_mut().zip(from) {
             *place = *value;

@@ -61,7 +61,7 @@ fn every_width_at_every_offset_agrees_with_the_bytes() {
     assert_eq!(bytes[0x34], 0x40);
     assert_eq!(bytes[0x40..0x48], [9, 0, 1, 2, 3, 4, 5, 0]);
     assert!(
-        bytes[0x100..].iter().all(|b| *b == 0),
+        bytes[0x100..].iter().all(|b| *b == 0xff),
         "no extended capabilities"
     );
     for width in [2usize, 4] {

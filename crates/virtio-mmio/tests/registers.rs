@@ -64,7 +64,8 @@ fn an_interrupt_is_acknowledged_bit_by_bit() {
     mmio.set(0x64, u32::MAX);
     assert_eq!(mmio.get(0x60), 0);
     let mut driver = Driver::new(Box::new(mmio), stage.ram());
-    driver.start();
+    // With event indices, a driver that polls faster than the worker asks is told of nothing.
+    driver.start_with(0);
     driver.request(0, &[Buffer::Out(b"x"), Buffer::In(1)]);
     driver.wait_interrupt(true, false);
     assert_eq!(

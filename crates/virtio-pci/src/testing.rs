@@ -234,6 +234,8 @@ impl PciAccess {
     /// Goes as Linux does: enabled with the function masked, each entry filled while masked, then unmasked.
     pub fn enable_msix(&self) {
         let [low, high] = self.config::<2>(self.msix_at + 2);
+        // Whoever was here before may have left the mask set.
+        let high = high & !0xc0;
         self.set_config(self.msix_at + 2, &[low, high | 0xc0]);
         for index in 0..self.vectors.len() {
             self.set_entry(index, 0xfee0_0000, 0x30 + u32::try_from(index).unwrap());

@@ -56,6 +56,8 @@ fn nothing_is_consumed_before_driver_ok_and_after_a_reset() {
     driver.driver_ok();
     driver.wait(0);
     let used = driver.ring_addrs(0)[2] + 2;
+    // The worker has looked for the last time.
+    pause();
     driver.offer(0, &[Buffer::Out(b"y"), Buffer::In(1)], Indirect::No);
     driver.access().set_status(0);
     driver.access().notify(0);
@@ -67,10 +69,13 @@ fn nothing_is_consumed_before_driver_ok_and_after_a_reset() {
 #[test]
 fn a_reset_queue_is_quiet_and_starts_from_nothing() {
     let stage = Stage::new();
-    let mut driver = echo(&stage, 0);
+    // A driver that polls faster than the worker asks would be told of nothing with event indices.
+    let mut driver = echo(&stage, features::EVENT_IDX);
     driver.request(0, &[Buffer::Out(b"x"), Buffer::In(1)]);
     driver.wait_interrupt(true, false);
     let used = driver.ring_addrs(0)[2] + 2;
+    // The worker has looked for the last time.
+    pause();
     driver.offer(0, &[Buffer::Out(b"y"), Buffer::In(1)], Indirect::No);
     driver.access().reset_queue(0);
     driver.access().notify(0);
