@@ -9,7 +9,9 @@ use std::fs::File;
 use std::hint::black_box;
 use std::time::Instant;
 
-use alveole_qcow2::{Access, Backing, CreateOptions, Image, NoBacking, Repair, check, create};
+use alveole_qcow2::{
+    Access, Backing, BackingRead, CreateOptions, Image, NoBacking, Repair, check, create,
+};
 
 fn main() {
     let folder = std::env::args().nth(1).unwrap_or_else(|| ".".to_owned());
@@ -60,6 +62,7 @@ fn main() {
         "4 KiB into a new cluster: {:?} each",
         start.elapsed() / 1000
     );
+    copy_on_write(&format!("{path}.over"));
     for threads in [1, 2] {
         let start = Instant::now();
         let rounds = 5_000_000_u64;
@@ -106,6 +109,45 @@ fn main() {
     let report = check(&File::open(&path).unwrap(), Repair::No).unwrap();
     println!("checked: {:?}, {report:?}", start.elapsed());
     std::fs::remove_file(&path).unwrap();
+}
+
+struct Ones;
+
+impl BackingRead for Ones {
+    fn read_at(&self, _offset: u64, into: &mut [u8]) -> std::io::Result<()> {
+        into.fill(1);
+        Ok(())
+    }
+
+    fn size_bytes(&self) -> u64 {
+        8 << 30
+    }
+}
+
+/// The dear case: what is under the cluster must be copied durably before it is shown.
+fn copy_on_write(path: &str) {
+    let backing = Backing {
+        path: "base.raw".into(),
+        format: Some("raw".into()),
+    };
+    let options = CreateOptions::overlay(8 << 30, backing);
+    create(&File::create(path).unwrap(), &options).unwrap();
+    let image = open(path);
+    for len in [4096, 1 << 20] {
+        let start = Instant::now();
+        for n in 0..200 {
+            let at = (n << 20) + (len << 12);
+            image
+                .write_allocating(at, &vec![2; len as usize], &Ones)
+                .unwrap();
+        }
+        println!(
+            "{len} bytes over a backing image: {:?} each",
+            start.elapsed() / 200
+        );
+    }
+    drop(image);
+    std::fs::remove_file(path).unwrap();
 }
 
 fn open(path: &str) -> Image {

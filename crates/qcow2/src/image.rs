@@ -1,5 +1,6 @@
 //! An open image, and the look-ups that every request of a guest makes.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -156,6 +157,12 @@ pub struct Image {
     pub(crate) shared: Shared,
     pub(crate) writer: Option<Mutex<Writer>>,
     header: Header,
+}
+
+impl fmt::Debug for Image {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Image").field(&self.info()).finish()
+    }
 }
 
 impl Image {

@@ -16,7 +16,8 @@ pub enum Repair {
     No,
     /// Clusters that nobody uses become free.
     Leaks,
-    /// Counts and flags, too. What points outside the file, or makes no sense, stays.
+    /// Counts and flags, too. An image with entries that point outside the file or make no sense is left
+    /// as it is: what they once meant is still in use.
     All,
 }
 
