@@ -361,8 +361,8 @@ fn the_descriptor_tells_of_every_completion() {
 struct Holder(Child);
 
 impl Holder {
-    /// Runs `program` and waits until it has locked something.
-    fn new(program: &mut Command) -> Option<Self> {
+    /// Runs `program` and waits until it has locked bytes 100 to `last`.
+    fn new(program: &mut Command, last: u64) -> Option<Self> {
         let child = program
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -374,7 +374,7 @@ impl Holder {
             let locked = fs::read_dir(&folder)
                 .unwrap()
                 .filter_map(|entry| fs::read_to_string(entry.unwrap().path()).ok())
-                .any(|text| text.contains("OFDLCK"));
+                .any(|text| text.contains(&format!(" 100 {last}\n")));
             if locked {
                 break;
             }
@@ -490,7 +490,7 @@ fn qemu_and_we_keep_each_other_off() {
         if read {
             program.arg("-r");
         }
-        Holder::new(program.arg(name))
+        Holder::new(program.arg(name), if read { 100 } else { 101 })
     };
     let Some(writer) = qemu(false) else {
         skip(test, "no qemu-io");
