@@ -290,3 +290,128 @@ fn two_monitors_do_not_write_one_image() {
     first.type_in("exit\n");
     first.wait().assert_code(0);
 }
+
+#[test]
+fn a_root_by_pci_has_an_interrupt_for_each_queue() {
+    let dir = TempDir::new().unwrap();
+    let image = dir.path().join("disk");
+    File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let disks = |vm: Vm| vm.cpus(2).option("--enable-pci").disk(&image, json!({}));
+    let script = "for cpu in 0 1; do taskset $((cpu + 1)) dd if=/dev/vdb of=/dev/null bs=64k iflag=direct 2>/dev/null; done; \
+        echo queues $(grep -c 'PCI-MSI.*req' /proc/interrupts); \
+        echo lines $(grep -c 'IO-APIC.*virtio' /proc/interrupts); \
+        echo random $(dd if=/dev/hwrng bs=16 count=1 2>/dev/null | wc -c)";
+    let Some(end) = run_with(disks, script) else {
+        return;
+    };
+    assert_eq!(end.said("queues "), ["4"], "two disks of two queues: {end}");
+    assert_eq!(end.said("lines "), ["0"], "{end}");
+    assert_eq!(end.said("random "), ["16"], "{end}");
+}
+
+#[test]
+fn an_overlay_of_a_root_boots_and_leaves_its_base_alone() {
+    let Some(vm) = Vm::any() else { return };
+    let dir = TempDir::new().unwrap();
+    let script =
+        "echo 'alveole-guest: root' $(cat /mark 2>/dev/null || echo fresh); echo kept >/mark";
+    let root_dir = root_files(dir.path(), script);
+    let Some(base) = ext4(dir.path(), &root_dir, 16) else {
+        return;
+    };
+    let before = bytes(&base);
+    let overlays = ["a.qcow2", "b.qcow2"].map(|name| dir.path().join(name));
+    for overlay in &overlays {
+        alveole_block_store::tools::create_overlay(
+            overlay,
+            &base,
+            alveole_block_store::Format::Raw,
+        )
+        .unwrap();
+    }
+    drop(vm);
+    for (overlay, mark, transport) in [
+        (&overlays[0], "fresh", "--enable-pci"),
+        (&overlays[0], "kept", "--boot-timer"),
+        (&overlays[1], "fresh", "--enable-pci"),
+    ] {
+        let vm = Vm::any().unwrap().option(transport);
+        let end = vm.disk(overlay, root(false)).boot().wait();
+        end.assert_code(0);
+        assert_eq!(end.said("alveole-guest: root "), [mark], "{end}");
+    }
+    assert!(before == bytes(&base), "the base was written");
+    for overlay in &overlays {
+        assert!(tool("qemu-img", &["check", "-q", path(overlay)]));
+    }
+}
+
+/// An ext4 root that holds fio with its libraries.
+#[track_caller]
+fn fio_root(dir: &Path, script: &str) -> Option<PathBuf> {
+    let root_dir = root_files(dir, script);
+    let Some(fio) = ["/usr/bin/fio", "/usr/local/bin/fio"]
+        .into_iter()
+        .find(|p| Path::new(p).exists())
+    else {
+        skip("fio is not installed");
+        return None;
+    };
+    let libraries = Command::new("ldd").arg(fio).output().unwrap().stdout;
+    let libraries = String::from_utf8(libraries).unwrap();
+    let files = libraries
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+        .chain([fio]);
+    for file in files {
+        let copy = root_dir.join(file.trim_start_matches('/'));
+        fs::create_dir_all(copy.parent().unwrap()).unwrap();
+        fs::copy(file, copy).unwrap();
+    }
+    ext4(dir, &root_dir, 160)
+}
+
+const FIO: &str = "/usr/bin/fio --name=x --filename=/dev/vdb --rw=randwrite --bs=4k --size=8m --ioengine=libaio \
+                   --direct=1 --iodepth=16 --verify=crc32c --verify_fatal=1 --randseed=7 --output=/tmp/out";
+
+#[test]
+fn fio_verifies_what_it_wrote_and_what_a_killed_monitor_left() {
+    if Vm::any().is_none() {
+        return;
+    }
+    for (file, transport) in [("raw", "--boot-timer"), ("disk.qcow2", "--enable-pci")] {
+        let dir = TempDir::new().unwrap();
+        let script = format!(
+            "if ! grep -q again /proc/cmdline; then {FIO} --do_verify=1 && \
+             {FIO} --do_verify=0 --end_fsync=1; echo fio-wrote $?; sleep 3600; \
+             else {FIO} --verify_only; echo fio-read $?; fi; grep -i err= /tmp/out"
+        );
+        let Some(root_image) = fio_root(dir.path(), &script) else {
+            return;
+        };
+        let image = dir.path().join(file);
+        if file == "raw" {
+            File::create(&image).unwrap().set_len(16 << 20).unwrap();
+        } else if !tool(
+            "qemu-img",
+            &["create", "-q", "-f", "qcow2", path(&image), "16M"],
+        ) {
+            return;
+        }
+        let vm = || {
+            let vm = Vm::any().unwrap().cpus(2).option(transport);
+            vm.disk(&root_image, root(true)).disk(&image, json!({}))
+        };
+        let mut first = vm().boot();
+        first.wait_for("fio-wrote 0");
+        first.signal(Signal::SIGKILL);
+        let _ = first.wait();
+        let end = vm().cmdline("again").boot().wait();
+        end.assert_code(0);
+        assert_eq!(end.said("fio-read "), ["0"], "{file}: {end}");
+        if file != "raw" {
+            // Whoever opened it last has put the counts right.
+            assert!(tool("qemu-img", &["check", "-q", path(&image)]));
+        }
+    }
+}
