@@ -26,6 +26,8 @@ pub struct BlkCounters {
     pub throttled: Counter,
     /// Batches handed to the host.
     pub batches: Counter,
+    /// Times the next request was found by looking for it, without a doorbell.
+    pub found: Counter,
 }
 
 impl BlkCounters {
@@ -55,6 +57,7 @@ impl CounterSet for BlkCounters {
             unsupported,
             throttled,
             batches,
+            found,
         } = self;
         f("reads", reads.get());
         f("writes", writes.get());
@@ -66,5 +69,6 @@ impl CounterSet for BlkCounters {
         f("unsupported", unsupported.get());
         f("throttled", throttled.get());
         f("batches", batches.get());
+        f("found", found.get());
     }
 }

@@ -415,6 +415,7 @@ impl VirtioDevice for VirtioBlk {
         *lock(&self.shared.config_irq) = Some(kit.config_irq);
         // Section 5.2.6.2: without flush, a completed write is a safe one.
         let write_through = kit.features & FLUSH == 0 && self.honours_flush;
+        let longest_look = kit.longest_look;
         kit.queues
             .into_iter()
             .map(|queue| {
@@ -423,8 +424,9 @@ impl VirtioDevice for VirtioBlk {
                     let _ = write!(why, "there is no queue {}", queue.index());
                     StartError::Device(why)
                 })?;
+                let shared = self.shared.clone();
                 let worker =
-                    BlkWorker::new(queue, lane.clone(), self.shared.clone(), write_through);
+                    BlkWorker::new(queue, lane.clone(), shared, write_through, longest_look);
                 Ok(Box::new(worker) as Box<dyn QueueWorker>)
             })
             .collect()

@@ -21,6 +21,7 @@
     )
 )]
 
+mod busy_wait;
 mod config_space;
 mod counters;
 mod device;

@@ -8,6 +8,7 @@ use alveole_event_loop::{Event, EventLoopError, Interest, Ops, Token, Worker};
 use alveole_guest_memory::GuestBuffers;
 use alveole_virtio::{BrokenRing, LiveQueue, Progress, QueueWorker};
 
+use crate::busy_wait::BusyWait;
 use crate::device::Shared;
 use crate::lane::{Flight, Lane};
 use crate::request::{BadRequest, Kind, ParsedRequest, Range};
@@ -34,6 +35,7 @@ pub(crate) struct BlkWorker {
     write_through: bool,
     /// The store's own descriptor is watched.
     watches_store: bool,
+    busy_wait: BusyWait,
 }
 
 /// Why a round ended.
@@ -54,6 +56,7 @@ impl BlkWorker {
         lane: Arc<Mutex<Lane>>,
         shared: Arc<Shared>,
         write_through: bool,
+        longest_look: Duration,
     ) -> Self {
         Self {
             queue,
@@ -61,6 +64,7 @@ impl BlkWorker {
             shared,
             write_through,
             watches_store: false,
+            busy_wait: BusyWait::new(longest_look),
         }
     }
 
@@ -74,7 +78,12 @@ impl BlkWorker {
             self.queue.notify()?;
             match pause {
                 Pause::Idle => {
+                    // What the host still works on wakes us when it is done.
+                    if lane.store.in_flight() == 0 && self.look_for_more() {
+                        continue;
+                    }
                     if !self.queue.want_doorbell()? {
+                        self.busy_wait.sleeps();
                         return Ok(());
                     }
                 }
@@ -107,6 +116,15 @@ impl BlkWorker {
                 }
             }
         }
+    }
+
+    /// Looks for the next request instead of sleeping, where that is worth it.
+    fn look_for_more(&self) -> bool {
+        let found = self.busy_wait.look(|| self.queue.has_more());
+        if found {
+            self.shared.counters.found.inc();
+        }
+        found
     }
 
     fn is_full(&self, lane: &Lane) -> bool {
@@ -393,6 +411,7 @@ impl Worker for BlkWorker {
         let lane = self.lane.clone();
         let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
         let lane = &mut *lane;
+        self.busy_wait.wakes();
         if event.token == STORE {
             lane.store.collect(&mut lane.scratch.done);
         }

@@ -1,5 +1,7 @@
 //! What a virtio device is.
 
+use std::time::Duration;
+
 use alveole_event_loop::Worker;
 use alveole_guest_memory::GuestRam;
 
@@ -82,6 +84,9 @@ pub struct StartKit {
     pub queues: Vec<LiveQueue>,
     /// Tells the driver that the configuration has changed.
     pub config_irq: ConfigIrq,
+    /// How long a worker may look for its next request before it sleeps: nobody else is on its loop. Zero
+    /// where others are.
+    pub longest_look: Duration,
 }
 
 /// Why a device cannot be served.

@@ -1,5 +1,7 @@
 //! On which event loops the workers of a device run.
 
+use std::time::Duration;
+
 use alveole_event_loop::{Event, EventLoopError, LoopHandle, Ops, Worker, WorkerId};
 
 use crate::{Progress, QueueWorker};
@@ -8,13 +10,31 @@ use crate::{Progress, QueueWorker};
 #[derive(Clone)]
 pub struct Hosting {
     loops: Vec<LoopHandle>,
+    longest_look: Duration,
 }
 
 impl Hosting {
-    /// On these loops, in turn.
+    /// On these loops, in turn; others are on them too.
     #[must_use]
     pub fn on(loops: Vec<LoopHandle>) -> Self {
-        Self { loops }
+        Self {
+            loops,
+            longest_look: Duration::ZERO,
+        }
+    }
+
+    /// On these loops, in turn, which nobody else uses: a worker may keep its thread busy for so long
+    /// before it sleeps.
+    #[must_use]
+    pub fn alone_on(loops: Vec<LoopHandle>, longest_look: Duration) -> Self {
+        Self {
+            loops,
+            longest_look,
+        }
+    }
+
+    pub(crate) fn longest_look(&self) -> Duration {
+        self.longest_look
     }
 
     /// Moves a worker that serves queue `first` and perhaps others to its loop.

@@ -144,6 +144,14 @@ impl LiveQueue {
         }
     }
 
+    /// Whether [`LiveQueue::pop`] has something to say, without taking it.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        self.queue
+            .avail_idx(self.ram.as_vm_memory(), Ordering::Acquire)
+            .is_ok_and(|idx| idx.0 != self.queue.next_avail())
+    }
+
     /// Puts the request that [`LiveQueue::pop`] gave last back: it will be the next one again.
     pub fn put_back(&mut self) {
         self.queue.go_to_previous_position();

@@ -441,6 +441,7 @@ impl TransportCore {
             features: self.driver_features,
             queues: live,
             config_irq: ConfigIrq(self.signals.clone()),
+            longest_look: self.hosting.longest_look(),
         })?;
         for worker in workers {
             let first = worker.queues().first().copied().unwrap_or(0);

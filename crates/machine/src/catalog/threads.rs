@@ -1,6 +1,7 @@
 //! The event loops of a machine: one for everybody, and those that disks have for themselves.
 
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use alveole_event_loop::{EventLoop, LoopHandle};
 use alveole_thread_sandbox::Role;
@@ -11,6 +12,11 @@ use crate::{Event, Mailbox};
 
 /// Name of the loop that everybody shares.
 const SHARED: &str = "devices";
+
+/// How long a disk's thread looks for the next request before it sleeps: some two wake-ups of a thread.
+/// Abused by a guest that asks again just in time, which costs the host this much of a processor for each
+/// request, and the guest as much of its own.
+const LONGEST_LOOK: Duration = Duration::from_micros(50);
 
 /// Event loops that no thread runs yet.
 pub(crate) struct Threads {
@@ -64,7 +70,11 @@ impl Threads {
             };
             self.own.push((name, own));
         }
-        Ok(Hosting::on(loops))
+        // With several queues on one thread, to look for one would keep the others waiting.
+        if queues > count {
+            return Ok(Hosting::on(loops));
+        }
+        Ok(Hosting::alone_on(loops, LONGEST_LOOK))
     }
 
     /// Gives each loop its thread.

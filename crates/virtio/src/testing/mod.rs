@@ -8,6 +8,7 @@ mod echo;
 
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use alveole_event_loop::{EventLoop, LoopHandle};
 use alveole_guest_memory::{GuestRam, MemoryPlan};
@@ -102,7 +103,7 @@ impl Stage {
     /// Where workers run.
     #[must_use]
     pub fn hosting(&self) -> Hosting {
-        Hosting::on(vec![self.handle.clone()])
+        Hosting::alone_on(vec![self.handle.clone()], Duration::from_micros(20))
     }
 
     /// A core over `wires` for `device`, and its doorbells.
