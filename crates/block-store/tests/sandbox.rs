@@ -13,7 +13,7 @@ use alveole_block_store::{
 };
 use alveole_guest_memory::GuestBuffers;
 use alveole_thread_sandbox::{Role, enter_with};
-use support::{Rig, file, folder, one_of, pattern, skip};
+use support::{Rig, file, folder, one, one_of, pattern, skip};
 
 const SIZE: usize = 1 << 20;
 
@@ -46,6 +46,8 @@ fn work(rig: &mut Rig) {
     assert!(rig.read_all() == rig.model);
     let none = GuestBuffers::new(&rig.ram);
     one_of(&mut *rig.queues[0], Operation::Discard, 0, 256 << 10, none).unwrap();
+    let none = GuestBuffers::new(&rig.ram);
+    one(&mut *rig.queues[1], Operation::Flush, 0, none).unwrap();
     rig.store.refresh().unwrap();
 }
 
