@@ -100,10 +100,7 @@ fn cannot(path: &Path, error: &io::Error) -> Result<(), Conflict> {
 /// Who holds locks of the file besides this open file, from what /proc says of the files of each process:
 /// locks of open files name nobody.
 fn holders(file: &File) -> Option<String> {
-    let facts = file.metadata().ok()?;
-    // `lock:  1: OFDLCK ADVISORY READ -1 fe:00:131 100 100`: device and inode as the kernel prints them.
-    let (major, minor) = (libc::major(facts.dev()), libc::minor(facts.dev()));
-    let inode = format!("{major:02x}:{minor:02x}:{}", facts.ino());
+    let inode = &kernel_name(file)?;
     let mut found = Vec::new();
     for process in fs::read_dir("/proc").ok()?.flatten().take(MAX_PROCESSES) {
         let name = process.file_name();
@@ -121,7 +118,7 @@ fn holders(file: &File) -> Option<String> {
             if mine && number.to_str() == Some(&own_number(file)) {
                 return None;
             }
-            rights(&fs::read_to_string(descriptor.path()).ok()?, &inode)
+            rights(&fs::read_to_string(descriptor.path()).ok()?, inode)
         });
         if let Some(writes) = writes.reduce(|a, b| a || b) {
             let command = fs::read_to_string(folder.join("comm")).unwrap_or_default();
@@ -133,6 +130,21 @@ fn holders(file: &File) -> Option<String> {
         }
     }
     (!found.is_empty()).then(|| found.join(", "))
+}
+
+/// Device and inode as the kernel prints them with locks: `fe:00:131`. Where a file system lies over others (overlayfs,
+/// btrfs) these are not what stat(2) says, so what is said of our own locks comes first.
+fn kernel_name(file: &File) -> Option<String> {
+    // `lock:  1: OFDLCK ADVISORY READ -1 fe:00:131 100 100`
+    let own = fs::read_to_string(format!("/proc/self/fdinfo/{}", own_number(file)));
+    let own = own.unwrap_or_default();
+    let mut lines = own.lines().filter(|l| l.starts_with("lock:"));
+    if let Some(place) = lines.find_map(|l| l.split_whitespace().rev().nth(2)) {
+        return Some(place.to_owned());
+    }
+    let facts = file.metadata().ok()?;
+    let (major, minor) = (libc::major(facts.dev()), libc::minor(facts.dev()));
+    Some(format!("{major:02x}:{minor:02x}:{}", facts.ino()))
 }
 
 fn own_number(file: &File) -> String {

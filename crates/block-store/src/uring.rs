@@ -373,3 +373,68 @@ fn failed(piece: Piece) -> (Piece, io::Result<()>) {
 fn flags(durable: bool) -> i32 {
     if durable { libc::RWF_DSYNC } else { 0 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host_file::How;
+
+    #[test]
+    fn a_ring_takes_nothing_else_and_never_will() {
+        if let Err(reason) = io_uring_available() {
+            let line = format!("SKIPPED a_ring_takes_nothing_else_and_never_will: {reason}\n");
+            eprint!("{line}");
+            if let Some(path) = std::env::var_os("ALVEOLE_SKIP_LOG") {
+                let mut log = fs::File::options()
+                    .append(true)
+                    .create(true)
+                    .open(path)
+                    .unwrap();
+                std::io::Write::write_all(&mut log, line.as_bytes()).unwrap();
+            }
+            return;
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let how = How {
+            write: true,
+            direct: false,
+            lock: false,
+        };
+        let host = HostFile::open(file.path(), how).unwrap();
+        let mut engine = UringEngine::new(Arc::new([Arc::new(host)]), 4).unwrap();
+        let mut bytes = [0_u8; 512];
+        let other = types::Fd(file.as_file().as_raw_fd());
+        for (entry, fits) in [
+            (
+                opcode::Read::new(types::Fixed(0), bytes.as_mut_ptr(), 512).build(),
+                true,
+            ),
+            (
+                opcode::Read::new(other, bytes.as_mut_ptr(), 512).build(),
+                false,
+            ),
+            (opcode::Nop::new().build(), false),
+            (
+                opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/etc/passwd".as_ptr()).build(),
+                false,
+            ),
+            (
+                opcode::Fsync::new(types::Fixed(0))
+                    .build()
+                    .flags(squeue::Flags::IO_LINK),
+                false,
+            ),
+        ] {
+            // SAFETY: there is room for what the first may read, and it is waited for.
+            unsafe { engine.ring.submission().push(&entry) }.unwrap();
+            engine.ring.submitter().submit_and_wait(1).unwrap();
+            let result = engine.ring.completion().next().unwrap().result();
+            let expected = if fits { 512 } else { -libc::EACCES };
+            assert_eq!(result, expected, "{entry:?}");
+        }
+        let submitter = engine.ring.submitter();
+        let files = submitter.register_files_update(0, &[0]);
+        assert_eq!(files.unwrap_err().raw_os_error(), Some(libc::EACCES));
+    }
+}
