@@ -1,5 +1,7 @@
 //! What a caller may choose when a store is opened.
 
+use std::path::Path;
+
 /// How blocks lie in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Format {
@@ -8,6 +10,19 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+}
+
+impl Format {
+    /// The format of an image that nobody said: what its name ends in, and never what its content looks like,
+    /// because a guest writes the content.
+    #[must_use]
+    pub fn by_name(path: &Path) -> Self {
+        if path.extension().is_some_and(|ending| ending == "qcow2") {
+            Self::Qcow2
+        } else {
+            Self::Raw
+        }
+    }
 }
 
 /// What stands between the guest and the medium.

@@ -253,14 +253,26 @@ pub struct ImageInfo {
     pub qcow2: Option<Qcow2Info>,
     /// The file that it is laid over, where there is one and it can be found.
     pub backing: Option<PathBuf>,
+    /// Who writes to it just now, if somebody does: then these are the facts of a moment.
+    pub in_use: Option<String>,
 }
 
-/// Looks at one image; what it is laid over need not be there.
+/// Looks at one image; what it is laid over need not be there, and a guest may use it.
 ///
 /// # Errors
 /// It cannot be opened, or is damaged.
 pub fn info(path: &Path, format: Format) -> Result<ImageInfo, ToolError> {
-    let file = open_file(path, false)?;
+    let (file, in_use) = match open_file(path, false) {
+        Err(OpenError::Locked { holder, .. }) => {
+            let how = How {
+                write: false,
+                direct: false,
+                lock: false,
+            };
+            (Arc::new(HostFile::open(path, how)?), Some(holder))
+        }
+        other => (other?, None),
+    };
     let used_bytes = file.file().metadata().at("look at", path)?.blocks() * 512;
     let qcow2 = match format {
         Format::Raw => None,
@@ -276,6 +288,7 @@ pub fn info(path: &Path, format: Format) -> Result<ImageInfo, ToolError> {
         used_bytes,
         qcow2,
         backing,
+        in_use,
     })
 }
 

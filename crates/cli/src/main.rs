@@ -1,15 +1,17 @@
 //! The admin wrapper people type.
 //!
-//! Turns a command line into a machine description and becomes the VMM, or shows what the host can do.
-//! Deliberately does not know: how a guest is built or run (`alveole-vmm` does), how the host is
-//! examined (`alveole-host` does).
+//! Turns a command line into a machine description and becomes the VMM, makes and mends the images that are
+//! guests' disks, or shows what the host can do.
+//! Deliberately does not know: how a guest is built or run (`alveole-vmm` does), how blocks lie in an image
+//! (`alveole-block-store` does), how the host is examined (`alveole-host` does).
 
 mod console;
 mod disk;
 mod doctor;
+mod images;
 mod lab;
-mod memory_size;
 mod run;
+mod size;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -24,6 +26,7 @@ To start with:
   alveole doctor                                    what this machine can do, and what to mend
   alveole run --kernel vmlinux --initrd initrd.img  boot a guest on this terminal
   alveole run --lab --kernel …                      the same where KVM cannot run guests
+  alveole disk overlay root.img guest.qcow2         a disk of its own for each guest, over a shared one
 
 alveole --help shows everything.
 ";
@@ -42,19 +45,47 @@ enum Command {
     Run(run::RunArgs),
     /// Show what this machine can do, and what to do about what it cannot
     Doctor(doctor::DoctorArgs),
+    /// Make, show, resize and mend the images that are guests' disks
+    Disk(images::DiskArgs),
+}
+
+/// Shows what the parts below warn about.
+struct Warnings;
+
+impl log::Log for Warnings {
+    fn enabled(&self, about: &log::Metadata<'_>) -> bool {
+        about.level() <= log::Level::Warn
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            hint(&format!("warning: {}", record.args()));
+        }
+    }
+
+    fn flush(&self) {}
 }
 
 fn main() -> ExitCode {
+    // It is the first and only one.
+    if log::set_logger(&Warnings).is_ok() {
+        log::set_max_level(log::LevelFilter::Warn);
+    }
     let done = match Cli::parse().command {
         None => print(START).map(|()| ExitCode::SUCCESS),
         Some(Command::Run(args)) => run::run(&args).map(|never| match never {}),
         Some(Command::Doctor(args)) => doctor::doctor(&args),
+        Some(Command::Disk(args)) => images::disk(&args),
     };
     done.unwrap_or_else(|e| {
-        // A standard error that is gone is no reason to fail in another way.
-        let _ = writeln!(io::stderr(), "alveole: {e:#}");
+        hint(&format!("{e:#}"));
         ExitCode::FAILURE
     })
+}
+
+/// Says something beside the result. A standard error that is gone is no reason to fail.
+fn hint(text: &str) {
+    let _ = writeln!(io::stderr(), "alveole: {text}");
 }
 
 /// Prints to standard output. A reader that has seen enough (`alveole doctor | head`) is no error.

@@ -17,7 +17,7 @@ use rustix::io::FdFlags;
 use crate::console::Console;
 use crate::disk::{self, Disk};
 use crate::lab;
-use crate::memory_size::MemorySize;
+use crate::size::MemorySize;
 
 /// A reset ends the machine at once instead of after trying the ways of other machines; a panic resets
 /// without waiting. Nothing is hushed: whoever wants that appends `quiet`.

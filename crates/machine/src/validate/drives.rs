@@ -1,6 +1,5 @@
 //! The rules of disks.
 
-use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -95,12 +94,6 @@ fn check(index: usize, drive: &Drive, earlier: &[Drive], broken: &mut Vec<Invali
 }
 
 fn of(drive: &Drive, cpus: u8) -> ValidDrive {
-    // By its name, never by its content: the guest writes the content.
-    let by_name = if drive.path_on_host.extension() == Some(OsStr::new("qcow2")) {
-        Format::Qcow2
-    } else {
-        Format::Raw
-    };
     let queues = drive.num_queues.unwrap_or(u64::from(cpus)).max(1);
     let mode = if drive.is_read_only { "ro" } else { "rw" };
     let device = match &drive.partuuid {
@@ -114,7 +107,7 @@ fn of(drive: &Drive, cpus: u8) -> ValidDrive {
             format: match drive.format {
                 Some(DiskFormat::Raw) => Format::Raw,
                 Some(DiskFormat::Qcow2) => Format::Qcow2,
-                None => by_name,
+                None => Format::by_name(&drive.path_on_host),
             },
             read_only: drive.is_read_only,
             cache: match drive.cache_type {
