@@ -4,6 +4,7 @@
 //! measured and finds the guest kernel. It does not know how either is done.
 
 mod cpio;
+mod disk;
 mod guest;
 mod host;
 mod measure;
@@ -47,6 +48,11 @@ struct Cli {
 enum What {
     /// Start-up, memory, size and exits of every VMM that is found
     Boot(Boot),
+    /// Disks: what a request costs without a guest, and fio in a guest under every VMM that is found
+    Disk(disk::Disk),
+    /// One cell of `disk` without a guest, in a process of its own
+    #[command(hide = true)]
+    DiskCell(disk::Cell),
     /// Compile the guest's init, so that `boot` finds it ready
     #[command(hide = true)]
     Prepare,
@@ -94,6 +100,8 @@ enum Sets {
 fn main() -> ExitCode {
     let done = match Cli::parse().what {
         What::Boot(args) => boot(&args),
+        What::Disk(args) => disk::disk(&args),
+        What::DiskCell(cell) => disk::run_cell(&cell).map(|()| ExitCode::SUCCESS),
         What::Prepare => guest::compile_init(&init_path()).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
@@ -269,6 +277,9 @@ mod tests {
         Cli::command().debug_assert();
         let parse = |line: &str| Cli::try_parse_from(line.split_whitespace());
         assert!(parse("bench boot --kernel k --only qemu,alveole --vmm a=b --vmm c=d").is_ok());
+        assert!(
+            parse("bench disk --smoke --variant pci=--enable-pci --alveole-option --x").is_ok()
+        );
         assert!(parse("bench boot").is_err());
         assert!(parse("bench boot --kernel k --runs 0").is_err());
     }

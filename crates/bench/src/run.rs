@@ -57,6 +57,8 @@ pub(crate) struct Run {
     stderr: PathBuf,
     /// The last of what came out, for whoever asks what went wrong.
     said: Vec<u8>,
+    /// What came after the last line that was asked for.
+    pending: Vec<u8>,
     output: Option<std::process::ChildStdout>,
     ended: bool,
     faults: Option<u64>,
@@ -93,6 +95,7 @@ impl Run {
             deadline: start + timeout,
             stderr: stderr.to_path_buf(),
             said: Vec::new(),
+            pending: Vec::new(),
             output,
             ended: false,
             faults: None,
@@ -131,6 +134,37 @@ impl Run {
             if some[..count].contains(&marker) {
                 return Ok(now);
             }
+        }
+    }
+
+    /// Waits for the next line of the output.
+    ///
+    /// # Errors
+    /// The process ended or the time was over before.
+    pub(crate) fn line(&mut self) -> Result<String, String> {
+        loop {
+            if let Some(end) = self.pending.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = self.pending.drain(..=end).collect();
+                self.keep(&line);
+                return Ok(String::from_utf8_lossy(&line).trim_end().to_owned());
+            }
+            let Some(output) = &mut self.output else {
+                let rest = std::mem::take(&mut self.pending);
+                self.keep(&rest);
+                let (_, how) = self.wait_for_end()?;
+                return Err(self.failure(&format!("ended ({how}) before its guest was done")));
+            };
+            if !wait_readable(output, self.deadline) {
+                let rest = std::mem::take(&mut self.pending);
+                self.keep(&rest);
+                return Err(self.failure("time-out before its guest was done"));
+            }
+            let mut some = [0; 4096];
+            let count = output.read(&mut some).unwrap_or(0);
+            if count == 0 {
+                self.output = None;
+            }
+            self.pending.extend_from_slice(&some[..count]);
         }
     }
 
@@ -311,6 +345,18 @@ mod tests {
         let said = run.wait_for(2).unwrap_err();
         assert!(
             said.contains("exit status: 1") && said.contains("out; said: err"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn lines_come_one_by_one() {
+        let (mut run, _dir) = run("printf 'a\\r\\nb'; sleep 0.05; echo c; echo err >&2", LONG);
+        assert_eq!(run.line().as_deref(), Ok("a"));
+        assert_eq!(run.line().as_deref(), Ok("bc"));
+        let said = run.line().unwrap_err();
+        assert!(
+            said.contains("exit status: 0") && said.contains("err"),
             "{said}"
         );
     }

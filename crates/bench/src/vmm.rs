@@ -276,7 +276,11 @@ impl Vmm {
     }
 }
 
-fn utf8(path: &Path) -> anyhow::Result<&str> {
+/// A path as every VMM's command line takes it.
+///
+/// # Errors
+/// It is not UTF-8, or has a comma or a line break.
+pub(crate) fn utf8(path: &Path) -> anyhow::Result<&str> {
     let text = path
         .to_str()
         .with_context(|| format!("{}: not UTF-8", path.display()))?;
