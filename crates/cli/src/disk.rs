@@ -1,6 +1,6 @@
 //! `--disk PATH[,option]...`: a disk in one word.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use alveole_vm_config::{CacheType, DiskFormat, Drive, IoEngine};
@@ -68,6 +68,13 @@ impl Disk {
             _ => return Err(format!("{word:?} is no option of a disk; {EXPECTED}")),
         }
         Ok(())
+    }
+}
+
+impl Disk {
+    /// The image, if the guest may write to it.
+    pub(crate) fn written(&self) -> Option<&Path> {
+        (!self.drive.is_read_only).then_some(&self.drive.path_on_host)
     }
 }
 

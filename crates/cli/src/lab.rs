@@ -13,6 +13,7 @@ use anyhow::{Context, bail};
 use rustix::fs::FileType;
 
 use crate::console::Console;
+use crate::disk::Disk;
 use crate::run::RunArgs;
 
 /// What the lab needs for itself: its kernel, page cache and the files that change in it.
@@ -75,6 +76,16 @@ fn options(args: &RunArgs, streams: Streams, host_cpus: usize) -> anyhow::Result
              with --lab",
             path.display()
         ),
+    }
+    for image in args.disk.iter().filter_map(Disk::written) {
+        if interactive {
+            bail!(
+                "what a guest in the lab writes to {} cannot be kept on a terminal; add ,ro to it, or use \
+                 --console file:PATH or a pipe",
+                image.display()
+            );
+        }
+        words.extend(["--bring-back".into(), image.into()]);
     }
     Ok(words)
 }
@@ -148,6 +159,19 @@ mod tests {
         assert!(line(&["--console", "file:a b"], NOTHING, 2).ends_with("--bring-back a b"));
         let refused = options(&parse(&["--console", "unix:s"]), NOTHING, 2).unwrap_err();
         assert!(refused.to_string().contains("unix:s"));
+    }
+
+    #[test]
+    fn a_disk_comes_back_as_it_was_written() {
+        let words = ["--disk", "a.img", "--disk", "b.img,ro", "--disk", "c"];
+        let told = line(&words, NOTHING, 2);
+        assert!(
+            told.ends_with("--bring-back a.img --bring-back c"),
+            "{told}"
+        );
+        let refused = options(&parse(&words), TERMINAL, 2).unwrap_err();
+        assert!(refused.to_string().contains("a.img"), "{refused}");
+        assert!(line(&["--disk", "b.img,ro"], TERMINAL, 2).starts_with("shell"));
     }
 
     #[test]
