@@ -93,7 +93,10 @@ fn the_defaults_are_described() {
     let args = run.args();
     assert!(args[1].starts_with("/proc/self/fd/"), "{args:?}");
     assert_eq!(args[0], "--config-file");
-    assert_eq!(args[2..], ["--no-api", "--console", "stdio"]);
+    assert_eq!(
+        args[2..],
+        ["--no-api", "--enable-pci", "--console", "stdio"]
+    );
     let json: serde_json::Value = serde_json::from_str(&run.reported("config").unwrap()).unwrap();
     let boot = &json["boot-source"];
     assert_eq!(boot["kernel_image_path"], "vmlinux");
@@ -121,6 +124,7 @@ fn everything_asked_for_reaches_the_vmm() {
         run.args()[2..],
         [
             "--no-api",
+            "--enable-pci",
             "--console",
             "unix:/run/a socket",
             "--boot-timer"
