@@ -985,3 +985,44 @@ fn run_for_a_while(bench: &Bench) -> Ended {
     }
     running.end()
 }
+
+#[test]
+fn disks_that_cannot_be_used_are_refused_by_name_and_cause() {
+    let bench = Bench::new(&power_off());
+    let file = |name: &str, bytes: &[u8]| std::fs::write(bench.file(name), bytes).unwrap();
+    file("empty.img", b"");
+    file("good.img", &[0; 4096]);
+    file("garbage.qcow2", &[0x55; 4096]);
+    file("short.qcow2", b"QFI\xfb\0\0\0\x03");
+    std::fs::create_dir(bench.file("folder")).unwrap();
+    nix::unistd::mkfifo(&bench.file("disk-pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for (path, words) in [
+        (
+            "missing.img",
+            &["drive \"d\"", "missing.img", "No such file"][..],
+        ),
+        ("folder", &["folder", "directory"]),
+        ("disk-pipe", &["disk-pipe", "name a file or a block device"]),
+        ("/dev/null", &["/dev/null", "name a file or a block device"]),
+        ("empty.img", &["empty.img", "empty"]),
+        ("garbage.qcow2", &["garbage.qcow2"]),
+        ("short.qcow2", &["short.qcow2"]),
+    ] {
+        let drive =
+            serde_json::json!({"drive_id": "d", "path_on_host": path, "is_root_device": false});
+        let text = format!(
+            "{{\"drives\": [{drive}],{}",
+            boot("").strip_prefix('{').unwrap()
+        );
+        bench.run_text(text.as_bytes()).assert(CONFIG, words);
+    }
+    let drive = |id: &str| serde_json::json!({"drive_id": id, "path_on_host": "good.img", "is_root_device": true});
+    let text = format!(
+        "{{\"drives\": [{},{}],{}",
+        drive("d"),
+        drive("d"),
+        boot("").strip_prefix('{').unwrap()
+    );
+    let both = ["\"d\" is given to two drives", "are both the root device"];
+    bench.run_text(text.as_bytes()).assert(CONFIG, &both);
+}
