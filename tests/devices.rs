@@ -59,12 +59,26 @@ fn by_mmio(stage: &Stage, device: Box<dyn VirtioDevice>) -> Box<dyn Access> {
     alveole_virtio_mmio::testing::carry(stage, device)
 }
 
+fn by_pci(stage: &Stage, device: Box<dyn VirtioDevice>) -> Box<dyn Access> {
+    alveole_virtio_pci::testing::carry(stage, device)
+}
+
 #[test]
 fn a_disk_by_mmio() {
     conformance(&Disk, &by_mmio);
 }
 
 #[test]
+fn a_disk_by_pci() {
+    conformance(&Disk, &by_pci);
+}
+
+#[test]
 fn entropy_by_mmio() {
     conformance(&Rng, &by_mmio);
+}
+
+#[test]
+fn entropy_by_pci() {
+    conformance(&Rng, &by_pci);
 }

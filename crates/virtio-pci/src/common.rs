@@ -59,6 +59,12 @@ impl Register {
     }
 }
 
+/// Whether an access is to both halves of an address at once.
+pub(crate) fn is_wide(offset: u64, len: usize) -> bool {
+    let halves = (Register::at(offset, 4), len);
+    matches!(halves, (Some(Register::AddrLow(_)), 8))
+}
+
 /// The generation as drivers see it: eight bits that change when a driver looks and something is new, so
 /// that not even 256 changes between two looks are missed (section 4.1.4.3.1).
 #[derive(Debug, Default)]

@@ -165,6 +165,12 @@ impl PciTransport {
     }
 
     fn read_bar(&mut self, offset: u64, into: &mut [u8]) -> Outcome {
+        if let (true, Some((low, high))) =
+            (is_wide(offset, into.len()), into.split_at_mut_checked(4))
+        {
+            let _ = self.read_bar(offset, low);
+            return self.read_bar(offset.saturating_add(4), high);
+        }
         match part_at(offset, into.len()) {
             Some((Part::Common, at)) => {
                 let Some(register) = Register::at(at, into.len()) else {
@@ -191,6 +197,10 @@ impl PciTransport {
     }
 
     fn write_bar(&mut self, offset: u64, from: &[u8]) -> Outcome {
+        if let (true, Some((low, high))) = (is_wide(offset, from.len()), from.split_at_checked(4)) {
+            let _ = self.write_bar(offset, low);
+            return self.write_bar(offset.saturating_add(4), high);
+        }
         match part_at(offset, from.len()) {
             Some((Part::Common, at)) => {
                 let Some(register) = Register::at(at, from.len()) else {
@@ -272,6 +282,12 @@ impl BusDevice for PciTransport {
         }
         self.write_bar(offset, from)
     }
+}
+
+/// Whether an access is to all of a field of 64 bits. Section 4.1.3.1 asks drivers for its halves, but some write
+/// it in one piece, and bridges cut that into halves for hardware.
+fn is_wide(offset: u64, len: usize) -> bool {
+    matches!(part_at(offset, len), Some((Part::Common, at)) if common::is_wide(at, len))
 }
 
 /// Adds one virtio capability; all but the access window are read-only.

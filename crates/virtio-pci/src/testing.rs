@@ -279,6 +279,12 @@ impl PciAccess {
         self.store(self.common + offset, &value.to_le_bytes()[..N]);
     }
 
+    /// Whether an access stays in the room for the device's configuration: behind it there is something else,
+    /// and a device without configuration has no structure for it.
+    fn reaches_config(&self, at: u32, len: usize) -> bool {
+        self.device.length > 0 && u64::from(at) + len as u64 <= 0x1000
+    }
+
     /// Takes the edges of a vector.
     #[must_use]
     pub fn take(&self, vector: usize) -> bool {
@@ -354,14 +360,13 @@ impl Access for PciAccess {
         self.store(self.notify + offset, &queue.to_le_bytes());
     }
     fn read_config(&mut self, at: u32, into: &mut [u8]) {
-        // Behind the structure there is something else.
-        if u64::from(at) + into.len() as u64 <= 0x1000 {
+        if self.reaches_config(at, into.len()) {
             let outcome = self.bus.read(self.device.addr + u64::from(at), into);
             assert_eq!(outcome, Outcome::Done);
         }
     }
     fn write_config(&mut self, at: u32, from: &[u8]) {
-        if u64::from(at) + from.len() as u64 <= 0x1000 {
+        if self.reaches_config(at, from.len()) {
             self.store(self.device.addr + u64::from(at), from);
         }
     }
