@@ -43,6 +43,7 @@ fn the_report_for_programs_is_complete() {
         "landlock",
         "cgroup",
         "io_uring",
+        "direct_io",
         "userfaultfd",
         "tun",
         "vhost_net",

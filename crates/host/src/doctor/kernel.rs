@@ -38,43 +38,6 @@ fn parse_version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-pub(super) fn io_uring() -> Finding {
-    judge_io_uring(
-        calls::try_io_uring(),
-        read("/proc/sys/kernel/io_uring_disabled").as_deref(),
-    )
-}
-
-fn judge_io_uring(tried: io::Result<()>, disabled: Option<&str>) -> Finding {
-    let Err(e) = tried else {
-        return ok("rings can be made");
-    };
-    match (e.raw_os_error(), disabled) {
-        (Some(libc::ENOSYS), _) => missing(
-            "this kernel has none",
-            "run a kernel with CONFIG_IO_URING, or let it through the sandbox around this process",
-        ),
-        (Some(libc::EPERM), Some("2")) => missing(
-            "switched off by sysctl kernel.io_uring_disabled=2",
-            "sudo sysctl kernel.io_uring_disabled=0",
-        ),
-        (Some(libc::EPERM), Some("1")) => missing(
-            "sysctl kernel.io_uring_disabled=1 keeps it for a group this user is not in",
-            "join the group whose number is sysctl kernel.io_uring_group, or sudo sysctl \
-             kernel.io_uring_disabled=0",
-        ),
-        (Some(libc::EPERM), _) => missing(
-            "refused by a sandbox around this process (seccomp, as containers have it)",
-            "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile",
-        ),
-        (Some(libc::ENOMEM), _) => missing(
-            format!("no memory may be locked for a ring: {e}"),
-            "raise the limit on locked memory (ulimit -l)",
-        ),
-        _ => missing(format!("a ring was refused: {e}"), "see io_uring_setup(2)"),
-    }
-}
-
 const USERFAULTFD_PATH: &str = "/dev/userfaultfd";
 
 pub(super) fn userfaultfd() -> Finding {
@@ -128,25 +91,6 @@ mod tests {
         assert_eq!(judge_version("5.9.16", "x86_64").0, Status::Warn);
         assert_eq!(judge_version("5.10.1", "x86_64").0, Status::Ok);
         assert_eq!(judge_version("", "x86_64").0, Status::Warn);
-    }
-
-    #[test]
-    fn io_uring_tells_what_forbids_it() {
-        assert_eq!(judge_io_uring(Ok(()), Some("1")).0, Status::Ok);
-        for (errno, sysctl, word) in [
-            (libc::ENOSYS, None, "kernel has none"),
-            (libc::EPERM, Some("2"), "io_uring_disabled=2"),
-            (libc::EPERM, Some("1"), "group"),
-            (libc::EPERM, Some("0"), "seccomp"),
-            (libc::EPERM, None, "seccomp"),
-            (libc::ENOMEM, Some("0"), "locked"),
-            (libc::EMFILE, Some("0"), "open files"),
-        ] {
-            let (status, finding, cure) = judge_io_uring(refused(errno), sysctl);
-            assert_eq!(status, Status::Missing);
-            assert!(finding.contains(word), "{finding}");
-            assert!(cure.is_some());
-        }
     }
 
     #[test]

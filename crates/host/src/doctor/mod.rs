@@ -4,6 +4,7 @@
 //! machines can be judged in tests. Nothing is changed by a check, and nothing is left behind.
 
 mod calls;
+mod disks;
 mod isolation;
 mod kernel;
 mod kvm;
@@ -107,7 +108,8 @@ pub fn run_checks() -> Vec<Check> {
         Check::new("seccomp", "seccomp", isolation::seccomp()).required(),
         Check::new("landlock", "Landlock", isolation::landlock()),
         Check::new("cgroup", "cgroup v2", isolation::cgroup()),
-        Check::new("io_uring", "io_uring", kernel::io_uring()),
+        Check::new("io_uring", "io_uring", disks::io_uring()),
+        Check::new("direct_io", "direct I/O", disks::direct_io()),
         Check::new("userfaultfd", "userfaultfd", kernel::userfaultfd()),
         Check::new("tun", "tun/tap", network::tun()),
         Check::new("vhost_net", "vhost-net", network::vhost_net()),
