@@ -57,10 +57,14 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     pub(crate) memory: MemorySize,
 
-    /// Disk: an image or a block device, and what is special about it: PATH[,ro][,data]
-    /// [,cache=writeback|direct|unsafe][,engine=io_uring|sync][,format=raw|qcow2][,queues=N][,id=NAME].
-    /// The first is the root device unless it is marked `data`; repeatable
-    #[arg(long, value_name = "PATH[,OPTION]...")]
+    // Not as a comment: rustdoc would take the brackets for links.
+    #[arg(
+        long,
+        value_name = "PATH[,OPTION]...",
+        help = "Disk: an image or a block device, and what is special about it: PATH[,ro][,data]\
+                [,cache=writeback|direct|unsafe][,engine=io_uring|sync][,format=raw|qcow2][,queues=N][,id=NAME]. \
+                The first is the root device unless it is marked `data`; repeatable"
+    )]
     pub(crate) disk: Vec<Disk>,
 
     /// Serial console: stdio, file:PATH, unix:PATH or none
