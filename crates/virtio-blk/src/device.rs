@@ -13,7 +13,7 @@ use alveole_virtio::{
 };
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::config_space::{self, FLUSH, WRITEBACK_OFFSET};
+use crate::config_space::{self, CONFIG_WCE, FLUSH, WRITEBACK_OFFSET};
 use crate::lane::{Flights, Lane, Scratch};
 use crate::state::{BlkStateV1, KIND, VERSION};
 use crate::worker::BlkWorker;
@@ -416,6 +416,10 @@ impl VirtioDevice for VirtioBlk {
         // Section 5.2.6.2: without flush, a completed write is a safe one.
         let write_through = kit.features & FLUSH == 0 && self.honours_flush;
         let longest_look = kit.longest_look;
+        if write_through && kit.features & CONFIG_WCE != 0 {
+            // Section 5.2.5.2: such a driver is shown write-through, too.
+            self.shared.writeback.store(false, Ordering::Relaxed);
+        }
         kit.queues
             .into_iter()
             .map(|queue| {

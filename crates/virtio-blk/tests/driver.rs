@@ -606,3 +606,17 @@ fn all_ring_features_are_offered() {
         assert_ne!(offered & 1 << bit, 0, "feature bit {bit}");
     }
 }
+
+/// Section 5.2.5.2.
+#[test]
+fn who_takes_the_cache_mode_without_flush_is_shown_write_through() {
+    let mut disk = disk();
+    let offered = disk.driver.access().device_features();
+    let mut byte = [9];
+    for (without, writeback) in [(1 << 9, 0), (0, 1), (1 << 9 | 1 << 11, 1)] {
+        disk.driver.start_with(offered & !without);
+        disk.driver.access().read_config(32, &mut byte);
+        assert_eq!(byte, [writeback], "without {without:#x}");
+        assert_eq!(disk.ask(OUT, 0, &[1; 512], 0).0, OK);
+    }
+}
