@@ -1,8 +1,6 @@
 //! The maps from clauses of the virtio specification to tests: each crate has one, each row names a test or a
 //! reason, and each test that is named is there.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
-
 use std::fs;
 use std::path::Path;
 
