@@ -5,6 +5,7 @@
 mod conformance;
 mod driver;
 mod echo;
+mod ring;
 
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -17,6 +18,7 @@ use alveole_interrupts::Doorbell;
 pub use conformance::{Carry, Subject, conformance};
 pub use driver::{Buffer, Driver, Indirect, Used};
 pub use echo::Echo;
+pub use ring::FuzzRing;
 
 use crate::{Hosting, QueuePart, Signals, TransportCore, VirtioDevice, Wires};
 
