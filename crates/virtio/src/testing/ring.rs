@@ -20,7 +20,7 @@ const CONTENT: u64 = 0x4000;
 /// Guest memory whose rings a fuzzer writes.
 ///
 /// Input: one byte of options, one with how many requests there are, one with how far off the available
-/// index is, then descriptors of ten bytes each: where the address begins (see [`address`]), three bytes of it,
+/// index is, then descriptors of ten bytes each: where the address begins (one of eight ways), three bytes of it,
 /// four of length, one of flags, one of next. They are the queue's table, and in full form also lie where
 /// indirect tables and data are.
 pub struct FuzzRing {
