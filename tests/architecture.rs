@@ -94,6 +94,8 @@ const NOT_IN_THE_VMM: [(&str, &str); 6] = [
 
 /// Most external packages in the VMM's dependency tree.
 const MOST_EXTERNAL_PACKAGES: usize = 60;
+/// Longest `README.md` of the repository: who reads on finds the rest from there.
+const MOST_README_LINES: usize = 150;
 /// Longest `src/main.rs`: it wires, it does not work.
 const MOST_MAIN_LINES: usize = 200;
 /// Longest source file, tests left out.
@@ -328,6 +330,18 @@ fn every_crate_says_what_it_is_and_what_it_does_not_know() {
         );
         assert!(folder.join("README.md").exists(), "{name} has no README.md");
     }
+}
+
+#[test]
+fn the_readme_is_read_in_one_go() {
+    let lines = fs::read_to_string(root().join("README.md"))
+        .unwrap()
+        .lines()
+        .count();
+    assert!(
+        lines <= MOST_README_LINES,
+        "README.md has {lines} lines, {MOST_README_LINES} are the most: move some to a crate's own"
+    );
 }
 
 #[test]

@@ -77,7 +77,7 @@ impl KvmPartition {
     /// As [`KvmPartition::new`].
     pub fn with_device(path: &str) -> Result<Self, PartitionError> {
         let kvm = open(path)?;
-        check(&kvm, path)?;
+        check(path, kvm.get_api_version(), |cap| kvm.check_extension(cap))?;
         let vm = loop {
             match kvm.create_vm() {
                 // A signal during the (sometimes long) set-up; nothing has been made yet.
@@ -126,8 +126,8 @@ fn open(path: &str) -> Result<Kvm, PartitionError> {
     })
 }
 
-fn check(kvm: &Kvm, path: &str) -> Result<(), PartitionError> {
-    let version = kvm.get_api_version();
+/// Whether a KVM of this API version that `has` these capabilities will do.
+fn check(path: &str, version: i32, has: impl Fn(Cap) -> bool) -> Result<(), PartitionError> {
     if version != API_VERSION {
         return Err(PartitionError::Unavailable(format!(
             "{path} is no KVM this program knows: it reports API version {version}, {API_VERSION} is \
@@ -135,7 +135,7 @@ fn check(kvm: &Kvm, path: &str) -> Result<(), PartitionError> {
         )));
     }
     for (cap, name, since) in NEEDED {
-        if !kvm.check_extension(cap) {
+        if !has(cap) {
             return Err(PartitionError::Unavailable(format!(
                 "the KVM of this machine is too old: it lacks {name}, which Linux has since {since}; \
                  run a newer kernel"
@@ -281,5 +281,26 @@ fn no_descriptor(act: &str) -> impl FnOnce(io::Error) -> PartitionError {
         act: act.to_owned(),
         source,
         hint: MORE_FILES,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kvm_that_is_too_old_is_refused_with_what_it_lacks() {
+        check("/dev/kvm", API_VERSION, |_| true).unwrap();
+        let lacks = |missing: Cap| move |cap: Cap| cap as u32 != missing as u32;
+        let e = check("/dev/kvm", API_VERSION, lacks(Cap::ImmediateExit)).unwrap_err();
+        let text = e.to_string();
+        for part in ["too old", "KVM_CAP_IMMEDIATE_EXIT", "4.13", "newer kernel"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        let e = check("/dev/odd", 11, |_| true).unwrap_err().to_string();
+        assert!(
+            e.contains("/dev/odd") && e.contains("version 11, 12"),
+            "{e}"
+        );
     }
 }
