@@ -17,6 +17,7 @@ mod bounce;
 mod carrier;
 mod chain;
 mod error;
+mod file_queue;
 mod gate;
 mod host_file;
 mod lock;

@@ -2,22 +2,22 @@
 //! changes tables is done on the thread that submits.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use alveole_guest_memory::GuestBuffers;
 use alveole_qcow2::{Image, ImageError, WriteExtent};
 
 use crate::carrier::{Carrier, changes_parts};
 use crate::chain::{Chain, Place};
+use crate::file_queue::{self, Behind};
 use crate::gate::{Gate, SharedCarrier, lock};
 use crate::host_file::HostFile;
 use crate::piece::{Action, Piece};
 use crate::request::check;
 use crate::{
-    BlockStore, Cache, Completion, Geometry, OpenError, OpenOptions, Operation, Request,
-    SECTOR_BYTES, StoreError, StoreQueue,
+    BlockStore, Cache, Geometry, OpenError, OpenOptions, Operation, Request, SECTOR_BYTES,
+    StoreError, StoreQueue,
 };
 
 /// Most bytes that are copied at once on their way through the tables: a guest names any length.
@@ -156,29 +156,7 @@ impl BlockStore for Qcow2Store {
         count: usize,
         depth: u32,
     ) -> Result<Vec<Box<dyn StoreQueue>>, StoreError> {
-        let shared = &self.0;
-        (0..count)
-            .map(|_| -> Result<Box<dyn StoreQueue>, StoreError> {
-                let files = Arc::clone(shared.chain.files());
-                let carrier =
-                    Carrier::new(files, shared.uring, depth).map_err(|(what, source)| {
-                        StoreError::Queue {
-                            path: shared.file().path().to_owned(),
-                            depth,
-                            what,
-                            source,
-                        }
-                    })?;
-                let event = carrier.event().cloned();
-                let carrier = Arc::new(Mutex::new(carrier));
-                shared.gate().add(&carrier);
-                Ok(Box::new(Qcow2Queue {
-                    shared: Arc::clone(shared),
-                    carrier,
-                    event,
-                }))
-            })
-            .collect()
+        file_queue::open_queues(&self.0, count, depth)
     }
 
     fn refresh(&self) -> Result<Geometry, StoreError> {
@@ -208,13 +186,7 @@ impl BlockStore for Qcow2Store {
     }
 }
 
-struct Qcow2Queue {
-    shared: Arc<Shared>,
-    carrier: SharedCarrier,
-    event: Option<Arc<OwnedFd>>,
-}
-
-impl Qcow2Queue {
+impl Shared {
     /// Reads and writes: what has its place goes to the engine.
     fn transfer(shared: &Shared, carrier: &mut Carrier, request: Request) {
         let write = request.operation != Operation::Read;
@@ -302,20 +274,32 @@ impl Qcow2Queue {
     }
 }
 
-impl StoreQueue for Qcow2Queue {
-    fn submit(&mut self, mut request: Request) {
-        let shared = Arc::clone(&self.shared);
+impl Behind for Shared {
+    fn files(&self) -> Arc<[Arc<HostFile>]> {
+        Arc::clone(self.chain.files())
+    }
+
+    fn uring(&self) -> bool {
+        self.uring
+    }
+
+    fn geometry(&self) -> Geometry {
+        Self::geometry(self)
+    }
+
+    fn submit(&self, carrier: &SharedCarrier, mut request: Request) {
+        let shared = self;
         let cached = shared.cache == Cache::Unsafe;
         if cached && let Operation::Write { durable } = &mut request.operation {
             *durable = false;
         }
-        let checked = check(&request, &shared.geometry());
+        let checked = check(&request, &Self::geometry(self));
         let nothing = match request.operation {
             Operation::Flush => cached || shared.read_only,
             _ => request.len == 0,
         };
         if checked.is_err() || nothing {
-            lock(&self.carrier).complete(request.tag, checked, request.buffers);
+            lock(carrier).complete(request.tag, checked, request.buffers);
             return;
         }
         let action = match request.operation {
@@ -325,11 +309,11 @@ impl StoreQueue for Qcow2Queue {
         };
         if changes_parts(shared.file(), action, request.offset, request.len) {
             let result = shared.gate().pass_alone(|| shared.change(&request));
-            lock(&self.carrier).complete(request.tag, result, request.buffers);
+            lock(carrier).complete(request.tag, result, request.buffers);
             return;
         }
         loop {
-            let mut carrier = lock(&self.carrier);
+            let mut carrier = lock(carrier);
             // Reads, too: a resize moves what they have looked up.
             if shared.gate().is_closed() {
                 drop(carrier);
@@ -338,7 +322,7 @@ impl StoreQueue for Qcow2Queue {
             }
             match request.operation {
                 Operation::Read | Operation::Write { durable: false } => {
-                    Self::transfer(&shared, &mut carrier, request);
+                    Self::transfer(shared, &mut carrier, request);
                 }
                 // What the tables give back is counted at the next flush of their own; that may be late.
                 Operation::Flush => {
@@ -352,33 +336,5 @@ impl StoreQueue for Qcow2Queue {
             }
             return;
         }
-    }
-
-    fn kick(&mut self, done: &mut Vec<Completion>) {
-        let mut carrier = lock(&self.carrier);
-        carrier.run();
-        carrier.hand_out(done);
-    }
-
-    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.event.as_ref().map(|e| e.as_fd())
-    }
-
-    fn collect(&mut self, done: &mut Vec<Completion>) {
-        self.kick(done);
-    }
-
-    fn in_flight(&self) -> usize {
-        lock(&self.carrier).in_flight()
-    }
-
-    fn drain(&mut self, done: &mut Vec<Completion>) {
-        let mut carrier = lock(&self.carrier);
-        carrier.finish_all();
-        carrier.hand_out(done);
-    }
-
-    fn geometry(&self) -> Geometry {
-        self.shared.geometry()
     }
 }

@@ -1,18 +1,18 @@
 //! Blocks one after the other in a file or device.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
-use crate::carrier::{Carrier, changes_parts, write_alone};
+use crate::carrier::{changes_parts, write_alone};
+use crate::file_queue::{self, Behind};
 use crate::gate::{SharedCarrier, lock};
 use crate::host_file::{HostFile, How};
 use crate::piece::{Action, Piece};
 use crate::request::check;
 use crate::{
-    BlockStore, Cache, Completion, Geometry, OpenError, OpenOptions, Operation, Request,
-    SECTOR_BYTES, StoreError, StoreQueue,
+    BlockStore, Cache, Geometry, OpenError, OpenOptions, Operation, Request, SECTOR_BYTES,
+    StoreError, StoreQueue,
 };
 
 #[derive(Debug)]
@@ -75,28 +75,7 @@ impl BlockStore for RawStore {
         count: usize,
         depth: u32,
     ) -> Result<Vec<Box<dyn StoreQueue>>, StoreError> {
-        (0..count)
-            .map(|_| -> Result<Box<dyn StoreQueue>, StoreError> {
-                let files: Arc<[_]> = Arc::new([Arc::clone(&self.0.file)]);
-                let carrier =
-                    Carrier::new(files, self.0.uring, depth).map_err(|(what, source)| {
-                        StoreError::Queue {
-                            path: self.0.file.path().to_owned(),
-                            depth,
-                            what,
-                            source,
-                        }
-                    })?;
-                let event = carrier.event().cloned();
-                let carrier = Arc::new(Mutex::new(carrier));
-                self.0.file.gate().add(&carrier);
-                Ok(Box::new(RawQueue {
-                    shared: Arc::clone(&self.0),
-                    carrier,
-                    event,
-                }))
-            })
-            .collect()
+        file_queue::open_queues(&self.0, count, depth)
     }
 
     fn refresh(&self) -> Result<Geometry, StoreError> {
@@ -138,18 +117,23 @@ impl BlockStore for RawStore {
     }
 }
 
-struct RawQueue {
-    shared: Arc<Shared>,
-    carrier: SharedCarrier,
-    event: Option<Arc<OwnedFd>>,
-}
+impl Behind for Shared {
+    fn files(&self) -> Arc<[Arc<HostFile>]> {
+        Arc::new([Arc::clone(&self.file)])
+    }
 
-impl StoreQueue for RawQueue {
-    fn submit(&mut self, request: Request) {
-        let shared = &self.shared;
-        let file = &shared.file;
-        let checked = check(&request, &shared.geometry());
-        let cached = shared.cache == Cache::Unsafe;
+    fn uring(&self) -> bool {
+        self.uring
+    }
+
+    fn geometry(&self) -> Geometry {
+        Self::geometry(self)
+    }
+
+    fn submit(&self, carrier: &SharedCarrier, request: Request) {
+        let file = &self.file;
+        let checked = check(&request, &Self::geometry(self));
+        let cached = self.cache == Cache::Unsafe;
         let action = match request.operation {
             Operation::Read => Action::Read,
             Operation::Write { durable } => Action::Write {
@@ -165,7 +149,7 @@ impl StoreQueue for RawQueue {
             _ => len == 0,
         };
         if checked.is_err() || nothing {
-            lock(&self.carrier).complete(tag, checked, request.buffers);
+            lock(carrier).complete(tag, checked, request.buffers);
             return;
         }
         let mut offset = offset;
@@ -176,18 +160,18 @@ impl StoreQueue for RawQueue {
             offset = offset.next_multiple_of(block);
             len = end.saturating_sub(offset);
             if len == 0 {
-                lock(&self.carrier).complete(tag, Ok(()), request.buffers);
+                lock(carrier).complete(tag, Ok(()), request.buffers);
                 return;
             }
         }
         let piece = Piece::new(0, action, offset, len, request.buffers);
         if changes_parts(file, action, offset, len) {
             let result = file.gate().pass_alone(|| write_alone(file, &piece));
-            lock(&self.carrier).complete(tag, result, piece.buffers);
+            lock(carrier).complete(tag, result, piece.buffers);
             return;
         }
         loop {
-            let mut carrier = lock(&self.carrier);
+            let mut carrier = lock(carrier);
             if matches!(action, Action::Read | Action::Sync) || !file.gate().is_closed() {
                 carrier.transfer(tag, piece);
                 return;
@@ -195,33 +179,5 @@ impl StoreQueue for RawQueue {
             drop(carrier);
             file.gate().wait();
         }
-    }
-
-    fn kick(&mut self, done: &mut Vec<Completion>) {
-        let mut carrier = lock(&self.carrier);
-        carrier.run();
-        carrier.hand_out(done);
-    }
-
-    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.event.as_ref().map(|e| e.as_fd())
-    }
-
-    fn collect(&mut self, done: &mut Vec<Completion>) {
-        self.kick(done);
-    }
-
-    fn in_flight(&self) -> usize {
-        lock(&self.carrier).in_flight()
-    }
-
-    fn drain(&mut self, done: &mut Vec<Completion>) {
-        let mut carrier = lock(&self.carrier);
-        carrier.finish_all();
-        carrier.hand_out(done);
-    }
-
-    fn geometry(&self) -> Geometry {
-        self.shared.geometry()
     }
 }
