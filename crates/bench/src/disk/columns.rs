@@ -140,8 +140,9 @@ impl Column {
     }
 }
 
-/// All columns for these VMMs: ours for each set of words (`variants`, NAME=WORDS), peers as they are. A
-/// peer whose name ends in `-pci` has its disk on PCI. In a smoke run ours alone, and buffered.
+/// All columns for these VMMs: ours by PCI and by MMIO, and for each set of words (`variants`, NAME=WORDS);
+/// peers as they are. A peer whose name ends in `-pci` has its disk on PCI. In a smoke run ours alone, by PCI
+/// and buffered.
 ///
 /// # Errors
 /// A variant is not NAME=WORDS.
@@ -152,7 +153,14 @@ pub(super) fn columns(
     host: bool,
     smoke: bool,
 ) -> anyhow::Result<Vec<Column>> {
-    let mut sets = vec![(String::new(), Vec::new())];
+    // As `alveole run` gives disks to guests, and as `alveole-vmm` does if not told otherwise.
+    let mut sets = vec![
+        ("-pci".to_owned(), vec!["--enable-pci".to_owned()]),
+        ("-mmio".to_owned(), Vec::new()),
+    ];
+    if smoke {
+        sets.truncate(1);
+    }
     for text in variants {
         let (name, words) = text
             .split_once('=')
@@ -328,7 +336,7 @@ mod tests {
             vmm("qemu", Kind::Qemu),
             vmm("qemu-pci", Kind::Qemu),
         ];
-        let variants = ["pci=--enable-pci --x".to_owned()];
+        let variants = ["x=--enable-pci --x".to_owned()];
         let all = columns(vmms, &["--always".into()], &variants, true, false).unwrap();
         let guest = Guest {
             kernel: "/k".into(),
@@ -352,10 +360,11 @@ mod tests {
             })
             .collect();
         for (name, want) in [
-            ("alveole writeback", "\"Writeback\""),
-            ("alveole direct", "\"Direct\""),
-            ("alveole qcow2 overlay", "\"qcow2\""),
-            ("alveole-pci direct", "--always --enable-pci --x"),
+            ("alveole-mmio writeback", "\"Writeback\""),
+            ("alveole-mmio direct", "\"Direct\""),
+            ("alveole-pci qcow2 overlay", "\"qcow2\""),
+            ("alveole-pci direct", "--always --enable-pci"),
+            ("alveole-x direct", "--always --enable-pci --x"),
             ("firecracker-pci Async", "--enable-pci"),
             ("firecracker-pci Sync", "\"Sync\""),
             ("cloud-hypervisor direct", "direct=on"),
@@ -368,8 +377,8 @@ mod tests {
                 said[name]
             );
         }
-        assert!(!said["alveole direct"].contains("--enable-pci"));
-        assert_eq!(all.len(), 6 + 2 + 2 + 2 + 2 + 2);
+        assert!(!said["alveole-mmio direct"].contains("--enable-pci"));
+        assert_eq!(all.len(), 9 + 2 + 2 + 2 + 2 + 2);
         assert!(columns(Vec::new(), &[], &["=x".into()], true, false).is_err());
     }
 }

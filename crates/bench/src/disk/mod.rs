@@ -68,6 +68,12 @@ pub(crate) struct Disk {
     /// More columns of ours, with these words as well: `pci=--enable-pci`
     #[arg(long, value_name = "NAME=WORDS", allow_hyphen_values = true)]
     variant: Vec<String>,
+    /// Of the columns with a guest, and of the host, only those in whose title one of these stands
+    #[arg(long, value_name = "TITLES", value_delimiter = ',')]
+    columns: Vec<String>,
+    /// These jobs only
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', value_parser = jobs::job_names())]
+    jobs: Vec<String>,
     /// Without a guest, in a guest, or both
     #[arg(long, value_enum, default_value = "both")]
     part: Part,
@@ -165,6 +171,7 @@ pub(crate) fn disk(args: &Disk) -> anyhow::Result<ExitCode> {
             cpus: args.cpus,
             arguments: ARGUMENTS.to_owned(),
             seconds,
+            jobs: jobs::chosen(&args.jobs),
             patience,
             scratch: scratch_path,
         };
@@ -236,7 +243,17 @@ fn find_columns(args: &Disk) -> anyhow::Result<(Vec<Column>, Vec<String>)> {
     } else {
         vmm::find(&ours, &args.vmm, &only)?
     };
-    let columns = columns::columns(vmms, &args.alveole_option, &args.variant, host, args.smoke)?;
+    let mut columns =
+        columns::columns(vmms, &args.alveole_option, &args.variant, host, args.smoke)?;
+    if !args.columns.is_empty() {
+        columns.retain(|column| args.columns.iter().any(|part| column.name.contains(part)));
+        if columns.is_empty() {
+            bail!(
+                "--columns {}: no column has such a title",
+                args.columns.join(",")
+            );
+        }
+    }
     if columns
         .iter()
         .any(|column| matches!(column.who, Who::Guest(_)))
