@@ -82,6 +82,29 @@ impl Carrier {
         self.in_flight
     }
 
+    /// Whether [`Carrier::run`] or [`Carrier::hand_out`] has something to do.
+    pub(crate) fn has_news(&mut self) -> bool {
+        !self.ready.is_empty()
+            || match &mut self.engine {
+                EngineOf::Uring(uring) => uring.has_news(),
+                EngineOf::Sync(sync) => sync.has_more(),
+            }
+    }
+
+    pub(crate) fn stop_event(&mut self) {
+        if let EngineOf::Uring(uring) = &mut self.engine {
+            uring.stop_event();
+        }
+    }
+
+    /// True: there is news already.
+    pub(crate) fn want_event(&mut self) -> bool {
+        if let EngineOf::Uring(uring) = &mut self.engine {
+            uring.want_event();
+        }
+        self.has_news()
+    }
+
     /// A request that is done, or has failed, before anybody was asked.
     pub(crate) fn complete(&mut self, tag: u64, result: io::Result<()>, buffers: GuestBuffers) {
         self.in_flight += 1;

@@ -72,6 +72,18 @@ impl<B: Behind> StoreQueue for FileQueue<B> {
         self.event.as_ref().map(|e| e.as_fd())
     }
 
+    fn has_news(&mut self) -> bool {
+        lock(&self.carrier).has_news()
+    }
+
+    fn stop_event(&mut self) {
+        lock(&self.carrier).stop_event();
+    }
+
+    fn want_event(&mut self) -> bool {
+        lock(&self.carrier).want_event()
+    }
+
     fn collect(&mut self, done: &mut Vec<Completion>) {
         self.kick(done);
     }

@@ -99,6 +99,22 @@ pub trait StoreQueue: Send {
     /// watched by edges and need not be read. `None`: everything completes in [`StoreQueue::kick`].
     fn event_fd(&self) -> Option<BorrowedFd<'_>>;
 
+    /// Whether [`StoreQueue::kick`] would find something complete, or has something to hand over. A look into
+    /// memory, no system call.
+    fn has_news(&mut self) -> bool {
+        false
+    }
+
+    /// The caller looks by itself ([`StoreQueue::has_news`]): the descriptor of [`StoreQueue::event_fd`] need not
+    /// become readable, until [`StoreQueue::want_event`].
+    fn stop_event(&mut self) {}
+
+    /// Has the descriptor become readable again at the next completion, as it does from the beginning. True:
+    /// something is complete already, for which it may not.
+    fn want_event(&mut self) -> bool {
+        false
+    }
+
     /// Adds what is complete to `done`. It may be nothing, although the descriptor said so.
     fn collect(&mut self, done: &mut Vec<Completion>);
 

@@ -25,6 +25,10 @@ impl SyncEngine {
         self.pending.push_back(piece);
     }
 
+    pub(crate) fn has_more(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
     /// Carries out what was started, until nothing is left.
     pub(crate) fn run(&mut self, finished: &mut Vec<(Piece, io::Result<()>)>) {
         while let Some(mut piece) = self.pending.pop_front() {

@@ -73,12 +73,13 @@ pub fn io_uring_available() -> Result<(), String> {
 /// A ring that is not enabled yet, with the best flags that this kernel knows.
 fn build_ring(entries: u32) -> io::Result<IoUring> {
     // SUBMIT_ALL (5.18): a bad entry does not hold the rest of its batch back. COOP_TASKRUN (5.19):
-    // completions do not interrupt the thread, which enters the kernel soon anyway. Not SINGLE_ISSUER and what needs it:
-    // queues move between threads.
+    // completions do not interrupt the thread, which enters the kernel soon anyway, or sees by TASKRUN_FLAG that
+    // it should. Not SINGLE_ISSUER and what needs it: queues move between threads.
     let modern = IoUring::builder()
         .setup_r_disabled()
         .setup_submit_all()
         .setup_coop_taskrun()
+        .setup_taskrun_flag()
         .build(entries);
     match modern {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
@@ -107,9 +108,7 @@ pub(crate) struct UringEngine {
     unsubmitted: VecDeque<u32>,
     reaped: Vec<(u32, i32)>,
     idle_attempts: u32,
-    /// The last batch was complete when it was handed over, as from the page cache: the next one will be, too.
-    at_once: bool,
-    /// The eventfd is not signalled. Only where the kernel has nothing, or is about to be given it.
+    /// The eventfd is not signalled: the owner looks by itself.
     quiet: bool,
     /// The ring is broken: nothing is handed over any more.
     dead: bool,
@@ -152,7 +151,6 @@ impl UringEngine {
             unsubmitted: VecDeque::with_capacity(depth as usize),
             reaped: Vec::with_capacity(depth as usize),
             idle_attempts: 0,
-            at_once: false,
             quiet: false,
             dead: false,
             ring,
@@ -193,22 +191,38 @@ impl UringEngine {
         self.unsubmitted.push_back(slot);
     }
 
-    /// Hands everything over that was taken, and takes what is complete. One system call for a batch, none
-    /// where there is none; more only where something was cut short or put off.
-    ///
-    /// What completes while it is handed over needs no signal: it would wake the caller for nothing. So as long as
-    /// batches complete at once the eventfd is kept quiet. A worker of the kernel may complete something just when it
-    /// is made loud again, and have seen it quiet: then this signals by itself, once, and the caller comes back.
-    pub(crate) fn kick(&mut self, finished: &mut Vec<(Piece, io::Result<()>)>) {
-        let batch = !self.unsubmitted.is_empty();
-        let idle = batch && self.at_kernel() == 0;
-        if idle && self.at_once && !self.quiet {
+    /// Whether [`UringEngine::kick`] has something to do.
+    pub(crate) fn has_news(&mut self) -> bool {
+        !self.unsubmitted.is_empty()
+            || !self.ring.completion().is_empty()
+            || self.ring.submission().taskrun()
+    }
+
+    /// The eventfd need not be signalled: the owner looks by itself.
+    pub(crate) fn stop_event(&mut self) {
+        if !self.quiet {
             self.ring.completion().disable_eventfd();
             self.quiet = true;
         }
+    }
+
+    /// The eventfd is to be signalled for what completes from now on. What came just before is seen by who looks
+    /// afterwards: the kernel publishes a completion before it reads this flag, with a barrier in between
+    /// (Linux io_uring/io_uring.c, `__io_cq_unlock_post`).
+    pub(crate) fn want_event(&mut self) {
+        if self.quiet {
+            self.ring.completion().enable_eventfd();
+            self.quiet = false;
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    /// Hands everything over that was taken, and takes what is complete. One system call for a batch, none
+    /// where there is none; more only where something was cut short or put off.
+    pub(crate) fn kick(&mut self, finished: &mut Vec<(Piece, io::Result<()>)>) {
         loop {
             let before = self.unsubmitted.len();
-            if before > 0 {
+            if before > 0 || self.ring.submission().taskrun() {
                 self.enter(0, finished);
             }
             let stuck = before > 0 && self.unsubmitted.len() == before;
@@ -217,17 +231,8 @@ impl UringEngine {
                 break;
             }
         }
-        if batch {
-            self.at_once = idle && self.at_kernel() == 0;
-        }
-        let loud = self.quiet && self.at_kernel() > 0;
-        if loud {
-            self.ring.completion().enable_eventfd();
-            self.quiet = false;
-            fence(Ordering::SeqCst);
-        }
-        // Or: nothing will complete and wake the caller up, so it has to come back by itself.
-        if loud || !self.unsubmitted.is_empty() && self.at_kernel() == 0 {
+        // Nothing will complete and wake the caller up, so it has to come back by itself.
+        if !self.unsubmitted.is_empty() && self.at_kernel() == 0 {
             sys::signal(&self.event);
         }
     }

@@ -1,18 +1,29 @@
 //! Looks for the next request for a moment before a worker goes to sleep.
 //!
-//! A driver that has one request in flight rings again soon after it was told: the exit that rings, and
-//! waking a thread, take longer than all the rest. How long to look is learnt from how long the sleeps were,
-//! so that an idle disk costs nothing and a slow guest little.
+//! A driver that has one request in flight rings again soon after it was told, and a fast disk answers soon:
+//! the exit that rings, and waking a thread, take longer than all the rest. How long to look is learnt from how
+//! long the sleeps were, so that an idle disk costs nothing and a slow guest little. Where somebody else wants
+//! the processor there is no looking: each look would keep a guest from running.
 
 use std::time::{Duration, Instant};
 
+/// Pauses of the processor between two looks: what is looked at lies where the guest writes, and each look
+/// makes its next write slower.
+const LOOKS_APART: u32 = 64;
+
 /// What looking starts with once it seems worth it.
 const FIRST: Duration = Duration::from_micros(8);
+
+/// A look that stood still for so long was interrupted by somebody who wants the processor.
+const PREEMPTED: Duration = Duration::from_micros(500);
+/// So many sleeps pass after that until looking may seem worth it again.
+const REST: u32 = 100;
 
 /// How long one worker looks.
 pub(crate) struct BusyWait {
     most: Duration,
     now: Duration,
+    rest: u32,
     asleep_since: Option<Instant>,
 }
 
@@ -22,23 +33,49 @@ impl BusyWait {
         Self {
             most,
             now: Duration::ZERO,
+            rest: 0,
             asleep_since: None,
         }
     }
 
+    /// Whether there may be any looking.
+    pub(crate) fn may_look(&self) -> bool {
+        !self.now.is_zero()
+    }
+
     /// Looks until `found` or the time is over; whether it was found.
-    pub(crate) fn look(&self, mut found: impl FnMut() -> bool) -> bool {
-        if self.now.is_zero() {
+    pub(crate) fn look(&mut self, found: impl FnMut() -> bool) -> bool {
+        self.look_for(self.now, found)
+    }
+
+    /// Looks until `found`, for at most `time` and not where there may be no looking; whether it was found.
+    pub(crate) fn look_for(&mut self, time: Duration, mut found: impl FnMut() -> bool) -> bool {
+        if !self.may_look() {
             return false;
         }
         let start = Instant::now();
-        while start.elapsed() < self.now {
+        let mut last = start;
+        loop {
+            for _ in 0..LOOKS_APART {
+                std::hint::spin_loop();
+            }
+            // Whom this thread has just woken may have been put on its processor, and would wait there for the rest
+            // of its slice.
+            std::thread::yield_now();
             if found() {
                 return true;
             }
-            std::hint::spin_loop();
+            let now = Instant::now();
+            if now.duration_since(last) > PREEMPTED {
+                self.now = Duration::ZERO;
+                self.rest = REST;
+                return false;
+            }
+            if now.duration_since(start) >= time {
+                return false;
+            }
+            last = now;
         }
-        false
     }
 
     /// The worker goes to sleep.
@@ -58,6 +95,10 @@ impl BusyWait {
     /// A sleep that was shorter than the longest look should not have been; one that was much longer was
     /// not worth any.
     fn learn(&mut self, slept: Duration) {
+        if let Some(rest) = self.rest.checked_sub(1) {
+            self.rest = rest;
+            return;
+        }
         self.now = if slept < self.most {
             self.now.saturating_mul(2).max(FIRST).min(self.most)
         } else {
@@ -110,5 +151,24 @@ mod tests {
             false
         }));
         assert!(looks > 0);
+    }
+
+    #[test]
+    fn who_is_interrupted_does_not_look_for_a_while() {
+        let mut wait = BusyWait::new(MOST);
+        wait.learn(Duration::ZERO);
+        let mut looks = 0;
+        assert!(!wait.look(|| {
+            looks += 1;
+            std::thread::sleep(2 * PREEMPTED);
+            false
+        }));
+        assert_eq!(looks, 1);
+        for _ in 0..REST {
+            assert!(!wait.may_look());
+            wait.learn(Duration::ZERO);
+        }
+        wait.learn(Duration::ZERO);
+        assert!(wait.may_look());
     }
 }

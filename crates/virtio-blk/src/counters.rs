@@ -28,6 +28,8 @@ pub struct BlkCounters {
     pub batches: Counter,
     /// Times the next request was found by looking for it, without a doorbell.
     pub found: Counter,
+    /// Times the next request came before the driver was told of the last one.
+    pub gathered: Counter,
 }
 
 impl BlkCounters {
@@ -58,6 +60,7 @@ impl CounterSet for BlkCounters {
             throttled,
             batches,
             found,
+            gathered,
         } = self;
         f("reads", reads.get());
         f("writes", writes.get());
@@ -70,5 +73,6 @@ impl CounterSet for BlkCounters {
         f("throttled", throttled.get());
         f("batches", batches.get());
         f("found", found.get());
+        f("gathered", gathered.get());
     }
 }

@@ -25,6 +25,7 @@ mod busy_wait;
 mod config_space;
 mod counters;
 mod device;
+mod gather;
 mod lane;
 mod request;
 mod state;

@@ -10,6 +10,7 @@ use alveole_virtio::{BrokenRing, LiveQueue, Progress, QueueWorker};
 
 use crate::busy_wait::BusyWait;
 use crate::device::Shared;
+use crate::gather::{self, Gather};
 use crate::lane::{Flight, Lane};
 use crate::request::{BadRequest, Kind, ParsedRequest, Range};
 
@@ -21,6 +22,10 @@ const TIMER: Token = Token(2);
 const OK: u8 = 0;
 const IO_ERROR: u8 = 1;
 const UNSUPPORTED: u8 = 2;
+
+/// How much longer a worker looks for what the host has in flight than for the driver's next request: a disk
+/// answers within so much, or takes so long that a sleep makes no difference.
+const HOST_LOOK: u32 = 4;
 
 /// Most requests taken from one queue before other workers of the same loop have their turn. Abused by a
 /// guest that keeps one disk busy on a shared loop.
@@ -35,7 +40,11 @@ pub(crate) struct BlkWorker {
     write_through: bool,
     /// The store's own descriptor is watched.
     watches_store: bool,
-    busy_wait: BusyWait,
+    /// Looking for the driver's next request.
+    driver_wait: BusyWait,
+    /// Looking for that too, and for what the host has in flight.
+    host_wait: BusyWait,
+    gather: Gather,
 }
 
 /// Why a round ended.
@@ -64,41 +73,70 @@ impl BlkWorker {
             shared,
             write_through,
             watches_store: false,
-            busy_wait: BusyWait::new(longest_look),
+            driver_wait: BusyWait::new(longest_look),
+            host_wait: BusyWait::new(longest_look.saturating_mul(HOST_LOOK)),
+            gather: Gather::new(),
         }
     }
 
     /// Does all there is to do, whatever the reason for waking up was.
     fn turn(&mut self, lane: &mut Lane, ops: &mut Ops<'_>) -> Result<(), BrokenRing> {
-        self.change_medium(lane, ops);
+        lane.store.stop_event();
         let mut budget = REQUESTS_PER_TURN;
         loop {
-            let pause = self.take_requests(lane, &mut budget)?;
+            self.work(lane, ops, &mut budget)?;
+            // What completes from here on wakes us; what did before does not.
+            if !lane.store.want_event() {
+                return Ok(());
+            }
+            if budget == 0 {
+                self.queue.doorbell().ring();
+                return Ok(());
+            }
+            lane.store.stop_event();
+        }
+    }
+
+    /// Works until something has to be waited for.
+    fn work(
+        &mut self,
+        lane: &mut Lane,
+        ops: &mut Ops<'_>,
+        budget: &mut u32,
+    ) -> Result<(), BrokenRing> {
+        self.change_medium(lane, ops);
+        loop {
+            let pause = self.take_requests(lane, budget)?;
             self.hand_over(lane)?;
-            self.queue.notify()?;
             match pause {
                 Pause::Idle => {
-                    // What the host still works on wakes us when it is done.
-                    if lane.store.in_flight() == 0 && self.look_for_more() {
+                    if self.waits_for_more(lane) {
+                        continue;
+                    }
+                    self.queue.notify()?;
+                    if self.look_for_more(lane) {
                         continue;
                     }
                     if !self.queue.want_doorbell()? {
-                        self.busy_wait.sleeps();
+                        self.sleeps(lane);
                         return Ok(());
                     }
                 }
                 Pause::Full => {
+                    self.queue.notify()?;
                     if lane.next_store.is_some() && lane.store.in_flight() == 0 {
                         self.change_medium(lane, ops);
                         continue;
                     }
-                    if !self.is_full(lane) {
+                    if !self.is_full(lane) || self.look_for_more(lane) {
                         continue;
                     }
                     // The store's descriptor wakes us.
+                    self.sleeps(lane);
                     return Ok(());
                 }
                 Pause::Throttled(wait) => {
+                    self.queue.notify()?;
                     self.shared.counters.throttled.inc();
                     // A limiter that says "now" for a time too short for a timer still gets one.
                     if lane
@@ -111,6 +149,7 @@ impl BlkWorker {
                     return Ok(());
                 }
                 Pause::Yield => {
+                    self.queue.notify()?;
                     self.queue.doorbell().ring();
                     return Ok(());
                 }
@@ -118,13 +157,52 @@ impl BlkWorker {
         }
     }
 
-    /// Looks for the next request instead of sleeping, where that is worth it.
-    fn look_for_more(&self) -> bool {
-        let found = self.busy_wait.look(|| self.queue.has_more());
+    /// Whether the driver makes more requests available before it is told of what is complete. Where the host
+    /// still works on some, it is told at once: the host gives them back one by one, and slowly.
+    fn waits_for_more(&mut self, lane: &Lane) -> bool {
+        let completed = self.queue.untold();
+        if completed == 0 || lane.store.in_flight() > 0 || !self.driver_wait.may_look() {
+            return false;
+        }
+        if self.gather.is_enough(completed) {
+            self.gather.was_enough();
+            return false;
+        }
+        let queue = &self.queue;
+        let found = self
+            .driver_wait
+            .look_for(gather::WINDOW, || queue.has_more());
+        if found {
+            self.shared.counters.gathered.inc();
+        } else {
+            self.gather.ran_dry(completed);
+        }
+        found
+    }
+
+    /// Looks for the next request, or completion, instead of sleeping, where that is worth it.
+    fn look_for_more(&mut self, lane: &mut Lane) -> bool {
+        let (queue, store) = (&self.queue, &mut lane.store);
+        let in_flight = store.in_flight();
+        let may_take = lane.next_store.is_none() && in_flight < usize::from(queue.size());
+        let wait = if in_flight > 0 {
+            &mut self.host_wait
+        } else {
+            &mut self.driver_wait
+        };
+        let found = wait.look(|| may_take && queue.has_more() || store.has_news());
         if found {
             self.shared.counters.found.inc();
         }
         found
+    }
+
+    fn sleeps(&mut self, lane: &Lane) {
+        if lane.store.in_flight() > 0 {
+            self.host_wait.sleeps();
+        } else {
+            self.driver_wait.sleeps();
+        }
     }
 
     fn is_full(&self, lane: &Lane) -> bool {
@@ -411,7 +489,8 @@ impl Worker for BlkWorker {
         let lane = self.lane.clone();
         let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
         let lane = &mut *lane;
-        self.busy_wait.wakes();
+        self.driver_wait.wakes();
+        self.host_wait.wakes();
         if event.token == STORE {
             lane.store.collect(&mut lane.scratch.done);
         }

@@ -73,8 +73,8 @@ pub struct LiveQueue {
     signals: Arc<Signals>,
     name: &'static str,
     broken: bool,
-    /// Something was completed that the driver has not been told of.
-    untold: bool,
+    /// How many requests were completed that the driver has not been told of.
+    untold: u32,
 }
 
 impl LiveQueue {
@@ -94,7 +94,7 @@ impl LiveQueue {
             signals,
             name,
             broken: false,
-            untold: false,
+            untold: 0,
         }
     }
 
@@ -169,10 +169,16 @@ impl LiveQueue {
                 why: "it is outside the table",
             });
         }
-        self.untold = true;
+        self.untold = self.untold.saturating_add(1);
         self.queue
             .add_used(self.ram.as_vm_memory(), head, written)
             .map_err(|_| BrokenRing::NoMemory)
+    }
+
+    /// How many requests were completed since the last [`LiveQueue::notify`].
+    #[must_use]
+    pub fn untold(&self) -> u32 {
+        self.untold
     }
 
     /// Interrupts the driver for what was completed since the last call, if it wants to be.
@@ -180,7 +186,7 @@ impl LiveQueue {
     /// # Errors
     /// The ring is not in memory.
     pub fn notify(&mut self) -> Result<(), BrokenRing> {
-        if !std::mem::take(&mut self.untold) {
+        if std::mem::take(&mut self.untold) == 0 {
             return Ok(());
         }
         let wanted = self
