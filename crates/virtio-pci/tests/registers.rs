@@ -32,10 +32,8 @@ fn echo(queues: usize) -> (Stage, PciAccess) {
 
 /// A second view of the same function, to look at while a driver holds the first.
 fn twin(access: &PciAccess, stage: &Stage) -> PciAccess {
-    let mut twin = PciAccess::untouched(stage, Box::new(Echo::new(2)));
-    twin.bus = access.bus.clone();
-    twin.function = access.function.clone();
-    twin.vectors = access.vectors.clone();
+    let mut twin = access.share(stage, Box::new(Echo::new(2)));
+    twin.structures.clear();
     twin.probe();
     twin
 }
@@ -134,12 +132,12 @@ fn a_device_without_configuration_has_no_structure_for_it() {
         fn reset(&mut self) {
             self.0.reset();
         }
-        fn save(&self) -> alveole_virtio::SavedDevice {
+        fn save(&self) -> alveole_virtio::SavedState {
             self.0.save()
         }
         fn restore(
             &mut self,
-            saved: &alveole_virtio::SavedDevice,
+            saved: &alveole_virtio::SavedState,
         ) -> Result<(), alveole_virtio::RestoreError> {
             self.0.restore(saved)
         }

@@ -24,7 +24,7 @@ use alveole_event_loop::{Event, EventLoopError, Interest, Ops, Token, Worker};
 use alveole_guest_memory::GuestBuffers;
 use alveole_rate_limiter::{Limits, RateLimiter};
 use alveole_virtio::{
-    BrokenRing, Chain, Identity, LiveQueue, Progress, QueueWorker, RestoreError, SavedDevice,
+    BrokenRing, Chain, Identity, LiveQueue, Progress, QueueWorker, RestoreError, SavedState,
     StartError, StartKit, VirtioDevice,
 };
 use vmm_sys_util::timerfd::TimerFd;
@@ -36,6 +36,9 @@ pub const QUEUE_SIZE: u16 = 64;
 /// Most bytes that one request gets. Abused by a guest that offers its whole memory and keeps a thread of
 /// the host busy with it. Drivers take less (section 5.4.6.1: "one or more bytes") and ask again.
 pub const MAX_REQUEST_BYTES: usize = 64 * 1024;
+/// Which kind of device a saved state is of, and its newest version.
+const KIND: &str = "virtio-rng";
+const VERSION: u32 = 1;
 /// Most requests served before other workers of the same loop have their turn.
 const REQUESTS_PER_TURN: u32 = 64;
 
@@ -141,31 +144,13 @@ impl VirtioDevice for VirtioRng {
 
     fn reset(&mut self) {}
 
-    fn save(&self) -> SavedDevice {
+    fn save(&self) -> SavedState {
         // What was given is forgotten; there is nothing to keep.
-        SavedDevice {
-            kind: "virtio-rng".into(),
-            version: 1,
-            bytes: Vec::new(),
-        }
+        SavedState::pack(KIND, VERSION, &())
     }
 
-    fn restore(&mut self, saved: &SavedDevice) -> Result<(), RestoreError> {
-        let own = self.save();
-        if saved.kind != own.kind {
-            return Err(RestoreError::Kind {
-                wanted: own.kind,
-                found: saved.kind.clone(),
-            });
-        }
-        if saved.version != own.version {
-            return Err(RestoreError::Version {
-                kind: own.kind,
-                found: saved.version,
-                known: own.version,
-            });
-        }
-        Ok(())
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError> {
+        saved.unpack(KIND, VERSION)
     }
 }
 
