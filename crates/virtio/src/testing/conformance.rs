@@ -303,7 +303,7 @@ fn broken_rings(case: &Case<'_>) {
     let queue = case.subject.victim_queue();
     let end = Stage::RAM_BYTES;
     type Breaking = fn(&mut Driver, u16);
-    let breakings: [(&str, Breaking); 12] = [
+    let breakings: [(&str, Breaking); 15] = [
         ("a circle of one", |d, q| {
             let room = d.allocate(4096);
             d.write_descriptor(q, 0, room, 16, NEXT, 0);
@@ -324,6 +324,25 @@ fn broken_rings(case: &Case<'_>) {
             d.make_available(q, 0xffff);
         }),
         ("an index jump", |d, q| d.set_available_index(q, 0x8000)),
+        ("an index one too far", |d, q| {
+            let size = d.access().queue_max_size(q);
+            d.set_available_index(q, size + 1);
+        }),
+        ("an index that goes back", |d, q| {
+            d.set_available_index(q, 0xffff);
+        }),
+        ("a circle in an indirect table", |d, q| {
+            let room = d.allocate(4096);
+            let ram = d.ram().clone();
+            for (i, next) in [(0u64, 1u16), (1, 0)] {
+                ram.write(room + 16 * i, &room.to_le_bytes()).unwrap();
+                ram.write(room + 16 * i + 8, &1u32.to_le_bytes()).unwrap();
+                ram.write(room + 16 * i + 12, &NEXT.to_le_bytes()).unwrap();
+                ram.write(room + 16 * i + 14, &next.to_le_bytes()).unwrap();
+            }
+            d.write_descriptor(q, 0, room, 32, INDIRECT, 0);
+            d.make_available(q, 0);
+        }),
         ("what is read behind what is written", |d, q| {
             let room = d.allocate(4096);
             d.write_descriptor(q, 0, room, 16, NEXT | WRITE, 1);
