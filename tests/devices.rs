@@ -7,7 +7,7 @@ use std::sync::Arc;
 use alveole_block_store::RamStore;
 use alveole_rate_limiter::Limits;
 use alveole_virtio::testing::{Access, Buffer, Driver, Indirect, Stage, Subject, conformance};
-use alveole_virtio::{SavedState, VirtioDevice, features, status};
+use alveole_virtio::{SavedState, TransportControl, VirtioDevice, features, status};
 use alveole_virtio_blk::{BlkConfig, VirtioBlk};
 use alveole_virtio_mmio::testing::MmioAccess;
 use alveole_virtio_pci::testing::PciAccess;
@@ -155,7 +155,6 @@ fn moves_by_mmio(subject: &dyn Subject) {
     offer(&mut driver);
     driver.wait(0);
     let saved = pause_and_save(driver.access());
-    offer(&mut driver);
     let mut twin = make();
     restore(&mut twin, &saved);
     assert_eq!(twin.get(0x60), 1, "the interrupt that was not acknowledged");
@@ -164,10 +163,15 @@ fn moves_by_mmio(subject: &dyn Subject) {
     assert_eq!(twin.get(0x10) & high, high);
     twin.registers.core().select_queue(0);
     assert_eq!(twin.get(0x44), 1);
+    // Its edge may have been on the way: it comes once more.
     let line = twin.line.clone();
+    assert_eq!(line.take_edges(), 0, "nothing before the start");
+    twin.registers.resume();
+    assert_eq!(line.take_edges(), 1);
+    twin.registers.pause();
     driver.move_to(Box::new(twin));
+    offer(&mut driver);
     goes_on(subject, &mut driver);
-    assert_eq!(line.take_edges(), 0, "all of them were taken");
 }
 
 fn moves_by_pci(subject: &dyn Subject) {

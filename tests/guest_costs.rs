@@ -105,6 +105,7 @@ fn reset_storm(name: &str, carry: Carry, device: Box<dyn VirtioDevice>, kind: u3
     let mut left = canary.clone();
     let mut in_flight = 0;
     let mut at_rest = None;
+    take_lines();
     for reset in 0..RESETS {
         // The first resets are the ones that may allocate what is used again.
         if reset == RESETS / 3 {
