@@ -6,9 +6,11 @@ use std::sync::Arc;
 
 use alveole_block_store::RamStore;
 use alveole_rate_limiter::Limits;
-use alveole_virtio::VirtioDevice;
-use alveole_virtio::testing::{Access, Buffer, Driver, Stage, Subject, conformance};
+use alveole_virtio::testing::{Access, Buffer, Driver, Indirect, Stage, Subject, conformance};
+use alveole_virtio::{SavedState, TransportControl, VirtioDevice, features, status};
 use alveole_virtio_blk::{BlkConfig, VirtioBlk};
+use alveole_virtio_mmio::testing::MmioAccess;
+use alveole_virtio_pci::testing::PciAccess;
 use alveole_virtio_rng::VirtioRng;
 
 const DISK_BYTES: usize = 1 << 20;
@@ -81,4 +83,153 @@ fn entropy_by_mmio() {
 #[test]
 fn entropy_by_pci() {
     conformance(&Rng, &by_pci);
+}
+
+// ---- a device that moves ----
+
+/// Stops a device and takes its state.
+fn pause_and_save(access: &mut dyn Access) -> SavedState {
+    let mut saved = None;
+    access.with_control(&mut |control| {
+        control.pause();
+        saved = control.save();
+    });
+    saved.unwrap()
+}
+
+fn restore(access: &mut dyn Access, saved: &SavedState) {
+    access.with_control(&mut |control| control.restore(saved).unwrap());
+}
+
+/// A driver that has used its device. Without event indices, so that it is told of every request, however fast
+/// it polls.
+fn driver_at_work(subject: &dyn Subject, access: Box<dyn Access>, stage: &Stage) -> Driver {
+    let mut driver = Driver::new(access, stage.ram());
+    let offered = driver.access().device_features();
+    driver.start_with(offered & !features::EVENT_IDX);
+    subject.exercise(&mut driver);
+    driver.wait_interrupt(true, false);
+    driver
+}
+
+/// A request that both devices answer with bytes: a read of a disk, or entropy.
+fn offer(driver: &mut Driver) {
+    let read = [0u8; 16];
+    let is_disk = driver.features() & (1 << 6) != 0;
+    let buffers: &[Buffer<'_>] = if is_disk {
+        &[Buffer::Out(&read), Buffer::In(512), Buffer::In(1)]
+    } else {
+        &[Buffer::In(512)]
+    };
+    driver.offer(0, buffers, Indirect::No);
+    driver.notify(0);
+}
+
+/// The driver is on the new device and notices nothing: what it offered while the device was moved is done, it
+/// is told, and goes on.
+fn goes_on(subject: &dyn Subject, driver: &mut Driver) {
+    let running = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK;
+    assert_eq!(driver.access().status(), running);
+    driver
+        .access()
+        .with_control(&mut |control| control.resume());
+    assert!(driver.wait(0).len >= 512);
+    driver.wait_interrupt(true, false);
+    for _ in 0..3 {
+        subject.exercise(driver);
+        driver.wait_interrupt(true, false);
+    }
+}
+
+fn moves_by_mmio(subject: &dyn Subject) {
+    let stage = Stage::new();
+    let make = || MmioAccess::new(&stage, subject.device());
+    let mut driver = driver_at_work(subject, Box::new(make()), &stage);
+    // Selectors, and an interrupt that is not acknowledged.
+    let access = driver.access();
+    access.with_core(&mut |core| {
+        core.select_queue(7);
+        core.select_device_features(1);
+        core.select_driver_features(1);
+    });
+    offer(&mut driver);
+    driver.wait(0);
+    let saved = pause_and_save(driver.access());
+    let mut twin = make();
+    restore(&mut twin, &saved);
+    assert_eq!(twin.get(0x60), 1, "the interrupt that was not acknowledged");
+    assert_eq!(twin.get(0x34), 0, "there is no queue 7");
+    let high = (features::OF_EVERY_DEVICE >> 32) as u32;
+    assert_eq!(twin.get(0x10) & high, high);
+    twin.registers.core().select_queue(0);
+    assert_eq!(twin.get(0x44), 1);
+    // Its edge may have been on the way: it comes once more.
+    let line = twin.line.clone();
+    assert_eq!(line.take_edges(), 0, "nothing before the start");
+    twin.registers.resume();
+    assert_eq!(line.take_edges(), 1);
+    twin.registers.pause();
+    driver.move_to(Box::new(twin));
+    offer(&mut driver);
+    goes_on(subject, &mut driver);
+}
+
+fn moves_by_pci(subject: &dyn Subject) {
+    let stage = Stage::new();
+    let pci = PciAccess::new(&stage, subject.device());
+    let look = pci.share(&stage, subject.device());
+    let mut driver = driver_at_work(subject, Box::new(pci), &stage);
+    // Queue 0's message is masked in the table, and an interrupt waits there.
+    look.mask(1, true);
+    offer(&mut driver);
+    driver.wait(0);
+    let start = std::time::Instant::now();
+    while look.pending() != [1] {
+        assert!(start.elapsed() < std::time::Duration::from_secs(10));
+        std::thread::yield_now();
+    }
+    let saved = pause_and_save(driver.access());
+    offer(&mut driver);
+    // A new function that no kernel has looked at: no address is decoded, nothing is enabled.
+    let mut twin = PciAccess::untouched(&stage, subject.device());
+    restore(&mut twin, &saved);
+    twin.know(&look);
+    let look = twin.share(&stage, subject.device());
+    for at in (0..0x100).step_by(4) {
+        assert_eq!(look.config_u32(at), twin.config_u32(at));
+    }
+    driver.move_to(Box::new(twin));
+    // Every message goes where it went, but the masked one, which waits.
+    for (index, vector) in look.vectors.iter().enumerate() {
+        let connected = vector.connected.lock().unwrap().last().copied().flatten();
+        let data = connected.map(|message| message.data);
+        let wanted = (index != 1).then_some(0x30 + index as u32);
+        assert_eq!(data, wanted, "vector {index}");
+    }
+    assert_eq!(look.pending(), [1]);
+    assert!(!look.take(1));
+    look.mask(1, false);
+    assert!(look.take(1), "the message that waited");
+    assert!(look.pending().is_empty());
+    goes_on(subject, &mut driver);
+}
+
+#[test]
+fn a_disk_moves_by_mmio() {
+    moves_by_mmio(&Disk);
+}
+
+#[test]
+fn a_disk_moves_by_pci() {
+    moves_by_pci(&Disk);
+}
+
+#[test]
+fn entropy_moves_by_mmio() {
+    moves_by_mmio(&Rng);
+}
+
+#[test]
+fn entropy_moves_by_pci() {
+    moves_by_pci(&Rng);
 }

@@ -48,6 +48,8 @@ pub(crate) struct Devices {
     pub(crate) sandbox: Vec<&'static str>,
     /// What a kernel that does not read the tables' devices must be told.
     pub(crate) cmdline: Vec<String>,
+    /// What a kernel that reads no tables must be told besides.
+    pub(crate) cmdline_without_acpi: Vec<String>,
     /// The PCI bus, if there is one.
     pub(crate) pci: Option<PciRoot>,
 }
@@ -136,6 +138,7 @@ pub(crate) fn place(
         disks: placed.disks,
         sandbox,
         cmdline: placed.cmdline,
+        cmdline_without_acpi: placed.cmdline_without_acpi,
         pci: placed.pci,
     })
 }
@@ -163,8 +166,13 @@ pub(crate) fn restart_code() -> [u8; 9] {
 }
 
 /// The command line with what a kernel cannot learn from the tables. What the user says goes first, and of
-/// each `name=` only what the user has not said is added.
-pub(crate) fn complete_cmdline(cmdline: &str, devices: &[String]) -> String {
+/// each `name=` only what the user has not said is added. Of the tables' devices it is told only by `acpi=off`:
+/// a kernel that learns of a device twice finds it taken, and complains.
+pub(crate) fn complete_cmdline(
+    cmdline: &str,
+    devices: &[String],
+    without_acpi: &[String],
+) -> String {
     // What follows "--" is for init, not for the kernel.
     let (kernel, init) = match cmdline.split_once(" -- ") {
         Some((kernel, init)) => (kernel, Some(init)),
@@ -174,8 +182,10 @@ pub(crate) fn complete_cmdline(cmdline: &str, devices: &[String]) -> String {
         let name = words.split_inclusive('=').next().unwrap_or(words);
         kernel.split_whitespace().any(|word| word.starts_with(name))
     };
+    let reads_no_tables = kernel.split_whitespace().any(|word| word == "acpi=off");
+    let without_acpi = if reads_no_tables { without_acpi } else { &[] };
     let mut whole = kernel.trim_end().to_owned();
-    for words in devices {
+    for words in devices.iter().chain(without_acpi) {
         if !is_said(words) {
             if !whole.is_empty() {
                 whole.push(' ');
@@ -201,6 +211,7 @@ mod tests {
     #[test]
     fn the_users_word_counts() {
         let words = ["root=/dev/vda ro".to_owned(), "pci=off".to_owned()];
+        let devices = ["dev=a:1".to_owned(), "dev=b:2".to_owned()];
         for (said, whole) in [
             ("", "root=/dev/vda ro pci=off"),
             ("quiet", "quiet root=/dev/vda ro pci=off"),
@@ -210,8 +221,19 @@ mod tests {
                 "quiet -- root=a b",
                 "quiet root=/dev/vda ro pci=off -- root=a b",
             ),
+            // Both devices, unless the user names any.
+            (
+                "acpi=off",
+                "acpi=off root=/dev/vda ro pci=off dev=a:1 dev=b:2",
+            ),
+            ("acpi=off dev=c", "acpi=off dev=c root=/dev/vda ro pci=off"),
+            ("acpi=force", "acpi=force root=/dev/vda ro pci=off"),
+            (
+                "quiet -- acpi=off",
+                "quiet root=/dev/vda ro pci=off -- acpi=off",
+            ),
         ] {
-            assert_eq!(complete_cmdline(said, &words), whole);
+            assert_eq!(complete_cmdline(said, &words, &devices), whole);
         }
     }
 }

@@ -12,9 +12,10 @@ use alveole_hypervisor::fake::{FakePartition, Step};
 use alveole_hypervisor::{InitialState, StuckReason, find_leaf};
 use alveole_machine::{End, Event, Mailbox};
 use alveole_serial::ConsoleEvent;
+use alveole_vm_config::{Drive, Entropy};
 use proptest::prelude::*;
 use scripted::code::{CODE_ADDR, kernel_of_size};
-use scripted::{Outcome, PATIENCE, machine, run_on};
+use scripted::{Outcome, PATIENCE, machine, machine_with, run_on};
 use tempfile::TempDir;
 
 /// The ports of the machine that scripts use.
@@ -129,6 +130,62 @@ fn the_guest_reaches_its_serial_port_and_nothing_where_nothing_is() {
     let reads = partition.reads();
     assert_eq!(reads[0][0] & 0x60, 0x60);
     assert_eq!(reads[1..], [vec![0xff; 4], vec![0xff; 8]]);
+}
+
+/// The command line that the kernel of a machine with two disks and an entropy device gets.
+fn cmdline_of(args: &str) -> String {
+    let dir = TempDir::new().unwrap();
+    let partition = FakePartition::new(vec![vec![power_off()]]);
+    let drives = ["a", "b"].map(|name| {
+        let path_on_host = dir.path().join(name);
+        fs::write(&path_on_host, [0; 4096]).unwrap();
+        Drive {
+            drive_id: name.into(),
+            path_on_host,
+            ..Drive::default()
+        }
+    });
+    let machine = machine_with(&dir, 1, partition.clone(), Mailbox::new(), |config| {
+        config.boot_source.boot_args = Some(args.into());
+        config.drives = drives.into();
+        config.entropy = Some(Entropy::default());
+    });
+    machine.unwrap();
+    let ram = partition.ram().unwrap();
+    let InitialState::Long64 { rsi, .. } = partition.configured()[0].2 else {
+        panic!("a kernel that is entered elsewhere");
+    };
+    // boot_params.hdr.cmd_line_ptr
+    let mut addr = [0; 4];
+    ram.read(rsi + 0x228, &mut addr).unwrap();
+    let mut line = [0; 512];
+    ram.read(u32::from_le_bytes(addr).into(), &mut line)
+        .unwrap();
+    let text = line.split(|byte| *byte == 0).next().unwrap();
+    String::from_utf8(text.to_vec()).unwrap()
+}
+
+#[test]
+fn a_kernel_that_reads_no_tables_is_told_of_its_virtio_devices() {
+    let told = cmdline_of("quiet acpi=off");
+    let devices: Vec<_> = told
+        .split(' ')
+        .filter(|word| word.starts_with("virtio_mmio"))
+        .collect();
+    assert_eq!(
+        devices,
+        [
+            "virtio_mmio.device=0x1000@0xc0001000:6",
+            "virtio_mmio.device=0x1000@0xc0002000:7",
+            "virtio_mmio.device=0x1000@0xc0003000:8",
+        ],
+        "{told}"
+    );
+    // Whoever finds them in the tables is not told a second time, and the user's word counts.
+    let told = cmdline_of("quiet");
+    assert!(!told.contains("virtio_mmio"), "{told}");
+    let told = cmdline_of("acpi=off virtio_mmio.device=4K@0xc0002000:7");
+    assert_eq!(told.matches("virtio_mmio").count(), 1, "{told}");
 }
 
 // ---- ends ----

@@ -1,5 +1,7 @@
 //! The type 0 configuration space of one function.
 
+use crate::ConfigSpaceStateV1;
+
 /// Length of a configuration space without extended capabilities. What lies behind it reads as all ones, as
 /// of a conventional device: Linux then does not look for such capabilities (17 accesses of a boot).
 pub const CONFIG_BYTES: usize = 256;
@@ -59,6 +61,54 @@ pub enum PciError {
     /// Two functions in one place, or no such place.
     #[error("device {0} of the PCI bus is taken, or there is no such place")]
     Place(u8),
+}
+
+/// Why a saved state cannot be this function's.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PciRestoreError {
+    /// Not a configuration space.
+    #[error("a configuration space of {0} bytes: it has {CONFIG_BYTES}")]
+    Length(usize),
+    /// What no guest can write differs.
+    #[error(
+        "byte {at:#x} of the configuration space is {found:#04x}, here it is {here:#04x}: it is of another function, or of one in another place"
+    )]
+    Fixed {
+        /// Which byte.
+        at: usize,
+        /// What the state says.
+        found: u8,
+        /// What it is.
+        here: u8,
+    },
+    /// A BAR register that shows neither its address nor its size.
+    #[error("BAR register {at:#x} is {found:#x}: it shows {addr:#x} or, when sized, {size:#x}")]
+    Bar {
+        /// Which register.
+        at: usize,
+        /// What the state says.
+        found: u32,
+        /// The address it shows.
+        addr: u32,
+        /// The size it shows.
+        size: u32,
+    },
+    /// Another number of messages.
+    #[error("{found} messages, the function has {here}")]
+    Messages {
+        /// What the state says.
+        found: usize,
+        /// How many there are.
+        here: usize,
+    },
+    /// An address that the table cannot hold.
+    #[error("message {index} goes to {address:#x}, which is not a multiple of 4")]
+    Message {
+        /// Which message.
+        index: usize,
+        /// Where it goes.
+        address: u64,
+    },
 }
 
 /// Who a function is.
@@ -295,11 +345,7 @@ impl ConfigSpace {
             if half.at >= end || half.at.saturating_add(4) <= start {
                 continue;
             }
-            let mut written = [0; 4];
-            for (place, byte) in written.iter_mut().zip(self.bytes.iter().skip(half.at)) {
-                *place = *byte;
-            }
-            let written = u32::from_le_bytes(written) & half.mask;
+            let written = word(&self.bytes, half.at) & half.mask;
             let shown = if written == half.mask {
                 half.mask
             } else {
@@ -312,6 +358,56 @@ impl ConfigSpace {
         }
     }
 
+    /// The state.
+    #[must_use]
+    pub fn save(&self) -> ConfigSpaceStateV1 {
+        // Exhaustive, so that a new field has to decide whether it is saved.
+        let Self {
+            bytes,
+            writable: _,
+            bars: _,
+            next_capability: _,
+            last_link: _,
+            moves_refused: _,
+        } = self;
+        ConfigSpaceStateV1 {
+            bytes: bytes.to_vec(),
+        }
+    }
+
+    /// Takes a state over; all or nothing.
+    ///
+    /// # Errors
+    /// It is of a function with other ids, capabilities or BARs.
+    pub fn restore(&mut self, saved: &ConfigSpaceStateV1) -> Result<(), PciRestoreError> {
+        let ConfigSpaceStateV1 { bytes } = saved;
+        let Ok(bytes) = <[u8; CONFIG_BYTES]>::try_from(bytes.as_slice()) else {
+            return Err(PciRestoreError::Length(bytes.len()));
+        };
+        let fixed = bytes.iter().zip(&self.bytes).zip(&self.writable);
+        for (at, ((found, here), writable)) in fixed.enumerate() {
+            let shown = if at == STATUS { STATUS_INTERRUPT } else { 0 };
+            if (found ^ here) & !writable & !shown != 0 {
+                let (found, here) = (*found, *here);
+                return Err(PciRestoreError::Fixed { at, found, here });
+            }
+        }
+        for half in self.bars.iter().flat_map(|bar| bar.halves()) {
+            let found = word(&bytes, half.at);
+            let (addr, size) = (half.addr | half.flags, half.mask | half.flags);
+            if found != addr && found != size {
+                return Err(PciRestoreError::Bar {
+                    at: half.at,
+                    found,
+                    addr,
+                    size,
+                });
+            }
+        }
+        self.bytes = bytes;
+        Ok(())
+    }
+
     fn refuse_move(&mut self, at: usize, wanted: u32) {
         // One line for each function. Abused by a guest that writes its BARs in a loop.
         if self.moves_refused == 0 {
@@ -321,4 +417,12 @@ impl ConfigSpace {
         }
         self.moves_refused = self.moves_refused.saturating_add(1);
     }
+}
+
+fn word(bytes: &[u8; CONFIG_BYTES], at: usize) -> u32 {
+    let mut word = [0; 4];
+    for (place, byte) in word.iter_mut().zip(bytes.iter().skip(at)) {
+        *place = *byte;
+    }
+    u32::from_le_bytes(word)
 }

@@ -22,7 +22,9 @@
 mod config_space;
 mod msix;
 mod root_bus;
+mod state;
 
-pub use config_space::{CONFIG_BYTES, ConfigSpace, Ids, PciError};
+pub use config_space::{CONFIG_BYTES, ConfigSpace, Ids, PciError, PciRestoreError};
 pub use msix::{MAX_VECTORS, MsixSender, MsixTable};
 pub use root_bus::{DEVICES, ECAM_BYTES, Function, RootBus, SharedFunction};
+pub use state::{ConfigSpaceStateV1, MsixEntryStateV1, MsixStateV1};

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use alveole_interrupts::{MsiMessage, MsiVector};
 use alveole_io_bus::Outcome;
 
-use crate::{ConfigSpace, PciError};
+use crate::{ConfigSpace, MsixEntryStateV1, MsixStateV1, PciError, PciRestoreError};
 
 /// Most messages of one function.
 pub const MAX_VECTORS: usize = 2048;
@@ -149,19 +149,107 @@ impl MsixTable {
 
     /// To be called after each write to the configuration space: follows message control.
     pub fn follow(&mut self, space: &ConfigSpace) {
+        let was_enabled = self.shared.enabled.load(Ordering::Acquire);
+        if self.control(space) != (was_enabled, self.function_masked) {
+            self.take_control(space);
+        }
+    }
+
+    /// Message control: whether messages are enabled, and whether all are masked.
+    fn control(&self, space: &ConfigSpace) -> (bool, bool) {
         let mut control = [0; 2];
         space.read(self.control_at, &mut control);
         let [_, control] = control;
-        let (enabled, function_masked) = (control & ENABLE != 0, control & FUNCTION_MASK != 0);
-        let was_enabled = self.shared.enabled.load(Ordering::Acquire);
-        if (enabled, function_masked) == (was_enabled, self.function_masked) {
-            return;
-        }
+        (control & ENABLE != 0, control & FUNCTION_MASK != 0)
+    }
+
+    fn take_control(&mut self, space: &ConfigSpace) {
+        let (enabled, function_masked) = self.control(space);
         self.function_masked = function_masked;
         self.shared.enabled.store(enabled, Ordering::Release);
         for index in 0..self.entries.len() {
             self.settle(index);
         }
+    }
+
+    /// The state.
+    #[must_use]
+    pub fn save(&self) -> MsixStateV1 {
+        // Exhaustive, so that a new field has to decide whether it is saved.
+        let Self {
+            shared,
+            entries,
+            function_masked: _,
+            control_at: _,
+            trouble_said: _,
+        } = self;
+        let entries = entries.iter().zip(&shared.gates);
+        MsixStateV1 {
+            entries: entries
+                .map(|(entry, gate)| {
+                    let Entry {
+                        message: MsiMessage { address, data },
+                        masked,
+                        connected: _,
+                    } = *entry;
+                    MsixEntryStateV1 {
+                        address,
+                        data,
+                        masked,
+                        pending: gate.state.load(Ordering::Acquire) & PENDING != 0,
+                    }
+                })
+                .collect(),
+        }
+    }
+
+    /// Whether a state can be this table's.
+    ///
+    /// # Errors
+    /// It has another number of messages, or one that the table cannot hold.
+    pub fn check(&self, saved: &MsixStateV1) -> Result<(), PciRestoreError> {
+        let MsixStateV1 { entries } = saved;
+        if entries.len() != self.entries.len() {
+            return Err(PciRestoreError::Messages {
+                found: entries.len(),
+                here: self.entries.len(),
+            });
+        }
+        match entries.iter().position(|entry| entry.address & 3 != 0) {
+            Some(index) => Err(PciRestoreError::Message {
+                index,
+                address: entries.get(index).map_or(0, |entry| entry.address),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes a state over. `space` is restored already: it says whether messages are enabled. What waits and
+    /// may be sent is sent.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    pub fn restore(
+        &mut self,
+        saved: &MsixStateV1,
+        space: &ConfigSpace,
+    ) -> Result<(), PciRestoreError> {
+        self.check(saved)?;
+        let gates = self.shared.gates.iter();
+        for ((entry, gate), saved) in self.entries.iter_mut().zip(gates).zip(&saved.entries) {
+            let MsixEntryStateV1 {
+                address,
+                data,
+                masked,
+                pending,
+            } = *saved;
+            entry.message = MsiMessage { address, data };
+            entry.masked = masked;
+            let waits = if pending { PENDING } else { 0 };
+            gate.state.store(CLOSED | waits, Ordering::Release);
+        }
+        self.take_control(space);
+        Ok(())
     }
 
     /// Opens or closes the gate of an entry, as the table now says.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use alveole_block_store::{BlockStore, Cache, Geometry, StoreError};
 use alveole_rate_limiter::{Limits, RateLimiter};
 use alveole_virtio::{
-    ConfigIrq, Identity, QueueWorker, RestoreError, SavedDevice, StartError, StartKit, VirtioDevice,
+    ConfigIrq, Identity, QueueWorker, RestoreError, SavedState, StartError, StartKit, VirtioDevice,
 };
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -389,6 +389,10 @@ impl VirtioDevice for VirtioBlk {
         }
     }
 
+    fn connect(&mut self, config_irq: ConfigIrq) {
+        *lock(&self.shared.config_irq) = Some(config_irq);
+    }
+
     fn read_config(&self, at: u32, into: &mut [u8]) {
         let geometry = *lock(&self.shared.geometry);
         let queues = u16::try_from(self.lanes.len()).unwrap_or(u16::MAX);
@@ -412,7 +416,6 @@ impl VirtioDevice for VirtioBlk {
     }
 
     fn start(&mut self, kit: StartKit) -> Result<Vec<Box<dyn QueueWorker>>, StartError> {
-        *lock(&self.shared.config_irq) = Some(kit.config_irq);
         // Section 5.2.6.2: without flush, a completed write is a safe one.
         let write_through = kit.features & FLUSH == 0 && self.honours_flush;
         let longest_look = kit.longest_look;
@@ -444,51 +447,27 @@ impl VirtioDevice for VirtioBlk {
             honours_flush: _,
         } = self;
         shared.writeback.store(true, Ordering::Relaxed);
-        *lock(&shared.config_irq) = None;
     }
 
-    fn save(&self) -> SavedDevice {
+    fn save(&self) -> SavedState {
         let state = BlkStateV1 {
             writeback: self.shared.is_writeback(),
             size_bytes: self.shared.size_bytes(),
         };
-        SavedDevice {
-            kind: KIND.into(),
-            version: VERSION,
-            // Two plain fields: there is nothing that could fail.
-            bytes: serde_json::to_vec(&state).unwrap_or_default(),
-        }
+        SavedState::pack(KIND, VERSION, &state)
     }
 
-    fn restore(&mut self, saved: &SavedDevice) -> Result<(), RestoreError> {
-        if saved.kind != KIND {
-            return Err(RestoreError::Kind {
-                wanted: KIND.into(),
-                found: saved.kind.clone(),
-            });
-        }
-        if saved.version != VERSION {
-            return Err(RestoreError::Version {
-                kind: KIND.into(),
-                found: saved.version,
-                known: VERSION,
-            });
-        }
-        let invalid = |why: String| RestoreError::Invalid {
-            kind: KIND.into(),
-            why,
-        };
-        let state: BlkStateV1 =
-            serde_json::from_slice(&saved.bytes).map_err(|e| invalid(e.to_string()))?;
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError> {
         let BlkStateV1 {
             writeback,
             size_bytes,
-        } = state;
+        } = saved.unpack(KIND, VERSION)?;
         let have = self.shared.size_bytes();
         if size_bytes > have {
-            return Err(invalid(format!(
-                "its disk had {size_bytes} bytes, this one has {have}"
-            )));
+            return Err(RestoreError::Invalid {
+                kind: KIND.into(),
+                why: format!("its disk had {size_bytes} bytes, this one has {have}"),
+            });
         }
         self.shared.writeback.store(writeback, Ordering::Relaxed);
         Ok(())

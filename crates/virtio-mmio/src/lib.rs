@@ -22,6 +22,7 @@
 )]
 
 mod registers;
+mod state;
 #[cfg(feature = "testing")]
 #[expect(
     clippy::unwrap_used,

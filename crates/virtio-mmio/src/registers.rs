@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use alveole_interrupts::IrqLine;
 use alveole_io_bus::{BusDevice, Outcome};
-use alveole_virtio::{QueuePart, TransportCore, Wires};
+use alveole_virtio::{QueuePart, RestoreError, SavedState, TransportControl, TransportCore, Wires};
 
 use crate::NOTIFY_OFFSET;
+use crate::state::{KIND, MmioStateV1, STATE_VERSION};
 
 /// "virt"
 const MAGIC: u32 = 0x7472_6976;
@@ -84,16 +85,18 @@ impl Wires for MmioWires {
 /// The registers of one device.
 pub struct MmioTransport {
     core: TransportCore,
+    line: IrqLine,
     interrupt_status: Arc<AtomicU32>,
 }
 
 impl MmioTransport {
     /// Over a core; `make_core` gets the wires to make it with.
     pub fn new(line: IrqLine, make_core: impl FnOnce(Box<dyn Wires>) -> TransportCore) -> Self {
-        let wires = MmioWires::new(line);
+        let wires = MmioWires::new(line.clone());
         let interrupt_status = wires.status.clone();
         Self {
             core: make_core(Box::new(wires)),
+            line,
             interrupt_status,
         }
     }
@@ -164,6 +167,52 @@ impl MmioTransport {
                 }
             }
         }
+    }
+}
+
+impl TransportControl for MmioTransport {
+    fn pause(&mut self) {
+        self.core.pause();
+    }
+
+    fn resume(&mut self) {
+        self.core.resume();
+        // The edge may have been on its way when the state was saved. One too many does no harm: the register
+        // says what it was for.
+        if self.interrupt_status.load(Ordering::Acquire) != 0 {
+            self.line.pulse();
+        }
+    }
+
+    fn save(&self) -> Option<SavedState> {
+        // Exhaustive, so that a new field has to decide whether it is saved.
+        let Self {
+            core,
+            line: _,
+            interrupt_status,
+        } = self;
+        let state = MmioStateV1 {
+            core: core.save()?,
+            interrupt_status: interrupt_status.load(Ordering::Acquire),
+        };
+        Some(SavedState::pack(KIND, STATE_VERSION, &state))
+    }
+
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError> {
+        let MmioStateV1 {
+            core,
+            interrupt_status,
+        } = saved.unpack(KIND, STATE_VERSION)?;
+        if interrupt_status & !(USED_BUFFER | CONFIG_CHANGE) != 0 {
+            return Err(RestoreError::Invalid {
+                kind: KIND.into(),
+                why: format!("interrupt status {interrupt_status:#x}, which has two bits"),
+            });
+        }
+        self.core.restore(&core)?;
+        self.interrupt_status
+            .store(interrupt_status, Ordering::Release);
+        Ok(())
     }
 }
 

@@ -3,7 +3,7 @@
 use alveole_interrupts::IrqLine;
 use alveole_io_bus::{BusDevice, Outcome};
 use alveole_virtio::testing::{Access, Interrupts, Stage};
-use alveole_virtio::{TransportCore, VirtioDevice};
+use alveole_virtio::{TransportControl, TransportCore, VirtioDevice};
 
 use crate::MmioTransport;
 
@@ -117,5 +117,8 @@ impl Access for MmioAccess {
     }
     fn with_core(&mut self, act: &mut dyn FnMut(&mut TransportCore)) {
         act(self.registers.core());
+    }
+    fn with_control(&mut self, act: &mut dyn FnMut(&mut dyn TransportControl)) {
+        act(&mut self.registers);
     }
 }

@@ -74,6 +74,16 @@ pub(crate) struct Generation {
 }
 
 impl Generation {
+    /// What is shown, and what was seen.
+    pub(crate) fn save(&self) -> (u8, u32) {
+        let Self { shown, seen } = *self;
+        (shown, seen)
+    }
+
+    pub(crate) fn restored(shown: u8, seen: u32) -> Self {
+        Self { shown, seen }
+    }
+
     pub(crate) fn look(&mut self, core: &TransportCore) -> u8 {
         let now = core.config_generation();
         if now != self.seen {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use alveole_interrupts::MsiVector;
 use alveole_io_bus::{BusDevice, Outcome};
 use alveole_pci::{ConfigSpace, Function, Ids, MsixTable, PciError};
-use alveole_virtio::{TransportCore, Wires};
+use alveole_virtio::{RestoreError, SavedState, TransportControl, TransportCore, Wires};
 
 use crate::common::{self, Generation, Register};
 use crate::layout::{
@@ -13,6 +13,7 @@ use crate::layout::{
     MSIX_PENDING, MSIX_TABLE, NOTIFY, NOTIFY_MULTIPLIER, Part, notify_offset, part_at,
 };
 use crate::routes::{PciWires, Routes};
+use crate::state::{KIND, PciStateV1, VERSION};
 
 const VENDOR: u16 = 0x1af4;
 /// PCI device ids are this plus the virtio device type.
@@ -230,6 +231,73 @@ impl PciTransport {
             None => return Outcome::Refused,
         }
         Outcome::Done
+    }
+}
+
+impl TransportControl for PciTransport {
+    fn pause(&mut self) {
+        self.core.pause();
+    }
+
+    fn resume(&mut self) {
+        self.core.resume();
+    }
+
+    fn save(&self) -> Option<SavedState> {
+        // Exhaustive, so that a new field has to decide whether it is saved.
+        let Self {
+            core,
+            space,
+            msix,
+            routes,
+            generation,
+            window: _,
+        } = self;
+        let (isr, config_vector, queue_vectors) = routes.save(core.queue_count());
+        let (shown_generation, seen_generation) = generation.save();
+        let state = PciStateV1 {
+            core: core.save()?,
+            space: space.save(),
+            msix: msix.save(),
+            isr,
+            config_vector,
+            queue_vectors,
+            shown_generation,
+            seen_generation,
+        };
+        Some(SavedState::pack(KIND, VERSION, &state))
+    }
+
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError> {
+        let PciStateV1 {
+            core,
+            space,
+            msix,
+            isr,
+            config_vector,
+            queue_vectors,
+            shown_generation,
+            seen_generation,
+        } = saved.unpack(KIND, VERSION)?;
+        let invalid = |why: String| RestoreError::Invalid {
+            kind: KIND.into(),
+            why,
+        };
+        let routes = (isr, config_vector, queue_vectors.as_slice());
+        self.routes
+            .check(routes, self.core.queue_count())
+            .map_err(invalid)?;
+        self.msix.check(&msix).map_err(|e| invalid(e.to_string()))?;
+        self.core.restore(&core)?;
+        self.space
+            .restore(&space)
+            .map_err(|e| invalid(e.to_string()))?;
+        self.routes.restore(isr, config_vector, &queue_vectors);
+        self.generation = Generation::restored(shown_generation, seen_generation);
+        // Last, because it may send what waits.
+        self.msix
+            .restore(&msix, &self.space)
+            .map_err(|e| invalid(e.to_string()))
     }
 }
 

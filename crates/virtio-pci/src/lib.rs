@@ -27,6 +27,7 @@ mod common;
 mod function;
 mod layout;
 mod routes;
+mod state;
 #[cfg(feature = "testing")]
 #[expect(
     clippy::unwrap_used,

@@ -41,6 +41,61 @@ impl Routes {
         self.isr.swap(0, Ordering::AcqRel)
     }
 
+    /// ISR status, the configuration's vector, and those of the first `queues` queues.
+    pub(crate) fn save(&self, queues: u16) -> (u8, u16, Vec<u16>) {
+        // Exhaustive, so that a new field has to decide whether it is saved.
+        let Self {
+            sender: _,
+            vectors: _,
+            isr,
+            config,
+            queues: vectors,
+        } = self;
+        let vectors = vectors.iter().take(usize::from(queues));
+        (
+            isr.load(Ordering::Acquire),
+            config.load(Ordering::Acquire),
+            vectors.map(|v| v.load(Ordering::Acquire)).collect(),
+        )
+    }
+
+    /// Whether a saved state can be of this function: what is wrong with it, if not.
+    pub(crate) fn check(
+        &self,
+        (isr, config, queues): (u8, u16, &[u16]),
+        count: u16,
+    ) -> Result<(), String> {
+        if isr & !(QUEUE_INTERRUPT | CONFIG_INTERRUPT) != 0 {
+            return Err(format!("ISR status {isr:#x}, which has two bits"));
+        }
+        if queues.len() != usize::from(count) {
+            return Err(format!(
+                "vectors for {} queues, the device has {count}",
+                queues.len()
+            ));
+        }
+        match queues
+            .iter()
+            .chain([&config])
+            .find(|v| self.valid(**v) != **v)
+        {
+            Some(vector) => Err(format!(
+                "vector {vector}, the table has {} entries",
+                self.vectors
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes over what was checked.
+    pub(crate) fn restore(&self, isr: u8, config: u16, queues: &[u16]) {
+        self.isr.store(isr, Ordering::Release);
+        self.set_config_vector(config);
+        for (queue, vector) in (0..).zip(queues) {
+            self.set_queue_vector(queue, *vector);
+        }
+    }
+
     /// Whether a device with a pin would raise it now.
     pub(crate) fn has_interrupt(&self) -> bool {
         !self.sender.is_enabled() && self.isr.load(Ordering::Acquire) != 0

@@ -6,7 +6,7 @@ use alveole_interrupts::{IrqLine, MsiMessage, MsiVector};
 use alveole_io_bus::{Bus, BusBuilder, Outcome};
 use alveole_pci::{ECAM_BYTES, RootBus};
 use alveole_virtio::testing::{Access, Interrupts, Stage};
-use alveole_virtio::{TransportCore, VirtioDevice};
+use alveole_virtio::{TransportControl, TransportCore, VirtioDevice};
 
 use crate::{BAR_BYTES, NO_VECTOR, PciTransport};
 
@@ -222,6 +222,39 @@ impl PciAccess {
         }
     }
 
+    /// A second view of the same function, to look at while a driver holds the first. `device` is another like
+    /// its own.
+    #[must_use]
+    pub fn share(&self, stage: &Stage, device: Box<dyn VirtioDevice>) -> Self {
+        let mut other = Self::untouched(stage, device);
+        other.bus = self.bus.clone();
+        other.function = self.function.clone();
+        other.vectors.clone_from(&self.vectors);
+        other.know(self);
+        other
+    }
+
+    /// The messages that wait, by number.
+    #[must_use]
+    pub fn pending(&self) -> Vec<usize> {
+        let at = self.bar.0 + u64::from(self.config_u32(self.msix_at + 8) & !7);
+        let bits = u64::from_le_bytes(self.load(at));
+        (0..64).filter(|bit| bits & 1 << bit != 0).collect()
+    }
+
+    /// Goes on with what was found out of another view of the same function: a driver whose device has moved
+    /// looks for nothing again.
+    pub fn know(&mut self, as_of: &Self) {
+        self.structures.clone_from(&as_of.structures);
+        self.bar = as_of.bar;
+        self.msix_at = as_of.msix_at;
+        self.table_addr = as_of.table_addr;
+        self.common = as_of.common;
+        self.device = as_of.device;
+        self.notify = as_of.notify;
+        self.multiplier = as_of.multiplier;
+    }
+
     /// The first structure of a type.
     #[must_use]
     pub fn structure(&self, cfg_type: u8) -> Option<Structure> {
@@ -384,5 +417,8 @@ impl Access for PciAccess {
     }
     fn with_core(&mut self, act: &mut dyn FnMut(&mut TransportCore)) {
         act(self.function.lock().unwrap().core());
+    }
+    fn with_control(&mut self, act: &mut dyn FnMut(&mut dyn TransportControl)) {
+        act(&mut *self.function.lock().unwrap());
     }
 }

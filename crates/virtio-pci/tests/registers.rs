@@ -4,10 +4,11 @@ use std::time::{Duration, Instant};
 
 use alveole_io_bus::Outcome;
 use alveole_virtio::testing::{Access, Buffer, Driver, Echo, Stage, Subject, conformance};
-use alveole_virtio::{Identity, VirtioDevice, features, status};
+use alveole_virtio::{Identity, SavedState, TransportControl, VirtioDevice, features, status};
 use alveole_virtio_pci::testing::{BAR_ADDR, ECAM_ADDR, PciAccess, carry};
 use alveole_virtio_pci::{BAR_BYTES, NO_VECTOR, PciTransport, notify_offset};
 use proptest::prelude::*;
+use serde_json::{Value, json};
 
 struct Echoes;
 
@@ -32,10 +33,8 @@ fn echo(queues: usize) -> (Stage, PciAccess) {
 
 /// A second view of the same function, to look at while a driver holds the first.
 fn twin(access: &PciAccess, stage: &Stage) -> PciAccess {
-    let mut twin = PciAccess::untouched(stage, Box::new(Echo::new(2)));
-    twin.bus = access.bus.clone();
-    twin.function = access.function.clone();
-    twin.vectors = access.vectors.clone();
+    let mut twin = access.share(stage, Box::new(Echo::new(2)));
+    twin.structures.clear();
     twin.probe();
     twin
 }
@@ -134,12 +133,12 @@ fn a_device_without_configuration_has_no_structure_for_it() {
         fn reset(&mut self) {
             self.0.reset();
         }
-        fn save(&self) -> alveole_virtio::SavedDevice {
+        fn save(&self) -> alveole_virtio::SavedState {
             self.0.save()
         }
         fn restore(
             &mut self,
-            saved: &alveole_virtio::SavedDevice,
+            saved: &alveole_virtio::SavedState,
         ) -> Result<(), alveole_virtio::RestoreError> {
             self.0.restore(saved)
         }
@@ -470,6 +469,83 @@ fn what_does_not_fit_in_the_bar_is_refused() {
         });
         assert!(made.is_err());
     }
+}
+
+/// What a file may say of a function, and cannot be.
+#[test]
+fn a_saved_state_that_cannot_be_is_refused() {
+    let (stage, mut pci) = echo(2);
+    pci.set_status(status::ACKNOWLEDGE);
+    let saved = pci.function.lock().unwrap().save().unwrap();
+    let state: Value = serde_json::from_slice(&saved.bytes).unwrap();
+    let restore = |state: &Value| {
+        let other = PciAccess::untouched(&stage, Box::new(Echo::new(2)));
+        let saved = SavedState {
+            bytes: serde_json::to_vec(state).unwrap(),
+            ..saved.clone()
+        };
+        let mut function = other.function.lock().unwrap();
+        function.restore(&saved)
+    };
+    restore(&state).unwrap();
+    let bar_high = u64::from(BAR_ADDR.to_le_bytes()[4]);
+    let longer = |list: &Value| {
+        let mut list = list.clone();
+        let first = list[0].clone();
+        list.as_array_mut().unwrap().push(first);
+        list
+    };
+    for (at, value, why) in [
+        ("/space/bytes/0", json!(0), "another vendor"),
+        ("/space/bytes/52", json!(0), "no capabilities"),
+        ("/space/bytes/66", json!(9), "another number of messages"),
+        ("/space/bytes/17", json!(0), "a BAR elsewhere"),
+        ("/space/bytes/20", json!(bar_high + 1), "a BAR elsewhere"),
+        (
+            "/space/bytes",
+            longer(&state["space"]["bytes"]),
+            "257 bytes",
+        ),
+        ("/space/bytes", json!([]), "no bytes"),
+        ("/space/bytes/4", json!(256), "no byte"),
+        ("/msix/entries", json!([]), "no messages"),
+        (
+            "/msix/entries",
+            longer(&state["msix"]["entries"]),
+            "one more",
+        ),
+        (
+            "/msix/entries/0/address",
+            json!(0xfee0_0002u32),
+            "odd address",
+        ),
+        ("/isr", json!(4), "an interrupt that is none"),
+        ("/config_vector", json!(3), "a vector beyond the table"),
+        (
+            "/queue_vectors/1",
+            json!(0xfffe),
+            "a vector beyond the table",
+        ),
+        ("/queue_vectors", json!([0]), "a queue too few"),
+        ("/queue_vectors", json!([0, 1, 2]), "a queue too many"),
+        ("/shown_generation", json!(-1), "no byte"),
+        ("/core/device/version", json!(9), "another version"),
+        ("/core/queues/0", json!({"size": 4}), "half a queue"),
+        ("/core", json!(null), "nothing"),
+    ] {
+        let mut spoilt = state.clone();
+        *spoilt.pointer_mut(at).unwrap() = value;
+        let e = restore(&spoilt).expect_err(&format!("{at}: {why}"));
+        assert!(e.to_string().len() > 30, "{e}");
+    }
+    let mut more = state.clone();
+    more["what_is_this"] = json!(1);
+    restore(&more).unwrap_err();
+    // Messages to where no interrupt controller is are the guest's to choose, here as there.
+    let mut odd = state.clone();
+    odd["msix"]["entries"][0]["address"] = json!(u64::MAX - 3);
+    odd["msix"]["entries"][0]["pending"] = json!(true);
+    restore(&odd).unwrap();
 }
 
 /// One access to the window or the BAR.

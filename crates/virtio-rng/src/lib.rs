@@ -24,7 +24,7 @@ use alveole_event_loop::{Event, EventLoopError, Interest, Ops, Token, Worker};
 use alveole_guest_memory::GuestBuffers;
 use alveole_rate_limiter::{Limits, RateLimiter};
 use alveole_virtio::{
-    BrokenRing, Chain, Identity, LiveQueue, Progress, QueueWorker, RestoreError, SavedDevice,
+    BrokenRing, Chain, Identity, LiveQueue, Progress, QueueWorker, RestoreError, SavedState,
     StartError, StartKit, VirtioDevice,
 };
 use vmm_sys_util::timerfd::TimerFd;
@@ -36,6 +36,12 @@ pub const QUEUE_SIZE: u16 = 64;
 /// Most bytes that one request gets. Abused by a guest that offers its whole memory and keeps a thread of
 /// the host busy with it. Drivers take less (section 5.4.6.1: "one or more bytes") and ask again.
 pub const MAX_REQUEST_BYTES: usize = 64 * 1024;
+/// Which kind of device a saved state is of, and its newest version.
+const KIND: &str = "virtio-rng";
+const VERSION: u32 = 1;
+/// How long a request waits when the host gives nothing. A request is never answered without bytes (section
+/// 5.4.6.2).
+const RETRY: Duration = Duration::from_millis(100);
 /// Most requests served before other workers of the same loop have their turn.
 const REQUESTS_PER_TURN: u32 = 64;
 
@@ -51,7 +57,7 @@ pub struct RngCounters {
     pub bytes: Counter,
     /// Times the rate limiter held a request back.
     pub throttled: Counter,
-    /// Requests for which the host gave nothing.
+    /// Times the host gave nothing, and the request was left for later.
     pub errors: Counter,
 }
 
@@ -85,15 +91,30 @@ struct Kept {
 pub struct VirtioRng {
     kept: Arc<Mutex<Kept>>,
     counters: Arc<RngCounters>,
+    source: Source,
 }
 
+/// Fills bytes with entropy, or says that there is none at the moment.
+pub type Source = fn(&mut [u8]) -> io::Result<()>;
+
 impl VirtioRng {
-    /// With these bounds.
+    /// With these bounds, over the host's `getrandom`.
     ///
     /// # Errors
     /// The host is out of file descriptors.
     pub fn new(limits: Limits) -> io::Result<Self> {
+        Self::with_source(limits, |bytes| {
+            getrandom::fill(bytes).map_err(|e| io::Error::other(e.to_string()))
+        })
+    }
+
+    /// Over another source.
+    ///
+    /// # Errors
+    /// The host is out of file descriptors.
+    pub fn with_source(limits: Limits, source: Source) -> io::Result<Self> {
         Ok(Self {
+            source,
             kept: Arc::new(Mutex::new(Kept {
                 limiter: RateLimiter::new(limits, Instant::now()),
                 timer: TimerFd::new()?,
@@ -134,6 +155,7 @@ impl VirtioDevice for VirtioRng {
                     queue,
                     kept: self.kept.clone(),
                     counters: self.counters.clone(),
+                    source: self.source,
                 }) as Box<dyn QueueWorker>
             })
             .collect())
@@ -141,31 +163,13 @@ impl VirtioDevice for VirtioRng {
 
     fn reset(&mut self) {}
 
-    fn save(&self) -> SavedDevice {
+    fn save(&self) -> SavedState {
         // What was given is forgotten; there is nothing to keep.
-        SavedDevice {
-            kind: "virtio-rng".into(),
-            version: 1,
-            bytes: Vec::new(),
-        }
+        SavedState::pack(KIND, VERSION, &())
     }
 
-    fn restore(&mut self, saved: &SavedDevice) -> Result<(), RestoreError> {
-        let own = self.save();
-        if saved.kind != own.kind {
-            return Err(RestoreError::Kind {
-                wanted: own.kind,
-                found: saved.kind.clone(),
-            });
-        }
-        if saved.version != own.version {
-            return Err(RestoreError::Version {
-                kind: own.kind,
-                found: saved.version,
-                known: own.version,
-            });
-        }
-        Ok(())
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError> {
+        saved.unpack(KIND, VERSION)
     }
 }
 
@@ -173,6 +177,7 @@ struct RngWorker {
     queue: LiveQueue,
     kept: Arc<Mutex<Kept>>,
     counters: Arc<RngCounters>,
+    source: Source,
 }
 
 impl RngWorker {
@@ -192,7 +197,6 @@ impl RngWorker {
                 };
                 budget = left;
                 if let Err(wait) = self.give(&mut kept, &chain, &mut buffers)? {
-                    self.counters.throttled.inc();
                     self.queue.put_back();
                     self.queue.notify()?;
                     let wait = wait.max(Duration::from_nanos(1));
@@ -237,26 +241,23 @@ impl RngWorker {
             left = left.saturating_sub(len);
         }
         if let Err(wait) = kept.limiter.take(buffers.len_bytes(), Instant::now()) {
+            self.counters.throttled.inc();
             return Ok(Err(wait));
         }
         // At most MAX_REQUEST_BYTES.
         let len = usize::try_from(buffers.len_bytes()).unwrap_or(0);
         let bytes = kept.bytes.get_mut(..len).unwrap_or(&mut []);
-        let given = match getrandom::fill(bytes) {
-            Ok(()) => {
-                buffers.copy_from(0, bytes);
-                self.counters.bytes.add(len as u64);
-                u32::try_from(len).unwrap_or(0)
-            }
-            Err(_) => {
-                self.counters.errors.inc();
-                0
-            }
-        };
+        if (self.source)(bytes).is_err() {
+            self.counters.errors.inc();
+            return Ok(Err(RETRY));
+        }
+        buffers.copy_from(0, bytes);
         // What was given is the guest's secret.
         bytes.fill(0);
+        self.counters.bytes.add(len as u64);
         self.counters.requests.inc();
-        self.queue.complete(head, given)?;
+        self.queue
+            .complete(head, u32::try_from(len).unwrap_or(u32::MAX))?;
         Ok(Ok(()))
     }
 }

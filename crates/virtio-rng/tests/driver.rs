@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use alveole_rate_limiter::{Bucket, Limits};
@@ -90,4 +91,27 @@ fn what_is_no_buffer_for_bytes_breaks_the_ring() {
     }
     driver.start();
     Rngs.exercise(&mut driver);
+}
+
+/// Section 5.4.6.2: at least one byte, also where the host has none at the moment.
+#[test]
+fn a_request_waits_for_a_host_without_entropy() {
+    static FAILURES: AtomicU32 = AtomicU32::new(2);
+    let stage = Stage::new();
+    let device = VirtioRng::with_source(Limits::default(), |bytes| {
+        let left = FAILURES.load(Ordering::Relaxed);
+        if left > 0 {
+            FAILURES.store(left - 1, Ordering::Relaxed);
+            return Err(std::io::Error::other("none yet"));
+        }
+        bytes.fill(7);
+        Ok(())
+    });
+    let device = device.unwrap();
+    let counters = device.counters().clone();
+    let mut driver = Driver::new(stage.direct(Box::new(device)), stage.ram());
+    driver.start();
+    let used = driver.request(0, &[Buffer::In(32)]);
+    assert_eq!((used.len, used.bytes), (32, vec![7; 32]));
+    assert_eq!((counters.errors.get(), counters.throttled.get()), (2, 0));
 }

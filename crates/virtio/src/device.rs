@@ -5,7 +5,7 @@ use std::time::Duration;
 use alveole_event_loop::Worker;
 use alveole_guest_memory::GuestRam;
 
-use crate::{ConfigIrq, LiveQueue, Progress};
+use crate::{ConfigIrq, LiveQueue, Progress, RestoreError, SavedState};
 
 /// What a driver learns of a device before it talks to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +32,11 @@ pub trait VirtioDevice: Send {
     /// end has altered; a driver sees those after its next reset.
     fn identity(&self) -> Identity;
 
+    /// Gets what tells the driver of changes in the configuration space. Called once, before anything else.
+    fn connect(&mut self, config_irq: ConfigIrq) {
+        let _ = config_irq;
+    }
+
     /// Copies the configuration space from byte `at` on into `into`. The core asks only for what lies
     /// within [`Identity::config_len`].
     fn read_config(&self, at: u32, into: &mut [u8]);
@@ -55,13 +60,13 @@ pub trait VirtioDevice: Send {
     fn reset(&mut self);
 
     /// The device's own state, apart from what the core keeps. All queues are stopped.
-    fn save(&self) -> SavedDevice;
+    fn save(&self) -> SavedState;
 
     /// Takes a state over. All queues are stopped.
     ///
     /// # Errors
     /// The state is of another kind or version, or no state of such a device.
-    fn restore(&mut self, saved: &SavedDevice) -> Result<(), crate::RestoreError>;
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError>;
 }
 
 /// Serves queues on an event loop. See [`alveole_event_loop::Worker`] for what it may and may not do.
@@ -82,8 +87,6 @@ pub struct StartKit {
     pub features: u64,
     /// The queues to serve.
     pub queues: Vec<LiveQueue>,
-    /// Tells the driver that the configuration has changed.
-    pub config_irq: ConfigIrq,
     /// How long a worker may look for its next request before it sleeps: nobody else is on its loop. Zero
     /// where others are.
     pub longest_look: Duration,
@@ -106,15 +109,4 @@ pub enum StartError {
     /// The event loop.
     #[error(transparent)]
     Loop(#[from] alveole_event_loop::EventLoopError),
-}
-
-/// A device's own state as bytes that name their kind and version.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct SavedDevice {
-    /// Which kind of device this is a state of.
-    pub kind: String,
-    /// Version of its form.
-    pub version: u32,
-    /// The state, as the device writes it.
-    pub bytes: Vec<u8>,
 }

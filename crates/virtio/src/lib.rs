@@ -38,12 +38,12 @@ pub mod testing;
 mod transport_core;
 
 pub use chain::{Chain, MAX_CHAIN_SEGMENTS, Segment};
-pub use device::{Identity, QueueWorker, SavedDevice, StartError, StartKit, VirtioDevice};
+pub use device::{Identity, QueueWorker, StartError, StartKit, VirtioDevice};
 pub use hosting::Hosting;
 pub use queue::{BrokenRing, LiveQueue, Progress};
 pub use signals::{ConfigIrq, MAX_TROUBLE_LINES, Signals, Wires};
-pub use state::{QueueStateV1, TransportStateV1};
-pub use transport_core::{QueuePart, RestoreError, TransportCore};
+pub use state::{QueueStateV1, SavedState, TransportStateV1};
+pub use transport_core::{QueuePart, RestoreError, TransportControl, TransportCore};
 
 /// Largest queue, in descriptors (section 2.7: a power of two, at most 32768). Abused by nobody, but every
 /// request in flight holds memory of ours.

@@ -1,7 +1,7 @@
 //! What a running device may tell the guest.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Most log lines about broken rings and refused starts of one device. Abused by a guest that breaks its
 /// ring and resets the device in a loop.
@@ -22,7 +22,16 @@ pub struct Signals {
     wires: Box<dyn Wires>,
     needs_reset: AtomicBool,
     generation: AtomicU32,
+    listener: Mutex<Listener>,
     trouble: AtomicU32,
+}
+
+/// Whether changes of the configuration are told: from DRIVER_OK on (section 2.4.1).
+#[derive(Debug, Default)]
+struct Listener {
+    driver_ok: bool,
+    /// Something changed since the reset that the driver may have read before.
+    missed: bool,
 }
 
 impl Signals {
@@ -33,6 +42,7 @@ impl Signals {
             wires,
             needs_reset: AtomicBool::new(false),
             generation: AtomicU32::new(0),
+            listener: Mutex::default(),
             trouble: AtomicU32::new(0),
         })
     }
@@ -42,10 +52,29 @@ impl Signals {
         self.wires.queue(queue);
     }
 
-    /// The configuration space has changed: a new generation, and an interrupt (section 2.5.1).
+    fn listener(&self) -> MutexGuard<'_, Listener> {
+        self.listener.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The configuration space has changed: a new generation, and an interrupt (section 2.5.1), which waits for
+    /// a driver that is not ready yet.
     pub(crate) fn config_changed(&self) {
+        let mut listener = self.listener();
         self.generation.fetch_add(1, Ordering::AcqRel);
-        self.wires.config();
+        if listener.driver_ok {
+            self.wires.config();
+        } else {
+            listener.missed = true;
+        }
+    }
+
+    /// The driver is ready, and told of what it may have missed.
+    pub(crate) fn driver_ok(&self) {
+        let mut listener = self.listener();
+        listener.driver_ok = true;
+        if std::mem::take(&mut listener.missed) {
+            self.wires.config();
+        }
     }
 
     /// The device cannot go on without a reset (section 2.1.2).
@@ -62,13 +91,16 @@ impl Signals {
         self.generation.load(Ordering::Acquire)
     }
 
-    pub(crate) fn restore(&self, generation: u32, needs_reset: bool) {
+    pub(crate) fn restore(&self, generation: u32, needs_reset: bool, driver_ok: bool) {
+        self.listener().driver_ok = driver_ok;
         self.generation.store(generation, Ordering::Release);
         self.needs_reset.store(needs_reset, Ordering::Release);
     }
 
     /// After a reset. The generation stays: a driver that compares two readings must not be fooled.
     pub(crate) fn reset(&self) {
+        let mut listener = self.listener();
+        *listener = Listener::default();
         self.needs_reset.store(false, Ordering::Release);
         self.wires.clear();
     }
@@ -91,12 +123,13 @@ impl Signals {
     }
 }
 
-/// Tells the driver that the configuration space has changed.
+/// Tells the driver that the configuration space has changed: the owner's or the device's doing.
 #[derive(Clone)]
 pub struct ConfigIrq(pub(crate) Arc<Signals>);
 
 impl ConfigIrq {
-    /// Raises the interrupt. The change itself must be visible in the configuration space before.
+    /// A new generation, and the interrupt once the driver is ready. The change itself must be visible in the
+    /// configuration space before.
     pub fn raise(&self) {
         self.0.config_changed();
     }

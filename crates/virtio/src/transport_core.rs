@@ -8,7 +8,7 @@ use alveole_guest_memory::GuestRam;
 use alveole_interrupts::Doorbell;
 use virtio_queue::{Queue, QueueState};
 
-pub use saving::RestoreError;
+pub use saving::{RestoreError, TransportControl};
 
 use crate::hosting::Hosted;
 use crate::{
@@ -86,12 +86,13 @@ impl TransportCore {
     /// the transport's wires.
     #[must_use]
     pub fn new(
-        device: Box<dyn VirtioDevice>,
+        mut device: Box<dyn VirtioDevice>,
         ram: GuestRam,
         doorbells: Vec<Doorbell>,
         signals: Arc<Signals>,
         hosting: Hosting,
     ) -> Self {
+        device.connect(ConfigIrq(signals.clone()));
         let identity = device.identity();
         let queues = identity.queue_sizes.iter().copied();
         Self {
@@ -216,6 +217,7 @@ impl TransportCore {
             // Only what really runs is reported.
             if self.serve(&queues) {
                 self.status |= status::DRIVER_OK;
+                self.signals.driver_ok();
             }
         }
     }
@@ -440,7 +442,6 @@ impl TransportCore {
             ram: self.ram.clone(),
             features: self.driver_features,
             queues: live,
-            config_irq: ConfigIrq(self.signals.clone()),
             longest_look: self.hosting.longest_look(),
         })?;
         for worker in workers {

@@ -58,7 +58,11 @@ impl WithDevices {
             Placement::Copy
         };
         let placement = options.placement.unwrap_or(suits);
-        let cmdline = catalog::complete_cmdline(&config.cmdline, &devices.cmdline);
+        let cmdline = catalog::complete_cmdline(
+            &config.cmdline,
+            &devices.cmdline,
+            &devices.cmdline_without_acpi,
+        );
         let source = BootSource {
             kernel: &kernel,
             kernel_path: &kernel_path,

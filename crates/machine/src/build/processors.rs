@@ -54,6 +54,7 @@ impl WithBoot {
             sandbox,
             nodes: _,
             cmdline: _,
+            cmdline_without_acpi: _,
             pci: _,
         } = devices;
         let buses = Buses {

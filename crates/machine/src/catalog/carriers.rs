@@ -20,8 +20,15 @@ const PCI_SANDBOX: &str = "pci";
 
 /// Gives virtio devices their places, one after the other.
 pub(super) enum Carrier {
-    Mmio { next: u32, nodes: Vec<DeviceNode> },
-    Pci { next: u8, bus: RootBus },
+    Mmio {
+        next: u32,
+        nodes: Vec<DeviceNode>,
+        words: Vec<String>,
+    },
+    Pci {
+        next: u8,
+        bus: RootBus,
+    },
 }
 
 /// What the guest and the threads are told of the carrier.
@@ -32,6 +39,8 @@ pub(super) struct Carried {
     pub(super) sandbox: Option<&'static str>,
     /// A word for the kernel's command line.
     pub(super) cmdline: &'static str,
+    /// Words for a kernel that reads no tables.
+    pub(super) cmdline_without_acpi: Vec<String>,
 }
 
 impl Carrier {
@@ -40,6 +49,7 @@ impl Carrier {
             Transport::Mmio => Self::Mmio {
                 next: 0,
                 nodes: Vec::new(),
+                words: Vec::new(),
             },
             Transport::Pci => Self::Pci {
                 // The host bridge is the first.
@@ -58,10 +68,12 @@ impl Carrier {
         memory: &mut BusBuilder,
     ) -> Result<(), BuildError> {
         match self {
-            Self::Mmio { next, nodes } => {
+            Self::Mmio { next, nodes, words } => {
                 let slot = *next;
                 *next += 1;
-                nodes.push(by_mmio(slot, device, partition, ram, hosting, memory)?);
+                let node = by_mmio(slot, device, partition, ram, hosting, memory)?;
+                words.extend(mmio_word(&node));
+                nodes.push(node);
             }
             Self::Pci { next, bus } => {
                 let slot = *next;
@@ -77,8 +89,9 @@ impl Carrier {
         match self {
             // A machine without a PCI bus has no table that says so, and kernels look for one through
             // ports: over two hundred accesses, each an exit.
-            Self::Mmio { nodes, .. } => Ok(Carried {
+            Self::Mmio { nodes, words, .. } => Ok(Carried {
                 nodes,
+                cmdline_without_acpi: words,
                 cmdline: "pci=off",
                 ..Carried::default()
             }),
@@ -134,6 +147,13 @@ fn by_mmio(
         memory: vec![(addr, SIZE_BYTES)],
         gsi: Some(gsi),
     })
+}
+
+/// How Linux is told of a register block that it does not find in a table: length, address, interrupt (its
+/// drivers/virtio/virtio_mmio.c, if built with `CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES`).
+fn mmio_word(node: &DeviceNode) -> Option<String> {
+    let ((addr, len), gsi) = (node.memory.first()?, node.gsi?);
+    Some(format!("virtio_mmio.device={len:#x}@{addr:#x}:{gsi}"))
 }
 
 fn by_pci(

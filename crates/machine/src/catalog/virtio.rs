@@ -41,6 +41,7 @@ pub(crate) struct Placed {
     pub(crate) counters: Vec<Arc<dyn CounterSet + Send + Sync>>,
     pub(crate) disks: Vec<BlkHandle>,
     pub(crate) cmdline: Vec<String>,
+    pub(crate) cmdline_without_acpi: Vec<String>,
     pub(crate) pci: Option<PciRoot>,
     pub(crate) sandbox: Option<&'static str>,
 }
@@ -94,6 +95,7 @@ impl VirtioDevices {
             counters,
             disks,
             cmdline,
+            cmdline_without_acpi: carried.cmdline_without_acpi,
             pci: carried.pci,
             sandbox: carried.sandbox,
         })

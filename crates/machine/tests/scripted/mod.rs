@@ -39,6 +39,18 @@ pub(crate) fn machine(
     mailbox: Mailbox,
     events: mpsc::Receiver<Event>,
 ) -> Result<Machine, BuildError> {
+    let same = |_: &mut VmConfig| ();
+    machine_with(dir, cpus, partition, (mailbox, events), same)
+}
+
+/// The same, of another description.
+pub(crate) fn machine_with(
+    dir: &TempDir,
+    cpus: u8,
+    partition: FakePartition,
+    (mailbox, events): (Mailbox, mpsc::Receiver<Event>),
+    change: impl FnOnce(&mut VmConfig),
+) -> Result<Machine, BuildError> {
     let kernel = dir.path().join("kernel");
     if !kernel.exists() {
         fs::write(&kernel, tiny_kernel(&[0xf4])).unwrap();
@@ -47,6 +59,7 @@ pub(crate) fn machine(
     config.machine_config.vcpu_count = cpus;
     config.machine_config.mem_size_mib = 64;
     config.boot_source.kernel_image_path = kernel;
+    change(&mut config);
     let valid = validate(&config).unwrap();
     let resources = HostResources::open(&valid).unwrap();
     let path = dir.path().join("console");

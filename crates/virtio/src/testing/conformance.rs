@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Access, Driver, Stage};
-use crate::{TransportStateV1, VirtioDevice, features, status};
+use crate::{RestoreError, SavedState, TransportStateV1, VirtioDevice, features, status};
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -12,6 +12,9 @@ const INDIRECT: u16 = 4;
 const NOTICE: Duration = Duration::from_secs(5);
 /// How long to watch that a device goes on in peace.
 const PEACE: Duration = Duration::from_millis(20);
+
+/// How many saved states with one byte changed are tried.
+const HOSTILE_STATES: u32 = 400;
 
 /// A device under test.
 pub trait Subject {
@@ -42,7 +45,7 @@ pub fn conformance(subject: &dyn Subject, carry: Carry<'_>) {
     run("works", &works);
     run("status walk", &status_walk);
     run("feature refusal", &feature_refusal);
-    run("ring features are optional", &ring_features_are_optional);
+    run("features are optional", &features_are_optional);
     run("reset in every status", &reset_in_every_status);
     run("queue set-up", &queue_set_up);
     run("bad queue addresses", &bad_queue_addresses);
@@ -50,6 +53,7 @@ pub fn conformance(subject: &dyn Subject, carry: Carry<'_>) {
     run("broken rings", &broken_rings);
     run("pause and resume", &pause_and_resume);
     run("save and restore", &save_and_restore);
+    run("hostile states", &hostile_states);
     run("configuration space", &configuration_space);
     run("reset storm", &reset_storm);
 }
@@ -143,23 +147,26 @@ fn feature_refusal(case: &Case<'_>) {
     });
 }
 
-fn ring_features_are_optional(case: &Case<'_>) {
+/// Section 2.2.2: any valid subset is accepted, and the device works by it.
+fn features_are_optional(case: &Case<'_>) {
     case.with_driver(|driver| {
         let offered = driver.access().device_features();
         assert_eq!(
             offered & features::OF_EVERY_DEVICE,
             features::OF_EVERY_DEVICE
         );
-        for without in [
-            features::EVENT_IDX,
-            features::INDIRECT_DESC,
-            features::OF_EVERY_DEVICE,
-        ] {
-            driver.start_with(offered & !without);
-            case.subject.exercise(driver);
+        driver.start_with(offered & !features::OF_EVERY_DEVICE);
+        case.subject.exercise(driver);
+        // Each of them alone, and all but that one.
+        for bit in (0..64)
+            .map(|bit| offered & 1 << bit)
+            .filter(|bit| *bit != 0)
+        {
+            for subset in [bit, offered & !bit] {
+                driver.start_with(subset);
+                case.subject.exercise(driver);
+            }
         }
-        driver.start_with(0);
-        driver.start_with(features::VERSION_1);
     });
 }
 
@@ -299,7 +306,7 @@ fn broken_rings(case: &Case<'_>) {
     let queue = case.subject.victim_queue();
     let end = Stage::RAM_BYTES;
     type Breaking = fn(&mut Driver, u16);
-    let breakings: [(&str, Breaking); 12] = [
+    let breakings: [(&str, Breaking); 15] = [
         ("a circle of one", |d, q| {
             let room = d.allocate(4096);
             d.write_descriptor(q, 0, room, 16, NEXT, 0);
@@ -320,6 +327,25 @@ fn broken_rings(case: &Case<'_>) {
             d.make_available(q, 0xffff);
         }),
         ("an index jump", |d, q| d.set_available_index(q, 0x8000)),
+        ("an index one too far", |d, q| {
+            let size = d.access().queue_max_size(q);
+            d.set_available_index(q, size + 1);
+        }),
+        ("an index that goes back", |d, q| {
+            d.set_available_index(q, 0xffff);
+        }),
+        ("a circle in an indirect table", |d, q| {
+            let room = d.allocate(4096);
+            let ram = d.ram().clone();
+            for (i, next) in [(0u64, 1u16), (1, 0)] {
+                ram.write(room + 16 * i, &room.to_le_bytes()).unwrap();
+                ram.write(room + 16 * i + 8, &1u32.to_le_bytes()).unwrap();
+                ram.write(room + 16 * i + 12, &NEXT.to_le_bytes()).unwrap();
+                ram.write(room + 16 * i + 14, &next.to_le_bytes()).unwrap();
+            }
+            d.write_descriptor(q, 0, room, 32, INDIRECT, 0);
+            d.make_available(q, 0);
+        }),
         ("what is read behind what is written", |d, q| {
             let room = d.allocate(4096);
             d.write_descriptor(q, 0, room, 16, NEXT | WRITE, 1);
@@ -408,10 +434,30 @@ fn broken_rings(case: &Case<'_>) {
     });
 }
 
+fn pause(driver: &mut Driver) {
+    driver.access().with_control(&mut |control| control.pause());
+}
+
+fn resume(driver: &mut Driver) {
+    driver
+        .access()
+        .with_control(&mut |control| control.resume());
+}
+
+fn save(access: &mut dyn Access) -> Option<SavedState> {
+    let mut saved = None;
+    access.with_control(&mut |control| saved = control.save());
+    saved
+}
+
+fn restore(access: &mut dyn Access, saved: &SavedState) -> Result<(), RestoreError> {
+    let mut result = Ok(());
+    access.with_control(&mut |control| result = control.restore(saved));
+    result
+}
+
 fn pause_and_resume(case: &Case<'_>) {
     case.with_driver(|driver| {
-        let pause = |driver: &mut Driver| driver.access().with_core(&mut |core| core.pause());
-        let resume = |driver: &mut Driver| driver.access().with_core(&mut |core| core.resume());
         pause(driver);
         resume(driver);
         driver.start();
@@ -432,68 +478,130 @@ fn pause_and_resume(case: &Case<'_>) {
     });
 }
 
+/// The whole transport: a driver goes on with another device as if nothing had happened.
 fn save_and_restore(case: &Case<'_>) {
     let stage = Stage::new();
-    let mut driver = Driver::new((case.carry)(&stage, case.subject.device()), stage.ram());
-    let save = |driver: &mut Driver| {
-        let mut saved: Option<TransportStateV1> = None;
-        driver.access().with_core(&mut |core| saved = core.save());
-        saved
-    };
-    let fresh = save(&mut driver).expect("a device that nobody has started can be saved");
+    let make = || (case.carry)(&stage, case.subject.device());
+    let mut driver = Driver::new(make(), stage.ram());
+    let fresh = save(driver.access()).expect("a device that nobody has started can be saved");
     driver.start();
     case.subject.exercise(&mut driver);
     assert_eq!(
-        save(&mut driver),
+        save(driver.access()),
         None,
         "a running device has no state to save"
     );
-    driver.access().with_core(&mut |core| core.pause());
-    let saved = save(&mut driver).unwrap();
-    // Into another device, on the same memory.
-    let mut twin = (case.carry)(&stage, case.subject.device());
-    twin.with_core(&mut |core| {
-        core.restore(&fresh).unwrap();
-        core.restore(&saved).unwrap();
+    for _ in 0..3 {
+        pause(&mut driver);
+        let saved = save(driver.access()).unwrap();
+        let mut twin = make();
+        restore(twin.as_mut(), &fresh).unwrap();
+        restore(twin.as_mut(), &saved).unwrap();
         assert_eq!(
-            core.save().as_ref(),
+            save(twin.as_mut()).as_ref(),
             Some(&saved),
             "what was restored is saved the same"
         );
-        core.resume();
-    });
-    driver.move_to(twin);
-    case.subject.exercise(&mut driver);
-    // States that cannot be.
-    driver.access().with_core(&mut |core| core.pause());
-    let mut spoilt = Vec::new();
-    for spoil in [
-        |s: &mut TransportStateV1| s.queues.clear(),
-        |s: &mut TransportStateV1| s.queues[0].size = 3,
-        |s: &mut TransportStateV1| s.queues[0].size = 0x8000,
-        |s: &mut TransportStateV1| s.driver_features = u64::MAX,
-        |s: &mut TransportStateV1| s.driver_features = 0,
-        |s: &mut TransportStateV1| s.device.kind = "something else".into(),
-    ] {
-        let mut state = saved.clone();
-        spoil(&mut state);
-        spoilt.push(state);
+        driver.move_to(twin);
+        resume(&mut driver);
+        case.subject.exercise(&mut driver);
     }
-    let mut other = (case.carry)(&stage, case.subject.device());
-    other.with_core(&mut |core| {
-        for state in &spoilt {
-            core.restore(state).unwrap_err();
+    assert_eq!(restore(driver.access(), &fresh), Err(RestoreError::Running));
+    // What a driver may write before features are agreed upon does not spoil its state.
+    driver.reset();
+    driver.access().set_driver_features(u64::MAX);
+    let odd = save(driver.access()).unwrap();
+    driver.move_to(make());
+    restore(driver.access(), &odd).unwrap();
+    resume(&mut driver);
+    driver.start();
+    case.subject.exercise(&mut driver);
+}
+
+/// A saved state comes from a file, and that from anybody.
+fn hostile_states(case: &Case<'_>) {
+    let stage = Stage::new();
+    let make = || (case.carry)(&stage, case.subject.device());
+    let mut driver = Driver::new(make(), stage.ram());
+    driver.start();
+    case.subject.exercise(&mut driver);
+    pause(&mut driver);
+    let mut core = None;
+    driver.access().with_core(&mut |c| core = c.save());
+    let core: TransportStateV1 = core.unwrap();
+    let spoils: [fn(&mut TransportStateV1); 12] = [
+        |s| s.queues.clear(),
+        |s| s.queues.push(s.queues[0]),
+        |s| s.queues[0].size = 0,
+        |s| s.queues[0].size = 3,
+        |s| s.queues[0].size = 0x8000,
+        |s| s.driver_features = u64::MAX,
+        |s| s.driver_features = 0,
+        |s| s.status = status::DRIVER_OK,
+        |s| s.status |= 0x10,
+        |s| s.status |= status::NEEDS_RESET,
+        |s| s.device.kind = "something else".into(),
+        |s| s.device.version += 1,
+    ];
+    let mut other = make();
+    other.with_core(&mut |other| {
+        for (i, spoil) in spoils.iter().enumerate() {
+            let mut state = core.clone();
+            spoil(&mut state);
+            assert!(other.restore(&state).is_err(), "spoilt state {i}");
         }
+        // Rings that are not in memory, or elsewhere than the positions say: the driver is told.
+        for spoil in [
+            |s: &mut TransportStateV1| s.queues[0].used_addr = Stage::RAM_BYTES,
+            |s: &mut TransportStateV1| s.queues[0].available_addr = u64::MAX - 1,
+            |s: &mut TransportStateV1| s.queues[0].descriptors_addr += 1,
+        ] {
+            let mut lost = core.clone();
+            spoil(&mut lost);
+            other.restore(&lost).unwrap();
+            other.resume();
+            assert_ne!(other.status() & status::NEEDS_RESET, 0);
+            other.reset();
+        }
+        let mut lost = core.clone();
+        lost.queues[0].next_avail = lost.queues[0].next_avail.wrapping_add(0x8000);
+        other.restore(&lost).unwrap();
+        other.resume();
+        let start = std::time::Instant::now();
+        while other.status() & status::NEEDS_RESET == 0 {
+            assert!(start.elapsed() < NOTICE, "a position far ahead is noticed");
+            std::thread::yield_now();
+        }
+        other.reset();
     });
-    // Rings that are not in memory: the driver is told.
-    let mut lost = saved.clone();
-    lost.queues[0].used_addr = Stage::RAM_BYTES;
-    other.with_core(&mut |core| {
-        core.restore(&lost).unwrap();
-        core.resume();
-        assert_ne!(core.status() & status::NEEDS_RESET, 0);
-        core.reset();
-    });
+    // The transport's own bytes, cut off, changed, of another kind or version.
+    let whole = save(driver.access()).unwrap();
+    let spoilt = |spoil: &dyn Fn(&mut SavedState)| {
+        let mut state = whole.clone();
+        spoil(&mut state);
+        restore(make().as_mut(), &state)
+    };
+    let e = spoilt(&|s| s.version += 1).unwrap_err();
+    assert!(matches!(e, RestoreError::Version { .. }), "{e}");
+    let e = spoilt(&|s| s.kind.push('x')).unwrap_err();
+    assert!(matches!(e, RestoreError::Kind { .. }), "{e}");
+    for len in (0..whole.bytes.len()).step_by(7) {
+        spoilt(&|s| s.bytes.truncate(len)).unwrap_err();
+    }
+    // Any byte changed: refused, or a device that can be started and reset.
+    let mut seed = 1u32;
+    for _ in 0..HOSTILE_STATES {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let at = (seed >> 8) as usize % whole.bytes.len();
+        let mut state = whole.clone();
+        // Mostly digits, so that the result is a number again.
+        state.bytes[at] = b"0123456789,0123456789"[seed as usize % 21];
+        let mut other = make();
+        if restore(other.as_mut(), &state).is_ok() {
+            other.with_control(&mut |control| control.resume());
+            other.with_core(&mut |core| core.reset());
+        }
+    }
 }
 
 /// Any width, any offset, within and beyond: no answer is a crash.

@@ -7,7 +7,7 @@ use alveole_event_loop::{Event, EventLoopError, Interest, Ops, Token, Worker};
 
 use crate::{
     BrokenRing, Chain, ConfigIrq, Identity, LiveQueue, Progress, QueueWorker, RestoreError,
-    SavedDevice, StartError, StartKit, VirtioDevice,
+    SavedState, StartError, StartKit, VirtioDevice,
 };
 
 /// Copies what it may read to what it may write, byte for byte, on any number of queues. Its configuration
@@ -52,6 +52,10 @@ impl VirtioDevice for Echo {
         }
     }
 
+    fn connect(&mut self, config_irq: ConfigIrq) {
+        self.config_irq = Some(config_irq);
+    }
+
     fn read_config(&self, at: u32, into: &mut [u8]) {
         let mut space = [0; 8];
         space[..4].copy_from_slice(&self.word.to_le_bytes());
@@ -78,7 +82,6 @@ impl VirtioDevice for Echo {
     }
 
     fn start(&mut self, kit: StartKit) -> Result<Vec<Box<dyn QueueWorker>>, StartError> {
-        self.config_irq = Some(kit.config_irq.clone());
         if self.one_worker {
             return Ok(vec![Box::new(EchoWorker(kit.queues))]);
         }
@@ -94,28 +97,17 @@ impl VirtioDevice for Echo {
             word,
             host_word: _,
             one_worker: _,
-            config_irq,
+            config_irq: _,
         } = self;
         *word = 0;
-        *config_irq = None;
     }
 
-    fn save(&self) -> SavedDevice {
-        SavedDevice {
-            kind: "echo".into(),
-            version: 1,
-            bytes: self.word.to_le_bytes().to_vec(),
-        }
+    fn save(&self) -> SavedState {
+        SavedState::pack("echo", 1, &self.word)
     }
 
-    fn restore(&mut self, saved: &SavedDevice) -> Result<(), RestoreError> {
-        if saved.kind != "echo" {
-            return Err(RestoreError::Kind {
-                wanted: "echo".into(),
-                found: saved.kind.clone(),
-            });
-        }
-        self.word = u32::from_le_bytes(saved.bytes[..4].try_into().unwrap());
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError> {
+        self.word = saved.unpack("echo", 1)?;
         Ok(())
     }
 }

@@ -20,7 +20,10 @@ pub use driver::{Buffer, Driver, Indirect, Used};
 pub use echo::Echo;
 pub use ring::FuzzRing;
 
-use crate::{Hosting, QueuePart, Signals, TransportCore, VirtioDevice, Wires};
+use crate::{
+    Hosting, QueuePart, RestoreError, SavedState, Signals, TransportControl, TransportCore,
+    VirtioDevice, Wires,
+};
 
 /// The registers of one device as a driver uses them, whatever the transport.
 pub trait Access: Send {
@@ -52,8 +55,10 @@ pub trait Access: Send {
     fn config_generation(&mut self) -> u32;
     /// The interrupts since the last call, acknowledged.
     fn take_interrupts(&mut self) -> Interrupts;
-    /// The core behind the registers, for what is not the driver's business (pause, save).
+    /// The core behind the registers, for what is not the driver's business.
     fn with_core(&mut self, act: &mut dyn FnMut(&mut TransportCore));
+    /// The owner's side of the transport: pause, save, restore.
+    fn with_control(&mut self, act: &mut dyn FnMut(&mut dyn TransportControl));
 }
 
 /// What a driver has been told.
@@ -164,6 +169,21 @@ struct Direct {
     told: Arc<Mutex<Interrupts>>,
 }
 
+impl TransportControl for Direct {
+    fn pause(&mut self) {
+        self.core.pause();
+    }
+    fn resume(&mut self) {
+        self.core.resume();
+    }
+    fn save(&self) -> Option<SavedState> {
+        Some(SavedState::pack("direct", 1, &self.core.save()?))
+    }
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError> {
+        self.core.restore(&saved.unpack("direct", 1)?)
+    }
+}
+
 impl Access for Direct {
     fn device_features(&mut self) -> u64 {
         (0..2).rev().fold(0, |all, select| {
@@ -229,5 +249,8 @@ impl Access for Direct {
     }
     fn with_core(&mut self, act: &mut dyn FnMut(&mut TransportCore)) {
         act(&mut self.core);
+    }
+    fn with_control(&mut self, act: &mut dyn FnMut(&mut dyn TransportControl)) {
+        act(self);
     }
 }

@@ -1,7 +1,28 @@
 //! The core's state, out and in.
 
 use crate::transport_core::{QueueSlot, TransportCore};
-use crate::{QueueStateV1, TransportStateV1, features, status};
+use crate::{QueueStateV1, SavedState, TransportStateV1, features, status};
+
+/// What the owner of a machine does with a device on its transport, whichever that is: the one way by which a
+/// device is stopped, saved, restored and started again behind its driver's back. The processors are paused.
+pub trait TransportControl: Send {
+    /// Stops all workers; the driver sees nothing of it.
+    fn pause(&mut self);
+
+    /// Starts what was paused or restored.
+    fn resume(&mut self);
+
+    /// Device, queues and registers, while paused or before the driver has started the device; else nothing.
+    fn save(&self) -> Option<SavedState>;
+
+    /// Takes a saved state over; [`Self::resume`] starts it. For a device that was just made, with the same
+    /// back end and in the same place.
+    ///
+    /// # Errors
+    /// The state is of another kind or version, or not one that this device can have here. The device is then
+    /// of no more use.
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError>;
+}
 
 /// Why a saved state was refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -85,7 +106,8 @@ impl TransportCore {
     /// Takes a saved state over; [`Self::resume`] starts it.
     ///
     /// # Errors
-    /// The state is not one that this device can have; nothing is changed but perhaps the device itself.
+    /// The state is not one that this device can have; nothing is changed but perhaps the device itself. Where
+    /// rings lie is not looked at: a driver may say anything there, and is told at the next start.
     pub fn restore(&mut self, saved: &TransportStateV1) -> Result<(), RestoreError> {
         if !self.running.is_empty() {
             return Err(RestoreError::Running);
@@ -112,6 +134,18 @@ impl TransportCore {
                 self.queues.len()
             )));
         }
+        let walk = status::ACKNOWLEDGE
+            | status::DRIVER
+            | status::DRIVER_OK
+            | status::FEATURES_OK
+            | status::FAILED;
+        if status & !walk != 0
+            || status & (status::DRIVER_OK | status::FEATURES_OK) == status::DRIVER_OK
+        {
+            return Err(invalid(format!(
+                "status {status:#x}, which no driver can walk to"
+            )));
+        }
         for (slot, saved) in self.queues.iter().zip(queues) {
             if !saved.size.is_power_of_two() || saved.size > slot.max_size {
                 return Err(invalid(format!(
@@ -120,18 +154,23 @@ impl TransportCore {
                 )));
             }
         }
-        let foreign = driver_features & !self.offered();
-        if foreign != 0 {
-            return Err(invalid(format!(
-                "features {foreign:#x} that the device does not have"
-            )));
-        }
-        if status & status::DRIVER_OK != 0 && driver_features & features::VERSION_1 == 0 {
-            return Err(invalid("a driver that runs without VERSION_1".into()));
+        // Before they are agreed upon, a driver may write any.
+        if status & status::FEATURES_OK != 0 {
+            let foreign = driver_features & !self.offered();
+            if foreign != 0 {
+                return Err(invalid(format!(
+                    "features {foreign:#x} that the device does not have"
+                )));
+            }
+            if driver_features & features::VERSION_1 == 0 {
+                return Err(invalid("features agreed upon without VERSION_1".into()));
+            }
         }
         self.device.restore(device)?;
-        self.status = *status & !status::NEEDS_RESET;
-        self.signals.restore(*config_generation, *needs_reset);
+        self.status = *status;
+        let driver_ok = status & status::DRIVER_OK != 0;
+        self.signals
+            .restore(*config_generation, *needs_reset, driver_ok);
         self.driver_features = *driver_features;
         self.device_feature_select = *device_feature_select;
         self.driver_feature_select = *driver_feature_select;
