@@ -6,7 +6,7 @@
 
 mod tiny_guest;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
@@ -14,6 +14,7 @@ use std::os::unix::net::UnixListener;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use alveole_block_store::{Format, OpenOptions, open, tools};
 use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use nix::sys::termios::{Termios, tcgetattr};
 use tiny_guest::code::{kernel_of_size, tiny_kernel};
@@ -1025,4 +1026,94 @@ fn disks_that_cannot_be_used_are_refused_by_name_and_cause() {
     );
     let both = ["\"d\" is given to two drives", "are both the root device"];
     bench.run_text(text.as_bytes()).assert(CONFIG, &both);
+}
+
+/// The description of a guest with one disk.
+fn with_drive(more: serde_json::Value) -> Vec<u8> {
+    let mut drive = serde_json::json!({"drive_id": "d", "is_root_device": false});
+    for (key, value) in more.as_object().unwrap() {
+        drive[key] = value.clone();
+    }
+    format!(
+        "{{\"drives\": [{drive}],{}",
+        boot("").strip_prefix('{').unwrap()
+    )
+    .into_bytes()
+}
+
+#[test]
+fn an_image_over_files_elsewhere_needs_a_word() {
+    let test = "an_image_over_files_elsewhere_needs_a_word";
+    let bench = Bench::new(&power_off());
+    let elsewhere = tempfile::tempdir().unwrap();
+    let base = elsewhere.path().join("base.raw");
+    tools::create_raw(&base, 1 << 20).unwrap();
+    tools::create_overlay(&bench.file("far.qcow2"), &base, Format::Raw).unwrap();
+    for more in [
+        serde_json::json!({"path_on_host": "far.qcow2"}),
+        serde_json::json!({"path_on_host": "far.qcow2", "backing": "beside"}),
+    ] {
+        let base = base.to_str().unwrap();
+        let words = ["far.qcow2", base, "outside of", "backing=anywhere"];
+        bench.run_text(&with_drive(more)).assert(CONFIG, &words);
+    }
+    // Said where it has no meaning, or wrongly.
+    File::create(bench.file("flat.img"))
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    let flat = serde_json::json!({"path_on_host": "flat.img", "backing": "anywhere"});
+    let words = ["\"d\" has \"backing\"", "laid over nothing", "remove it"];
+    bench.run_text(&with_drive(flat)).assert(CONFIG, &words);
+    let odd = serde_json::json!({"path_on_host": "far.qcow2", "backing": "/srv"});
+    let words = ["drives[0].backing", "\"beside\", \"anywhere\"", "\"/srv\""];
+    bench.run_text(&with_drive(odd)).assert(CONFIG, &words);
+    if no_kvm(test) {
+        return;
+    }
+    let trusted = serde_json::json!({"path_on_host": "far.qcow2", "backing": "anywhere"});
+    bench
+        .run_text(&with_drive(trusted))
+        .assert(0, &["powered off"]);
+}
+
+#[test]
+fn images_that_cannot_be_laid_over_their_base_say_why() {
+    let bench = Bench::new(&power_off());
+    let at = |name: &str| bench.file(name);
+    tools::create_raw(&at("base.raw"), 1 << 20).unwrap();
+    tools::create_overlay(&at("gone.qcow2"), &at("base.raw"), Format::Raw).unwrap();
+    std::fs::remove_file(at("base.raw")).unwrap();
+    // One that is laid over another, which then becomes the first.
+    tools::create_qcow2(&at("b.qcow2"), 1 << 20, 16).unwrap();
+    tools::create_overlay(&at("a.qcow2"), &at("b.qcow2"), Format::Qcow2).unwrap();
+    std::fs::rename(at("a.qcow2"), at("b.qcow2")).unwrap();
+    for (name, words) in [
+        ("gone.qcow2", ["base.raw", "there is no", "bring it back"]),
+        ("b.qcow2", ["b.qcow2", "a circle", "in this chain already"]),
+    ] {
+        let drive = serde_json::json!({"path_on_host": name});
+        bench.run_text(&with_drive(drive)).assert(CONFIG, &words);
+    }
+}
+
+#[test]
+fn an_image_in_use_is_refused_with_its_users_pid() {
+    let bench = Bench::new(&power_off());
+    tools::create_raw(&bench.file("disk.img"), 1 << 20).unwrap();
+    let held = open(&bench.file("disk.img"), &OpenOptions::default()).unwrap();
+    let pid = format!("process {} (", std::process::id());
+    for read_only in [false, true] {
+        let drive = serde_json::json!({"path_on_host": "disk.img", "is_read_only": read_only});
+        let words = ["cannot lock", "disk.img", &pid, "open to write"];
+        bench.run_text(&with_drive(drive)).assert(CONFIG, &words);
+    }
+    drop(held);
+    if no_kvm("an_image_in_use_is_refused_with_its_users_pid") {
+        return;
+    }
+    let drive = serde_json::json!({"path_on_host": "disk.img"});
+    bench
+        .run_text(&with_drive(drive))
+        .assert(0, &["powered off"]);
 }

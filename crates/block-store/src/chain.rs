@@ -317,7 +317,7 @@ impl Opening<'_> {
         let found = find_backing(image, &backing.path).map_err(refuse)?;
         if self.options.backing == Backing::BesideImage && !found.starts_with(&self.root) {
             return Err(refuse(format!(
-                "it is {}, outside of {}; allow that if you trust the image",
+                "it is {}, outside of {}; if you trust the image, allow that by backing=anywhere",
                 found.display(),
                 self.root.display()
             )));

@@ -249,7 +249,11 @@ fn overlays_are_made_at_once_and_never_over_something() {
     let e = open(&far, &options(Engine::Auto, Cache::Writeback))
         .err()
         .unwrap();
-    assert!(e.to_string().contains("outside of"), "{e}");
+    let told = e.to_string();
+    assert!(
+        told.contains("outside of") && told.contains("backing=anywhere"),
+        "{told}"
+    );
     let anywhere = OpenOptions {
         backing: Backing::Anywhere,
         ..options(Engine::Auto, Cache::Writeback)

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use alveole_vm_config::{CacheType, DiskFormat, Drive, IoEngine};
+use alveole_vm_config::{BackingPlace, CacheType, DiskFormat, Drive, IoEngine};
 
 const EXPECTED: &str = "write PATH[,ro][,data][,cache=writeback|direct|unsafe][,engine=io_uring|sync]\
-                        [,format=raw|qcow2][,queues=N][,id=NAME]";
+                        [,format=raw|qcow2][,backing=beside|anywhere][,queues=N][,id=NAME]";
 
 /// One disk as it was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +56,8 @@ impl Disk {
             Some(("engine", "sync")) => drive.io_engine = Some(IoEngine::Sync),
             Some(("format", "raw")) => drive.format = Some(DiskFormat::Raw),
             Some(("format", "qcow2")) => drive.format = Some(DiskFormat::Qcow2),
+            Some(("backing", "beside")) => drive.backing = Some(BackingPlace::Beside),
+            Some(("backing", "anywhere")) => drive.backing = Some(BackingPlace::Anywhere),
             Some(("queues", number)) => {
                 let queues = number.parse().ok().filter(|n| *n > 0);
                 let refusal = || format!("{number:?} is no number of queues; {EXPECTED}");
@@ -117,7 +119,8 @@ mod tests {
 
     #[test]
     fn every_option_counts() {
-        let drive = disk("x,ro,data,cache=direct,engine=sync,format=qcow2,queues=4,id=y");
+        let drive =
+            disk("x,ro,data,cache=direct,engine=sync,format=qcow2,backing=anywhere,queues=4,id=y");
         assert_eq!(
             drive,
             Drive {
@@ -127,10 +130,12 @@ mod tests {
                 cache_type: CacheType::Direct,
                 io_engine: Some(IoEngine::Sync),
                 format: Some(DiskFormat::Qcow2),
+                backing: Some(BackingPlace::Anywhere),
                 num_queues: Some(4),
                 ..Drive::default()
             }
         );
+        assert_eq!(disk("x,backing=beside").backing, Some(BackingPlace::Beside));
         let two: Vec<_> = drives(&["a".parse().unwrap(), "b".parse().unwrap()]);
         assert!(two[0].is_root_device && !two[1].is_root_device);
         assert_eq!(two[1].drive_id, "disk1");
@@ -145,6 +150,7 @@ mod tests {
             "x,cache=fast",
             "x,engine=aio",
             "x,format=vhd",
+            "x,backing=/etc",
             "x,queues=0",
             "x,queues=many",
             "x,id=",

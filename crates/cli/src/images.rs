@@ -68,7 +68,8 @@ struct Create {
 #[derive(Args)]
 #[command(after_help = "\
 The base must not be written any more: as a disk of a guest, give it as `--disk BASE,ro`. The overlay grows with \
-what its guest writes. Guests take a base only if it lies in the folder of the overlay or below it.")]
+what its guest writes. Guests take a base from the folder of the overlay or below it; one that lies elsewhere needs \
+`--disk OVERLAY,backing=anywhere`.")]
 struct Overlay {
     /// Image to lay it over
     base: PathBuf,
@@ -178,7 +179,7 @@ struct Convert {
 
 #[derive(Args)]
 struct Trust {
-    /// Allow bases outside of the folder of the image (guests do not)
+    /// Allow bases outside of the folder of the image (for guests that is `--disk PATH,backing=anywhere`)
     #[arg(long)]
     base_anywhere: bool,
 }
@@ -280,7 +281,7 @@ fn mend(error: ToolError) -> anyhow::Error {
         ToolError::Open(OpenError::Backing { image, backing, .. })
             if !lies_beside(&image.with_file_name(backing), image) =>
         {
-            " (--base-anywhere)"
+            " (here: --base-anywhere)"
         }
         _ => match cause(&error) {
             Some(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT) => {
@@ -340,8 +341,8 @@ fn overlay(args: &Overlay) -> anyhow::Result<String> {
     let format = format_of(base, args.base_format, "--base-format")?;
     if !args.trust.base_anywhere && !lies_beside(base, path) {
         bail!(
-            "cannot lay {} over {}: guests take a base only from the folder of the overlay or below it; make the \
-             overlay there, or say --base-anywhere for other programs",
+            "cannot lay {} over {}: guests take a base from the folder of the overlay or below it; make the overlay \
+             there, or say --base-anywhere here and backing=anywhere to guests",
             path.display(),
             base.display()
         );
@@ -523,7 +524,8 @@ fn info_text(path: &Path, info: &ImageInfo) -> String {
                 )),
                 Some(base) if !lies_beside(base, path) => lines.push((
                     "",
-                    "which guests do not take: it lies outside of this image's folder".into(),
+                    "outside of this image's folder: guests take it only with backing=anywhere"
+                        .into(),
                 )),
                 Some(_) => {}
             }

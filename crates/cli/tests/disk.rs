@@ -296,7 +296,7 @@ fn a_base_that_no_guest_would_get_is_refused() {
     );
     folder.done("overlay base.img guests/a.qcow2 --base-anywhere");
     let text = folder.done("info guests/a.qcow2");
-    assert!(text.contains("which guests do not take"), "{text}");
+    assert!(text.contains("only with backing=anywhere"), "{text}");
     for line in [
         "commit guests/a.qcow2",
         "resize guests/a.qcow2 +1G",

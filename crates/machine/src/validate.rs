@@ -85,6 +85,11 @@ pub enum Invalid {
     /// Two roots.
     #[error("drives {0:?} and {1:?} are both the root device: only one can be")]
     TwoRoots(String, String),
+    /// A raw image is laid over nothing.
+    #[error(
+        "drive {0:?} has \"backing\", and a raw image is laid over nothing: remove it, or set format to \"qcow2\""
+    )]
+    RawBacking(String),
     /// An impossible number of queues.
     #[error("drive {id:?} has num_queues {queues}: give it 1 to {MAX_QUEUES}")]
     Queues {

@@ -16,8 +16,8 @@ mod types;
 
 pub use error::{ConfigError, Problem, Problems};
 pub use types::{
-    BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages, IoEngine, LogLevel,
-    Logger, MachineConfig, Metrics, RateLimiter, Serial, TokenBucket, VmConfig,
+    BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages,
+    IoEngine, LogLevel, Logger, MachineConfig, Metrics, RateLimiter, Serial, TokenBucket, VmConfig,
 };
 
 /// The longest description that is read. A real one has a few kilobytes; a path given by mistake may

@@ -2,8 +2,8 @@
 
 use crate::object::{Leaf, Object, Value};
 use crate::types::{
-    BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages, IoEngine, LogLevel,
-    Logger, MachineConfig, Metrics, RateLimiter, Serial, TokenBucket, VmConfig,
+    BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages,
+    IoEngine, LogLevel, Logger, MachineConfig, Metrics, RateLimiter, Serial, TokenBucket, VmConfig,
 };
 
 pub(crate) fn vm_config(top: &mut Object<'_>) -> VmConfig {
@@ -148,6 +148,7 @@ fn drive(section: &mut Object<'_>) -> Drive {
         io_engine: section.optional("io_engine"),
         rate_limiter: section.section("rate_limiter", rate_limiter),
         format: section.optional("format"),
+        backing: section.optional("backing"),
         num_queues: section.optional("num_queues"),
     }
 }
@@ -196,6 +197,8 @@ words! { IoEngine, "one of \"Sync\", \"Async\"",
 "Sync" => IoEngine::Sync, "Async" => IoEngine::Async, }
 words! { DiskFormat, "one of \"raw\", \"qcow2\"",
 "raw" => DiskFormat::Raw, "qcow2" => DiskFormat::Qcow2, }
+words! { BackingPlace, "one of \"beside\", \"anywhere\"",
+"beside" => BackingPlace::Beside, "anywhere" => BackingPlace::Anywhere, }
 
 fn metrics(section: &mut Object<'_>) -> Metrics {
     let metrics = Metrics {

@@ -518,11 +518,14 @@ prop_compose! {
         io_engine in prop::sample::select(vec![None, Some(IoEngine::Sync), Some(IoEngine::Async)]),
         rate_limiter in prop::option::of(limiter()),
         format in prop::sample::select(vec![None, Some(DiskFormat::Raw), Some(DiskFormat::Qcow2)]),
+        backing in prop::sample::select(vec![
+            None, Some(BackingPlace::Beside), Some(BackingPlace::Anywhere),
+        ]),
         num_queues in any::<Option<u64>>(),
     ) -> Drive {
         Drive {
             drive_id, path_on_host, is_root_device, partuuid, is_read_only, cache_type, io_engine,
-            rate_limiter, format, num_queues,
+            rate_limiter, format, backing, num_queues,
         }
     }
 }

@@ -170,6 +170,9 @@ pub struct Drive {
     /// else raw.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<DiskFormat>,
+    /// Where the files that an image is laid over may lie (not a field of Firecracker's); none: beside it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing: Option<BackingPlace>,
     /// Number of queues (not a field of Firecracker's); none: one for each vCPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub num_queues: Option<u64>,
@@ -204,6 +207,16 @@ pub enum DiskFormat {
     Raw,
     /// QEMU's copy-on-write format.
     Qcow2,
+}
+
+/// Where the files that an image is laid over may lie: what it names was chosen by whoever made it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackingPlace {
+    /// In the folder of the image, or below it.
+    Beside,
+    /// Anywhere: for images that are trusted.
+    Anywhere,
 }
 
 /// Bounds on bytes and operations; an absent one does not bound.

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use alveole_block_store::{Cache, Engine, Format, OpenOptions};
+use alveole_block_store::{Backing, Cache, Engine, Format, OpenOptions};
 use alveole_rate_limiter::{Bucket, Limits};
 use alveole_vm_config::{
-    CacheType, DiskFormat, Drive, IoEngine, RateLimiter, TokenBucket, VmConfig,
+    BackingPlace, CacheType, DiskFormat, Drive, IoEngine, RateLimiter, TokenBucket, VmConfig,
 };
 
 use crate::validate::{Invalid, MAX_CPUS};
@@ -71,6 +71,9 @@ fn check(index: usize, drive: &Drive, earlier: &[Drive], broken: &mut Vec<Invali
     if drive.path_on_host.as_os_str().is_empty() {
         broken.push(Invalid::NoDrivePath(id.clone()));
     }
+    if drive.backing.is_some() && format(drive) == Format::Raw {
+        broken.push(Invalid::RawBacking(id.clone()));
+    }
     if let Some(queues) = drive.num_queues
         && !(1..=MAX_QUEUES).contains(&queues)
     {
@@ -104,10 +107,10 @@ fn of(drive: &Drive, cpus: u8) -> ValidDrive {
         id: drive.drive_id.clone(),
         path: drive.path_on_host.clone(),
         open: OpenOptions {
-            format: match drive.format {
-                Some(DiskFormat::Raw) => Format::Raw,
-                Some(DiskFormat::Qcow2) => Format::Qcow2,
-                None => Format::by_name(&drive.path_on_host),
+            format: format(drive),
+            backing: match drive.backing {
+                None | Some(BackingPlace::Beside) => Backing::BesideImage,
+                Some(BackingPlace::Anywhere) => Backing::Anywhere,
             },
             read_only: drive.is_read_only,
             cache: match drive.cache_type {
@@ -127,6 +130,14 @@ fn of(drive: &Drive, cpus: u8) -> ValidDrive {
         root: drive
             .is_root_device
             .then(|| format!("root={device} {mode}")),
+    }
+}
+
+fn format(drive: &Drive) -> Format {
+    match drive.format {
+        Some(DiskFormat::Raw) => Format::Raw,
+        Some(DiskFormat::Qcow2) => Format::Qcow2,
+        None => Format::by_name(&drive.path_on_host),
     }
 }
 
@@ -175,6 +186,10 @@ mod tests {
             partuuid: Some(partuuid.into()),
             ..drive(id)
         };
+        let raw = Drive {
+            backing: Some(BackingPlace::Anywhere),
+            ..drive("flat")
+        };
         let nothing = Drive::default();
         let drives = vec![
             drive("a"),
@@ -182,6 +197,7 @@ mod tests {
             odd,
             root("r", "x y"),
             root("s", "1-2"),
+            raw,
             nothing,
         ];
         let broken = validate_all(&config(drives)).unwrap_err();
@@ -192,12 +208,13 @@ mod tests {
             "num_queues 65: give it 1 to 64",
             "partuuid \"x y\"",
             "\"r\" and \"s\" are both the root",
-            "drives[5].drive_id is empty",
+            "\"flat\" has \"backing\", and a raw image is laid over nothing",
+            "drives[6].drive_id is empty",
             "empty path_on_host",
         ]) {
             assert!(line.contains(part), "{line} / {part}");
         }
-        assert_eq!(told.len(), 7, "{told:#?}");
+        assert_eq!(told.len(), 8, "{told:#?}");
         let many = (0..=MAX_DRIVES).map(|i| drive(&i.to_string())).collect();
         let broken = validate_all(&config(many)).unwrap_err();
         assert_eq!(broken, [Invalid::TooManyDrives(MAX_DRIVES + 1)]);
@@ -218,6 +235,26 @@ mod tests {
             (valid.drives[0].queues, valid.drives[1].root.as_ref()),
             (3, None)
         );
+    }
+
+    #[test]
+    fn bases_lie_beside_their_image_unless_it_is_said() {
+        for (said, backing) in [
+            (None, Backing::BesideImage),
+            (Some(BackingPlace::Beside), Backing::BesideImage),
+            (Some(BackingPlace::Anywhere), Backing::Anywhere),
+        ] {
+            let mut image = Drive {
+                path_on_host: "a.qcow2".into(),
+                backing: said,
+                ..drive("d")
+            };
+            let valid = validate_all(&config(vec![image.clone()])).unwrap();
+            assert_eq!(valid.drives[0].open.backing, backing);
+            // By its name it is an image, and it is said to be none.
+            image.format = Some(DiskFormat::Raw);
+            assert_eq!(validate_all(&config(vec![image])).is_err(), said.is_some());
+        }
     }
 
     #[test]
