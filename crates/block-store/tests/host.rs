@@ -368,6 +368,51 @@ fn the_descriptor_tells_of_every_completion() {
     }
 }
 
+#[test]
+fn a_write_that_comes_alone_is_done_when_it_is_kicked() {
+    let folder = folder();
+    let path = file(folder.path(), "disk", 1 << 20);
+    for engine in engines() {
+        let store = open(&path, &with(engine)).unwrap();
+        let ram = ram();
+        let mut queue = queue(&store);
+        let mut done = Vec::new();
+        for round in 1..100_u8 {
+            let mut buffers = GuestBuffers::new(&ram);
+            buffers.push(0, 4096).unwrap();
+            buffers.copy_from(0, &[round; 4096]);
+            queue.submit(Request {
+                tag: round.into(),
+                operation: WRITE,
+                offset: u64::from(round) * 8192,
+                len: 4096,
+                buffers,
+            });
+            assert_eq!(queue.in_flight(), 1);
+            queue.kick(&mut done);
+            // No worker of the kernel had it: nobody has to wait for one.
+            assert_eq!((done.len(), queue.in_flight()), (1, 0), "{engine:?}");
+            done.remove(0).result.unwrap();
+            let at = usize::from(round) * 8192;
+            assert!(fs::read(&path).unwrap()[at..at + 4096] == [round; 4096]);
+        }
+        // Stopping a device kicks what was not.
+        let mut buffers = GuestBuffers::new(&ram);
+        buffers.push(0, 512).unwrap();
+        buffers.copy_from(0, &[0xee; 512]);
+        queue.submit(Request {
+            tag: 0,
+            operation: WRITE,
+            offset: 0,
+            len: 512,
+            buffers,
+        });
+        queue.drain(&mut done);
+        assert_eq!(done.len(), 1);
+        assert_eq!(fs::read(&path).unwrap()[..512], [0xee; 512]);
+    }
+}
+
 /// A second process that holds a lock until it is dropped.
 struct Holder(Child);
 
