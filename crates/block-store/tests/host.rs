@@ -417,7 +417,8 @@ fn a_write_that_comes_alone_is_done_when_it_is_kicked() {
 struct Holder(Child);
 
 impl Holder {
-    /// Runs `program` and waits until it has locked bytes 100 to `last`.
+    /// Runs `program` and waits until it has locked bytes 100 to `last`, for some time on end: QEMU takes, drops and takes
+    /// them again while it opens an image.
     fn new(program: &mut Command, last: u64) -> Option<Self> {
         let child = program
             .stdin(Stdio::null())
@@ -426,12 +427,14 @@ impl Holder {
             .spawn()
             .ok()?;
         let folder = format!("/proc/{}/fdinfo", child.id());
+        let mut seen = 0;
         for _ in 0..1000 {
             let locked = fs::read_dir(&folder)
                 .unwrap()
                 .filter_map(|entry| fs::read_to_string(entry.unwrap().path()).ok())
                 .any(|text| text.contains(&format!(" 100 {last}\n")));
-            if locked {
+            seen = if locked { seen + 1 } else { 0 };
+            if seen == 20 {
                 break;
             }
             thread::sleep(Duration::from_millis(5));
