@@ -1029,7 +1029,7 @@ fn disks_that_cannot_be_used_are_refused_by_name_and_cause() {
 }
 
 /// The description of a guest with one disk.
-fn with_drive(more: serde_json::Value) -> Vec<u8> {
+fn with_drive(more: &serde_json::Value) -> Vec<u8> {
     let mut drive = serde_json::json!({"drive_id": "d", "is_root_device": false});
     for (key, value) in more.as_object().unwrap() {
         drive[key] = value.clone();
@@ -1055,7 +1055,7 @@ fn an_image_over_files_elsewhere_needs_a_word() {
     ] {
         let base = base.to_str().unwrap();
         let words = ["far.qcow2", base, "outside of", "backing=anywhere"];
-        bench.run_text(&with_drive(more)).assert(CONFIG, &words);
+        bench.run_text(&with_drive(&more)).assert(CONFIG, &words);
     }
     // Said where it has no meaning, or wrongly.
     File::create(bench.file("flat.img"))
@@ -1064,16 +1064,16 @@ fn an_image_over_files_elsewhere_needs_a_word() {
         .unwrap();
     let flat = serde_json::json!({"path_on_host": "flat.img", "backing": "anywhere"});
     let words = ["\"d\" has \"backing\"", "laid over nothing", "remove it"];
-    bench.run_text(&with_drive(flat)).assert(CONFIG, &words);
+    bench.run_text(&with_drive(&flat)).assert(CONFIG, &words);
     let odd = serde_json::json!({"path_on_host": "far.qcow2", "backing": "/srv"});
     let words = ["drives[0].backing", "\"beside\", \"anywhere\"", "\"/srv\""];
-    bench.run_text(&with_drive(odd)).assert(CONFIG, &words);
+    bench.run_text(&with_drive(&odd)).assert(CONFIG, &words);
     if no_kvm(test) {
         return;
     }
     let trusted = serde_json::json!({"path_on_host": "far.qcow2", "backing": "anywhere"});
     bench
-        .run_text(&with_drive(trusted))
+        .run_text(&with_drive(&trusted))
         .assert(0, &["powered off"]);
 }
 
@@ -1093,7 +1093,7 @@ fn images_that_cannot_be_laid_over_their_base_say_why() {
         ("b.qcow2", ["b.qcow2", "a circle", "in this chain already"]),
     ] {
         let drive = serde_json::json!({"path_on_host": name});
-        bench.run_text(&with_drive(drive)).assert(CONFIG, &words);
+        bench.run_text(&with_drive(&drive)).assert(CONFIG, &words);
     }
 }
 
@@ -1106,7 +1106,7 @@ fn an_image_in_use_is_refused_with_its_users_pid() {
     for read_only in [false, true] {
         let drive = serde_json::json!({"path_on_host": "disk.img", "is_read_only": read_only});
         let words = ["cannot lock", "disk.img", &pid, "open to write"];
-        bench.run_text(&with_drive(drive)).assert(CONFIG, &words);
+        bench.run_text(&with_drive(&drive)).assert(CONFIG, &words);
     }
     drop(held);
     if no_kvm("an_image_in_use_is_refused_with_its_users_pid") {
@@ -1114,6 +1114,6 @@ fn an_image_in_use_is_refused_with_its_users_pid() {
     }
     let drive = serde_json::json!({"path_on_host": "disk.img"});
     bench
-        .run_text(&with_drive(drive))
+        .run_text(&with_drive(&drive))
         .assert(0, &["powered off"]);
 }

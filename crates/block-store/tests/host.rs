@@ -8,7 +8,7 @@ mod support;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -19,35 +19,11 @@ use alveole_block_store::{
     io_uring_available, open,
 };
 use alveole_guest_memory::GuestBuffers;
-use support::{Rig, file, folder, one, one_of, pattern, ram, skip};
+use support::{
+    Loop, Mount, Rig, engines, file, folder, one, one_of, pattern, queue, ram, reader, skip, with,
+};
 
 const WRITE: Operation = Operation::Write { durable: false };
-
-fn engines() -> Vec<Engine> {
-    if let Err(reason) = io_uring_available() {
-        skip("the engine io_uring in tests/host.rs", &reason);
-        return vec![Engine::Sync];
-    }
-    vec![Engine::Sync, Engine::IoUring]
-}
-
-fn with(engine: Engine) -> OpenOptions {
-    OpenOptions {
-        engine,
-        ..OpenOptions::default()
-    }
-}
-
-fn reader() -> OpenOptions {
-    OpenOptions {
-        read_only: true,
-        ..OpenOptions::default()
-    }
-}
-
-fn queue(store: &Arc<dyn BlockStore>) -> Box<dyn StoreQueue> {
-    store.open_queues(1, 8).unwrap().remove(0)
-}
 
 fn refusal(path: &Path, options: &OpenOptions) -> String {
     open(path, options).err().unwrap().to_string()
@@ -86,13 +62,22 @@ fn a_file_without_the_right_to_write_can_be_read() {
     let folder = folder();
     let path = file(folder.path(), "iso", 4096);
     fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
+    let mut path = path;
+    let mut mounted = None;
     if File::options().write(true).open(&path).is_ok() {
-        let reason = "this user may write to anything";
-        skip("a_file_without_the_right_to_write_can_be_read", reason);
-    } else {
-        let told = refusal(&path, &OpenOptions::default());
-        assert!(told.contains("use it read-only"), "{told}");
+        // Root may write to anything, but not to a file system that is mounted for reading.
+        let place = folder.path().join("mounted");
+        fs::create_dir(&place).unwrap();
+        mounted = Mount::tmpfs(&place, "size=1m");
+        path = file(&place, "iso", 4096);
+        let only_read = Command::new("mount")
+            .args(["-o", "remount,ro"])
+            .arg(&place)
+            .status();
+        assert!(only_read.unwrap().success(), "root could not mount");
     }
+    let told = refusal(&path, &OpenOptions::default());
+    assert!(told.contains("use it read-only"), "{told}");
     let store = open(&path, &reader()).unwrap();
     let ram = ram();
     let mut buffers = GuestBuffers::new(&ram);
@@ -101,6 +86,7 @@ fn a_file_without_the_right_to_write_can_be_read() {
     let e = one(&mut *queue, WRITE, 0, buffers.part(0, 512)).unwrap_err();
     assert_eq!(e.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
     one(&mut *queue, Operation::Read, 0, buffers).unwrap();
+    drop((queue, store, mounted));
 }
 
 #[test]
@@ -178,13 +164,43 @@ fn a_file_that_shrinks_gives_errors_and_no_zeroes() {
     }
 }
 
-/// Something mounted, taken away at the end.
-struct Mount(PathBuf);
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        // At its ease: the kernel takes rings down at its own.
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+#[test]
+fn what_was_cut_off_is_zeroes_once_a_write_has_made_the_file_longer() {
+    for engine in engines() {
+        let folder = folder();
+        let path = file(folder.path(), "disk", 1 << 20);
+        let before = fs::read(&path).unwrap();
+        let store = open(&path, &with(engine)).unwrap();
+        let ram = ram();
+        let mut queue = queue(&store);
+        let cut = |len| {
+            File::options()
+                .write(true)
+                .open(&path)
+                .unwrap()
+                .set_len(len)
+        };
+        let buffers = || {
+            let mut buffers = GuestBuffers::new(&ram);
+            buffers.push(0, 4096).unwrap();
+            buffers
+        };
+        cut(256 << 10).unwrap();
+        one(&mut *queue, Operation::Read, 512 << 10, buffers()).unwrap_err();
+        let written = buffers();
+        written.copy_from(0, &[9; 4096]);
+        one(&mut *queue, WRITE, 768 << 10, written).unwrap();
+        // As far as that write everything is there again, and behind it nothing.
+        one(&mut *queue, Operation::Read, 900 << 10, buffers()).unwrap_err();
+        one(&mut *queue, Operation::Read, 512 << 10, buffers()).unwrap();
+        one(&mut *queue, Operation::Flush, 0, GuestBuffers::new(&ram)).unwrap();
+        let after = fs::read(&path).unwrap();
+        assert_eq!(after.len(), (768 << 10) + 4096);
+        assert!(after[..256 << 10] == before[..256 << 10]);
+        assert!(after[256 << 10..768 << 10].iter().all(|b| *b == 0));
+        assert!(after[768 << 10..].iter().all(|b| *b == 9));
+        // A new look tells the guest's device the size that is left.
+        assert_eq!(store.refresh().unwrap().size_bytes, (768 << 10) + 4096);
     }
 }
 
@@ -192,15 +208,10 @@ impl Drop for Mount {
 fn a_full_disk_is_an_error_until_there_is_room_again() {
     let test = "a_full_disk_is_an_error_until_there_is_room_again";
     let folder = folder();
-    let mounted = Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=2m", "none"])
-        .arg(folder.path())
-        .output();
-    if !mounted.is_ok_and(|o| o.status.success()) {
+    let Some(mount) = Mount::tmpfs(folder.path(), "size=2m") else {
         skip(test, "this user may not mount");
         return;
-    }
-    let mount = Mount(folder.path().to_owned());
+    };
     for engine in engines() {
         let path = mount.0.join("disk");
         fs::remove_file(&path).ok();
@@ -357,11 +368,57 @@ fn the_descriptor_tells_of_every_completion() {
     }
 }
 
+#[test]
+fn a_write_that_comes_alone_is_done_when_it_is_kicked() {
+    let folder = folder();
+    let path = file(folder.path(), "disk", 1 << 20);
+    for engine in engines() {
+        let store = open(&path, &with(engine)).unwrap();
+        let ram = ram();
+        let mut queue = queue(&store);
+        let mut done = Vec::new();
+        for round in 1..100_u8 {
+            let mut buffers = GuestBuffers::new(&ram);
+            buffers.push(0, 4096).unwrap();
+            buffers.copy_from(0, &[round; 4096]);
+            queue.submit(Request {
+                tag: round.into(),
+                operation: WRITE,
+                offset: u64::from(round) * 8192,
+                len: 4096,
+                buffers,
+            });
+            assert_eq!(queue.in_flight(), 1);
+            queue.kick(&mut done);
+            // No worker of the kernel had it: nobody has to wait for one.
+            assert_eq!((done.len(), queue.in_flight()), (1, 0), "{engine:?}");
+            done.remove(0).result.unwrap();
+            let at = usize::from(round) * 8192;
+            assert!(fs::read(&path).unwrap()[at..at + 4096] == [round; 4096]);
+        }
+        // Stopping a device kicks what was not.
+        let mut buffers = GuestBuffers::new(&ram);
+        buffers.push(0, 512).unwrap();
+        buffers.copy_from(0, &[0xee; 512]);
+        queue.submit(Request {
+            tag: 0,
+            operation: WRITE,
+            offset: 0,
+            len: 512,
+            buffers,
+        });
+        queue.drain(&mut done);
+        assert_eq!(done.len(), 1);
+        assert_eq!(fs::read(&path).unwrap()[..512], [0xee; 512]);
+    }
+}
+
 /// A second process that holds a lock until it is dropped.
 struct Holder(Child);
 
 impl Holder {
-    /// Runs `program` and waits until it has locked bytes 100 to `last`.
+    /// Runs `program` and waits until it has locked bytes 100 to `last`, for some time on end: QEMU takes, drops and takes
+    /// them again while it opens an image.
     fn new(program: &mut Command, last: u64) -> Option<Self> {
         let child = program
             .stdin(Stdio::null())
@@ -370,12 +427,14 @@ impl Holder {
             .spawn()
             .ok()?;
         let folder = format!("/proc/{}/fdinfo", child.id());
+        let mut seen = 0;
         for _ in 0..1000 {
             let locked = fs::read_dir(&folder)
                 .unwrap()
                 .filter_map(|entry| fs::read_to_string(entry.unwrap().path()).ok())
                 .any(|text| text.contains(&format!(" 100 {last}\n")));
-            if locked {
+            seen = if locked { seen + 1 } else { 0 };
+            if seen == 20 {
                 break;
             }
             thread::sleep(Duration::from_millis(5));
@@ -536,32 +595,6 @@ fn qemu_and_we_keep_each_other_off() {
     };
     let _ours = open(&image, &read_only).unwrap();
     assert!(run("qemu-img", &info));
-}
-
-/// A loop device over a file, taken away at the end.
-struct Loop(PathBuf);
-
-impl Loop {
-    fn new(over: &Path, options: &[&str]) -> Result<Self, String> {
-        let output = Command::new("losetup")
-            .args(["--show", "-f"])
-            .args(options)
-            .arg(over)
-            .output()
-            .map_err(|e| format!("no losetup: {e}"))?;
-        if !output.status.success() {
-            return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
-        }
-        Ok(Self(
-            String::from_utf8(output.stdout).unwrap().trim().into(),
-        ))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
-    }
 }
 
 /// One thread writes whole blocks, another their first halves: the second halves must be the whole blocks'.

@@ -229,9 +229,7 @@ fn overlays_are_made_at_once_and_never_over_something() {
     let folder = folder();
     let base = file(folder.path(), "base", SIZE);
     let image = folder.path().join("o.qcow2");
-    let start = std::time::Instant::now();
     create_overlay(&image, &base, Format::Raw).unwrap();
-    eprintln!("an overlay was made in {:?}", start.elapsed());
     let again = create_overlay(&image, &base, Format::Raw).unwrap_err();
     assert!(matches!(again, ToolError::Exists { .. }), "{again}");
     let told = info(&image, Format::Qcow2).unwrap();
@@ -305,6 +303,141 @@ fn commit_writes_into_the_base_and_resize_grows() {
         let mut rig = Rig::new(open(&base, &only).unwrap(), 1, 4, model);
         assert!(rig.read_all() == rig.model);
     }
+}
+
+/// Writes patterns from cluster to cluster until the host has no more room; says how many fitted.
+fn fill(rig: &mut Rig) -> u64 {
+    let mut buffers = alveole_guest_memory::GuestBuffers::new(&rig.ram);
+    buffers.push(0, 64 << 10).unwrap();
+    for n in 0..rig.model.len() as u64 >> 16 {
+        let bytes = pattern(64 << 10, n + 2);
+        buffers.copy_from(0, &bytes);
+        let part = buffers.part(0, 64 << 10);
+        let write = Operation::Write { durable: false };
+        match support::one(&mut *rig.queues[0], write, n << 16, part) {
+            Ok(_) => rig.model[(n << 16) as usize..][..64 << 10].copy_from_slice(&bytes),
+            Err(e) => {
+                assert_eq!(e.raw_os_error(), Some(28), "ENOSPC, and not {e}");
+                return n;
+            }
+        }
+    }
+    panic!("all of the disk fitted into a smaller one");
+}
+
+#[test]
+fn a_full_host_is_an_error_until_there_is_room_again() {
+    let test = "a_full_host_is_an_error_until_there_is_room_again";
+    for engine in support::engines() {
+        for cache in [Cache::Writeback, Cache::Unsafe] {
+            let folder = folder();
+            let Some(mount) = support::Mount::tmpfs(folder.path(), "size=4m") else {
+                skip(test, "this user may not mount");
+                return;
+            };
+            let at = |name: &str| mount.0.join(name);
+            file(&mount.0, "base.raw", SIZE);
+            create_overlay(&at("o.qcow2"), &at("base.raw"), Format::Raw).unwrap();
+            resize(
+                &at("o.qcow2"),
+                Format::Qcow2,
+                8 * SIZE as u64,
+                false,
+                Backing::BesideImage,
+            )
+            .unwrap();
+            file(&mount.0, "filler", SIZE);
+            let mut model = fs::read(at("base.raw")).unwrap();
+            model.resize(8 * SIZE, 0);
+            let store = open(&at("o.qcow2"), &options(engine, cache)).unwrap();
+            let mut rig = Rig::new(store, 1, 8, model);
+            let fitted = fill(&mut rig);
+            assert!((8..64).contains(&fitted), "{fitted} clusters fitted");
+            // What was there is still there, and what failed is what it was.
+            assert!(rig.read_all() == rig.model, "{engine:?} {cache:?}");
+            // It fails again, and again, and harms nothing.
+            assert_eq!(fill(&mut rig), fitted);
+            fs::remove_file(at("filler")).unwrap();
+            assert!(fill(&mut rig) > fitted, "room was not taken up again");
+            assert!(rig.read_all() == rig.model, "{engine:?} {cache:?}");
+            let flush = alveole_guest_memory::GuestBuffers::new(&rig.ram);
+            support::one(&mut *rig.queues[0], Operation::Flush, 0, flush).unwrap();
+            let expected = std::mem::take(&mut rig.model);
+            drop(rig);
+            let report = check(&at("o.qcow2"), Repair::No).unwrap();
+            assert_eq!(report.corruptions, 0, "{report:?}");
+            let store = open(
+                &at("o.qcow2"),
+                &OpenOptions {
+                    read_only: true,
+                    ..options(engine, cache)
+                },
+            )
+            .unwrap();
+            let mut rig = Rig::new(store, 1, 8, expected);
+            assert!(rig.read_all() == rig.model, "{engine:?} {cache:?}");
+            drop(rig);
+            qemu_img(test, &["check", "-q", at("o.qcow2").to_str().unwrap()]);
+        }
+    }
+}
+
+#[test]
+fn an_image_that_is_cut_gives_errors_and_no_panic() {
+    for engine in support::engines() {
+        let folder = folder();
+        let base = file(folder.path(), "base.raw", SIZE);
+        let image = folder.path().join("o.qcow2");
+        create_overlay(&image, &base, Format::Raw).unwrap();
+        let model = fs::read(&base).unwrap();
+        let store = open(&image, &options(engine, Cache::Writeback)).unwrap();
+        let mut rig = Rig::new(store, 1, 4, model);
+        for n in 0..8 {
+            let write = Operation::Write { durable: false };
+            rig.submit(0, write, n << 16, 64 << 10, 0);
+        }
+        rig.settle();
+        let cut = |path: &Path, len| {
+            let file = fs::File::options().write(true).open(path).unwrap();
+            file.set_len(len).unwrap();
+        };
+        // The last cluster's second half, and the second half of the base.
+        let len = fs::metadata(&image).unwrap().len();
+        cut(&image, 8 * (64 << 10));
+        cut(&base, SIZE as u64 / 2);
+        assert!(len > 8 * (64 << 10));
+        let read = |rig: &mut Rig, at: u64| {
+            let mut buffers = alveole_guest_memory::GuestBuffers::new(&rig.ram);
+            buffers.push(0, 4096).unwrap();
+            support::one(&mut *rig.queues[0], Operation::Read, at, buffers)
+        };
+        read(&mut rig, 7 << 16).unwrap_err();
+        read(&mut rig, SIZE as u64 - 4096).unwrap_err();
+        read(&mut rig, 0).unwrap();
+        // Copying what is under a new cluster meets the cut, too.
+        let mut buffers = alveole_guest_memory::GuestBuffers::new(&rig.ram);
+        buffers.push(0, 512).unwrap();
+        let write = Operation::Write { durable: false };
+        support::one(&mut *rig.queues[0], write, SIZE as u64 - 512, buffers).unwrap_err();
+    }
+}
+
+#[test]
+fn an_overlay_takes_less_than_a_millisecond() {
+    let folder = folder();
+    let base = folder.path().join("base.raw");
+    create_raw(&base, 64 << 30).unwrap();
+    // The best of many: a busy machine makes any of them slow, not all.
+    let image = folder.path().join("o.qcow2");
+    let best = (0..100).map(|_| {
+        let _ = fs::remove_file(&image);
+        let start = std::time::Instant::now();
+        create_overlay(&image, &base, Format::Raw).unwrap();
+        start.elapsed()
+    });
+    let best = best.min().unwrap();
+    assert!(best < std::time::Duration::from_millis(1), "{best:?}");
+    assert!(info(&image, Format::Qcow2).unwrap().used_bytes < 256 << 10);
 }
 
 #[test]

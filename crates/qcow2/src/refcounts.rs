@@ -252,17 +252,73 @@ impl Refcounts {
             return Ok(());
         }
         let place = space.take(file, self.geometry, 1)?;
+        let empty = vec![0; self.geometry.cluster_len()];
+        if let Err(e) = self.insert(file, block, empty, true) {
+            space.end = place;
+            return Err(e);
+        }
         if let Some(entry) = self.table.get_mut(index(block)) {
             *entry = self.geometry.offset(place);
         }
         self.new_entries.insert(block);
-        let empty = vec![0; self.geometry.cluster_len()];
-        self.insert(file, block, empty, true)?;
-        self.set(file, space, place, 1)
+        let counted = self.set(file, space, place, 1);
+        if counted.is_err() {
+            // A block that nobody counts would be given out as a cluster for data.
+            self.forget_block(block);
+        }
+        counted
     }
 
-    /// Makes a larger table, and leaves the old one behind.
+    /// Takes a block back that is not in the file yet.
+    fn forget_block(&mut self, block: u64) {
+        if let Some(entry) = self.table.get_mut(index(block)) {
+            *entry = 0;
+        }
+        self.new_entries.remove(&block);
+        self.blocks.remove(&block);
+    }
+
+    /// Makes a larger table, and leaves the old one behind. If that fails, the old one is as it was.
     fn grow(
+        &mut self,
+        file: &dyn ImageFile,
+        space: &mut Space,
+        block: u64,
+    ) -> Result<(), ImageError> {
+        let (len, end) = (self.table.len(), space.end);
+        let grown = self.larger_table(file, space, block);
+        let old = wide(len);
+        if grown.is_err() && self.table_clusters < self.clusters_of_table() {
+            // All that was taken since was for this, and nothing in the file points there yet.
+            let start = self.geometry.offset(end);
+            let entries = self.table.iter().zip(0_u64..);
+            let made = entries.filter(|(entry, number)| **entry >= start || *number >= old);
+            let made: Vec<u64> = made.map(|(_, number)| number).collect();
+            for number in made {
+                self.forget_block(number);
+            }
+            self.table.truncate(len);
+            for cluster in end..space.end {
+                if matches!(self.get(file, space.len, cluster), Ok(1)) {
+                    let _ = self.set(file, space, cluster, 0);
+                }
+            }
+            // What was written there is no longer zero. If it cannot be cut off, it is free, and not taken for zero.
+            if file.set_len(self.geometry.offset(end)).is_ok() {
+                space.len = self.geometry.offset(end);
+                space.end = end;
+            }
+        }
+        grown
+    }
+
+    /// Clusters that the table in memory fills.
+    fn clusters_of_table(&self) -> u64 {
+        let bytes = wide(self.table.len()).saturating_mul(8);
+        self.geometry.clusters(bytes)
+    }
+
+    fn larger_table(
         &mut self,
         file: &dyn ImageFile,
         space: &mut Space,
@@ -302,13 +358,18 @@ impl Refcounts {
         bytes::put(&mut fields, 0, &g.offset(first).to_be_bytes());
         let clusters_field = u32::try_from(clusters).unwrap_or(u32::MAX);
         bytes::put(&mut fields, 8, &clusters_field.to_be_bytes());
-        file.write_at(&fields, 48).act("write the header")?;
-        file.sync().act("make the header durable")?;
+        let written = file.write_at(&fields, 48).act("write the header");
+        let mut now = [0; 12];
+        // What the header says counts, whatever came of writing it.
+        if written.is_err() && (file.read_at(&mut now, 48).is_err() || now != fields) {
+            return written;
+        }
         self.new_entries.clear();
-        let old = g.index(self.table_offset);
-        self.retired.push((old, self.table_clusters));
+        let old = (g.index(self.table_offset), self.table_clusters);
         self.table_offset = g.offset(first);
         self.table_clusters = clusters;
+        file.sync().act("make the header durable")?;
+        self.retired.push(old);
         Ok(())
     }
 

@@ -84,9 +84,14 @@ impl Writer {
         let run = self.allocate_table(shared, g.clusters(wide(bytes.len())))?;
         let offset = g.offset(run.first);
         let file = &*shared.file;
-        file.write_at(&bytes, offset)
-            .act("write a larger L1 table")?;
-        file.sync().act("make the L1 table durable")?;
+        let written = file
+            .write_at(&bytes, offset)
+            .act("write a larger L1 table")
+            .and_then(|()| file.sync().act("make the L1 table durable"));
+        if written.is_err() {
+            self.unclaim(shared, &[run]);
+            return written;
+        }
         let mut fields = [0; 12];
         let narrow = u32::try_from(entries).unwrap_or(u32::MAX);
         put(&mut fields, 0, &narrow.to_be_bytes());

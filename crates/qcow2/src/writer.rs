@@ -1,6 +1,8 @@
 //! What changes an image: finding clusters, filling them, and showing them in the tables, in an order that
 //! a crash at any point leaves whole. The order is explained in the crate's opening words.
 
+mod claim;
+
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
@@ -17,17 +19,6 @@ use crate::refcounts::{Refcounts, Space};
 /// Most bytes that are filled and made durable at once: what a large request of a guest may take in
 /// memory (a cluster is filled whole, so it is one cluster at least).
 const MOST_PART_BYTES: u64 = 2 << 20;
-/// How many counts one allocation looks at for a hole before it takes a new cluster at the end of the
-/// file: a fragmented image must not make a write wait for a search through all of it.
-const MOST_SEARCHED: u64 = 64 << 10;
-/// How often an allocation skips clusters beyond the end that claim to be in use, in a hostile image.
-const MOST_SKIPPED: u32 = 1024;
-/// Clusters that version 2 counts ahead, so that not every allocation waits for the disk. They are a leak
-/// if the image is not closed.
-const RESERVED_CLUSTERS: u64 = 32;
-/// Most ranges that wait for a flush to be given back. A guest that overwrites compressed clusters and
-/// never flushes would otherwise fill memory.
-const MOST_PENDING: usize = 4096;
 
 /// Clusters in a row.
 #[derive(Debug, Clone, Copy, Default)]
@@ -46,6 +37,13 @@ enum Plan {
     Refill(u64),
     /// It gets a cluster; what it had is given back.
     Move { was_zero: bool, had: Option<Run> },
+}
+
+/// What is written at once, and what becomes of each of its clusters; with it, where the guest sees that.
+struct Part<'a> {
+    offset: u64,
+    data: &'a [u8],
+    plans: &'a [(Plan, u64)],
 }
 
 /// The one that may change the image.
@@ -137,177 +135,20 @@ impl Writer {
         Ok(())
     }
 
-    /// Finds up to `wanted` clusters in a row and counts them. In version 2 the counts are durable.
-    pub(crate) fn allocate(&mut self, shared: &Shared, wanted: u64) -> Result<Run, ImageError> {
-        let file = &*shared.file;
-        self.mark(file)?;
-        if self.lazy {
-            return self.claim(shared, wanted);
-        }
-        if self.reserve.len == 0 {
-            let claimed = self.claim(shared, wanted.max(RESERVED_CLUSTERS))?;
-            self.counts.write_back(file, true)?;
-            self.reserve = claimed;
-        }
-        let len = wanted.min(self.reserve.len);
-        let run = Run {
-            len,
-            ..self.reserve
-        };
-        self.reserve.first = self.reserve.first.saturating_add(len);
-        self.reserve.len = self.reserve.len.saturating_sub(len);
-        Ok(run)
-    }
-
-    /// Like [`allocate`](Self::allocate), all in a row at the end of the file.
-    pub(crate) fn allocate_table(&mut self, shared: &Shared, len: u64) -> Result<Run, ImageError> {
-        self.mark(&*shared.file)?;
-        let run = self.claim_new(shared, len)?;
-        if !self.lazy {
-            self.counts.write_back(&*shared.file, true)?;
-        }
-        Ok(run)
-    }
-
-    fn claim(&mut self, shared: &Shared, wanted: u64) -> Result<Run, ImageError> {
-        match self.claim_hole(shared, wanted)? {
-            Some(run) => Ok(run),
-            None => self.claim_new(shared, wanted),
-        }
-    }
-
-    fn claim_hole(&mut self, shared: &Shared, wanted: u64) -> Result<Option<Run>, ImageError> {
-        let file = &*shared.file;
-        let from = self.search;
-        let to = self.space.end.min(from.saturating_add(MOST_SEARCHED));
-        if from >= to {
-            return Ok(None);
-        }
-        let len = self.space.len;
-        let Some(first) = self.counts.first_free(file, len, from, to)? else {
-            self.search = to;
-            return Ok(None);
-        };
-        let mut end = first.saturating_add(1);
-        while end < to
-            && end.saturating_sub(first) < wanted
-            && self.counts.get(file, len, end)? == 0
-        {
-            end = end.saturating_add(1);
-        }
-        let run = Run {
-            first,
-            len: end.saturating_sub(first),
-            fresh: false,
-        };
-        self.search = end;
-        self.count(shared, run)?;
-        Ok(Some(run))
-    }
-
-    fn claim_new(&mut self, shared: &Shared, len: u64) -> Result<Run, ImageError> {
-        let file = &*shared.file;
-        for _ in 0..MOST_SKIPPED {
-            let first = self.space.take(file, self.geometry, len)?;
-            let end = first.saturating_add(len);
-            let used = (first..end).try_fold(0, |used, cluster| {
-                let count = self.counts.get(file, self.space.len, cluster)?;
-                Ok::<_, ImageError>(used | count)
-            })?;
-            if used != 0 {
-                continue;
-            }
-            let run = Run {
-                first,
-                len,
-                fresh: true,
-            };
-            self.count(shared, run)?;
-            return Ok(run);
-        }
-        Err(ImageError::Limit {
-            what: "clusters beyond the end of the file that claim to be in use",
-            limit: MOST_SKIPPED.into(),
-        })
-    }
-
-    fn count(&mut self, shared: &Shared, run: Run) -> Result<(), ImageError> {
-        self.check_free(shared, run)?;
-        for cluster in run.first..run.first.saturating_add(run.len) {
-            self.counts
-                .set(&*shared.file, &mut self.space, cluster, 1)?;
-        }
-        let retired = std::mem::take(&mut self.counts.retired);
-        self.pending.extend(retired.iter().map(|(first, len)| Run {
-            first: *first,
-            len: *len,
-            fresh: false,
-        }));
-        self.publish(shared);
-        Ok(())
-    }
-
-    /// Refuses a "free" cluster that a table lies in: the image's counts cannot be trusted then.
-    fn check_free(&self, shared: &Shared, run: Run) -> Result<(), ImageError> {
-        let start = self.geometry.offset(run.first);
-        let end = start.saturating_add(self.geometry.offset(run.len));
-        let overlap = |host_offset, what| Err(ImageError::Overlap { host_offset, what });
-        for cluster in run.first..run.first.saturating_add(run.len) {
-            let host = self.geometry.offset(cluster);
-            if let Some(what) = shared.guarded(host) {
-                return overlap(host, what);
+    /// Lets an L1 entry show the new table in `run`; gives that back if it did not come to it.
+    fn show_table(&mut self, shared: &Shared, l1_index: u64, run: Run) -> Result<u64, ImageError> {
+        let table = self.geometry.offset(run.first);
+        let entry = table | COPIED;
+        let shown = self.set_l1(shared, l1_index, entry);
+        if shown.is_err() {
+            let at = self.l1_offset.saturating_add(l1_index.saturating_mul(8));
+            let mut now = [0; 8];
+            let read = shared.file.read_at(&mut now, at);
+            if read.is_ok() && u64::from_be_bytes(now) != entry {
+                self.unclaim(shared, &[run]);
             }
         }
-        let within = |entry: &&u64| {
-            let host = **entry & crate::entry::OFFSET_MASK;
-            (start..end).contains(&host)
-        };
-        let l1 = shared.l1.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(entry) = l1.iter().find(within) {
-            return overlap(*entry & crate::entry::OFFSET_MASK, "L2 table");
-        }
-        if let Some(entry) = self.counts.table().iter().find(within) {
-            return overlap(*entry, "refcount block");
-        }
-        Ok(())
-    }
-
-    /// Remembers that a reference is gone, for [`release`](Self::release) after the next flush.
-    pub(crate) fn give_back(&mut self, shared: &Shared, run: Run) -> Result<(), ImageError> {
-        self.pending.push(run);
-        if self.pending.len() < MOST_PENDING {
-            return Ok(());
-        }
-        let pending = std::mem::take(&mut self.pending);
-        shared.file.sync().act("make tables durable")?;
-        self.release(shared, &pending)
-    }
-
-    /// Takes references off, the tables that held them being durable without.
-    pub(crate) fn release(&mut self, shared: &Shared, runs: &[Run]) -> Result<(), ImageError> {
-        if runs.is_empty() {
-            return Ok(());
-        }
-        // Counts that are too high are a leak at worst, so this needs no order.
-        let file = &*shared.file;
-        self.mark(file)?;
-        for run in runs {
-            for cluster in run.first..run.first.saturating_add(run.len) {
-                let count = self.counts.get(file, self.space.len, cluster)?;
-                let Some(count) = count.checked_sub(1) else {
-                    log::warn!("qcow2: cluster {cluster} is given back, but was not in use");
-                    continue;
-                };
-                self.counts.set(file, &mut self.space, cluster, count)?;
-                if count == 0 {
-                    self.search = self.search.min(cluster);
-                }
-            }
-        }
-        if !self.lazy {
-            self.counts.write_back(file, false)?;
-        }
-        Ok(())
+        shown.map(|()| table)
     }
 
     /// The L2 table of an L1 entry, made or copied if need be so that it may be written.
@@ -315,14 +156,11 @@ impl Writer {
         let file = &*shared.file;
         let Some((table, copied)) = shared.l2_table(l1_index)? else {
             let run = self.allocate(shared, 1)?;
-            let table = self.geometry.offset(run.first);
             if !run.fresh {
                 let empty = vec![0; self.geometry.cluster_len()];
-                file.write_at(&empty, table).act("write an L2 table")?;
-                file.sync().act("make an L2 table durable")?;
+                self.write_table(shared, run, &empty)?;
             }
-            self.set_l1(shared, l1_index, table | COPIED)?;
-            return Ok(table);
+            return self.show_table(shared, l1_index, run);
         };
         match self.owned(shared, table, copied)? {
             true if copied => Ok(table),
@@ -331,17 +169,28 @@ impl Writer {
                 Ok(table)
             }
             false => {
-                let run = self.allocate(shared, 1)?;
-                let copy = self.geometry.offset(run.first);
                 let mut bytes = vec![0; self.geometry.cluster_len()];
                 file.read_at(&mut bytes, table).act("read an L2 table")?;
-                file.write_at(&bytes, copy).act("write an L2 table")?;
-                file.sync().act("make an L2 table durable")?;
-                self.set_l1(shared, l1_index, copy | COPIED)?;
+                let run = self.allocate(shared, 1)?;
+                self.write_table(shared, run, &bytes)?;
+                let copy = self.show_table(shared, l1_index, run)?;
                 self.give_back(shared, self.run_of(table, 1))?;
                 Ok(copy)
             }
         }
+    }
+
+    /// Fills the new L2 table in `run`, durably; gives that back if it cannot.
+    fn write_table(&mut self, shared: &Shared, run: Run, bytes: &[u8]) -> Result<(), ImageError> {
+        let file = &*shared.file;
+        let written = file
+            .write_at(bytes, self.geometry.offset(run.first))
+            .act("write an L2 table")
+            .and_then(|()| file.sync().act("make an L2 table durable"));
+        if written.is_err() {
+            self.unclaim(shared, &[run]);
+        }
+        written
     }
 
     pub(crate) fn set_l1(
@@ -445,7 +294,6 @@ impl Writer {
         backing: &dyn BackingRead,
     ) -> Result<(), ImageError> {
         let g = self.geometry;
-        let file = &*shared.file;
         let end = offset.saturating_add(wide(data.len()));
         let first = g.index(offset);
         let clusters = g.index(g.ceil(end)).saturating_sub(first);
@@ -459,9 +307,64 @@ impl Writer {
             .zip(guests)
             .map(|(raw, guest)| Ok((self.plan(shared, *raw, guest)?, guest)))
             .collect::<Result<Vec<_>, ImageError>>()?;
+        let mut claimed = Vec::new();
+        let part = Part {
+            offset,
+            data,
+            plans: &plans,
+        };
+        let new = match self.fill_part(shared, &part, backing, &mut claimed) {
+            Ok(new) => new,
+            Err(e) => {
+                self.unclaim(shared, &claimed);
+                return Err(e);
+            }
+        };
+        if old != new
+            && let Err(e) = self.show(shared, table, first, &new)
+        {
+            // Some of the entries may be in the file all the same.
+            let mut now = vec![0; old.len()];
+            if shared.entries(slice, at, &mut now).is_ok() {
+                let hidden: Vec<Run> = claimed
+                    .into_iter()
+                    .filter(|run| {
+                        let start = g.offset(run.first);
+                        let within = start..start.saturating_add(g.offset(run.len));
+                        !now.iter()
+                            .any(|raw| within.contains(&(raw & crate::entry::OFFSET_MASK)))
+                    })
+                    .collect();
+                self.unclaim(shared, &hidden);
+            }
+            return Err(e);
+        }
+        for (plan, _) in &plans {
+            if let Plan::Move { had: Some(run), .. } = plan {
+                self.give_back(shared, *run)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills the clusters of a part, durably where that must be; says which entries show them, and which of them are new.
+    fn fill_part(
+        &mut self,
+        shared: &Shared,
+        part: &Part<'_>,
+        backing: &dyn BackingRead,
+        claimed: &mut Vec<Run>,
+    ) -> Result<Vec<u64>, ImageError> {
+        let (g, file) = (self.geometry, &*shared.file);
+        let Part {
+            offset,
+            data,
+            plans,
+        } = *part;
+        let end = offset.saturating_add(wide(data.len()));
         let mut new = Vec::with_capacity(plans.len());
         let mut must_sync = false;
-        let mut rest = plans.as_slice();
+        let mut rest = plans;
         while let Some((plan, guest)) = rest.first() {
             let moving = rest
                 .iter()
@@ -481,6 +384,7 @@ impl Writer {
                 Plan::Refill(host) => (*host, 1, false),
                 Plan::Move { .. } => {
                     let run = self.allocate(shared, wide(moving))?;
+                    claimed.push(run);
                     (g.offset(run.first), run.len, run.fresh)
                 }
             };
@@ -505,15 +409,7 @@ impl Writer {
         if must_sync {
             file.sync().act("make data durable")?;
         }
-        if old != new {
-            self.show(shared, table, first, &new)?;
-        }
-        for (plan, _) in &plans {
-            if let Plan::Move { had: Some(run), .. } = plan {
-                self.give_back(shared, *run)?;
-            }
-        }
-        Ok(())
+        Ok(new)
     }
 
     /// Writes L2 entries, in the file and for look-ups.

@@ -244,6 +244,97 @@ fn damaged_tables_are_not_rebuilt_over() {
     assert!(refused.contains("not closed cleanly"), "{refused}");
 }
 
+/// As [`sound`], with counts of `1 << order` bits.
+fn sound_with_counts(order: u32) -> Vec<u8> {
+    let file = memory();
+    let mut options = CreateOptions::new(1 << 20);
+    (options.cluster_bits, options.refcount_order) = (12, order);
+    create(&file, &options).unwrap();
+    let image = open(&file);
+    image
+        .write_allocating(0, &[7; 5 * CLUSTER], &NoBacking)
+        .unwrap();
+    image.close().unwrap();
+    Arc::into_inner(file).unwrap().into_inner().unwrap()
+}
+
+#[test]
+fn counts_that_would_overflow_are_refused() {
+    // Counts of one bit, and two entries that share a cluster.
+    let mut bytes = sound_with_counts(0);
+    let table = l2_table(&bytes);
+    let first: [u8; 8] = bytes[table..table + 8].try_into().unwrap();
+    put(&mut bytes, table + 8, &first);
+    let report = check(&Mutex::new(bytes.clone()), Repair::No).unwrap();
+    assert!(report.corruptions > 0, "{report:?}");
+    let file = Mutex::new(bytes.clone());
+    let e = check(&file, Repair::All).unwrap_err().to_string();
+    assert!(
+        e.contains("the reference count of a cluster would pass 1"),
+        "{e}"
+    );
+    assert!(
+        *file.lock().unwrap() == bytes,
+        "it was changed all the same"
+    );
+    // Not closed, it would have to be counted again.
+    put(&mut bytes, 72, &1_u64.to_be_bytes());
+    let refused = try_open(bytes.clone(), Access::ReadWrite).unwrap_err();
+    let told = std::error::Error::source(&refused).map_or(String::new(), ToString::to_string);
+    let told = format!("{refused} {told}");
+    assert!(told.contains("would pass 1"), "{told}");
+    let image = try_open(bytes, Access::ReadOnly).unwrap();
+    let mut two = [0; 2];
+    image
+        .read(CLUSTER as u64 - 1, &mut two, &NoBacking)
+        .unwrap();
+    assert_eq!(two, [7, 7]);
+}
+
+#[test]
+fn counts_at_their_most_are_lived_with() {
+    for order in 0..=6 {
+        let mut bytes = sound_with_counts(order);
+        let table = l2_table(&bytes);
+        bytes[2 * CLUSTER..3 * CLUSTER].fill(0xff);
+        // One cluster is said to be shared: it has to move, and its count goes down.
+        bytes[table] = 0;
+        let image = try_open(bytes, Access::ReadWrite).unwrap();
+        for n in 0..64 {
+            // All clusters that are counted are in use, so says the image; what comes of it is an error or a cluster further on.
+            let at = n * 2 * CLUSTER as u64;
+            if image.write_allocating(at, &[9; 100], &NoBacking).is_ok() {
+                let mut byte = [0];
+                image.read(at + 99, &mut byte, &NoBacking).unwrap();
+                assert_eq!(byte, [9], "counts of {} bits", 1 << order);
+            }
+            let _ = image.discard(at, CLUSTER as u64);
+        }
+        image.flush().unwrap();
+    }
+}
+
+#[test]
+fn a_refcount_table_that_lies_stops_allocations_and_no_reads() {
+    for (words, entry) in [
+        ("beyond the end", 0x4000_0000_u64),
+        ("cluster boundary", 0x200),
+        ("reserved bits", 0x2001),
+    ] {
+        let bytes = with(3, CLUSTER, &entry.to_be_bytes());
+        let image = try_open(bytes, Access::ReadWrite).unwrap();
+        let e = image.write_allocating(1 << 19, &[1], &NoBacking);
+        let e = e.unwrap_err().to_string();
+        assert!(
+            e.contains("refcount table") && e.contains(words),
+            "{words}: {e}"
+        );
+        let mut byte = [0];
+        image.read(0, &mut byte, &NoBacking).unwrap();
+        assert_eq!(byte, [7]);
+    }
+}
+
 #[test]
 fn nonsense_does_not_decompress() {
     for (kind, data) in [

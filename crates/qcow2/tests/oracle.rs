@@ -11,7 +11,7 @@ use std::process::Command;
 use alveole_qcow2::{
     Access, Backing, Compression, CreateOptions, Image, NoBacking, Repair, check, create,
 };
-use support::{Base, Random, differ, guest_write, read_all, skip};
+use support::{Base, Random, content, differ, guest_write, read_all, skip};
 
 /// Runs `qemu-img` in `folder`; gives its exit status and what it said.
 fn ask(folder: &Path, words: &str) -> (i32, String) {
@@ -45,20 +45,6 @@ fn writable(path: &Path) -> Image {
 
 fn readable(path: &Path) -> Image {
     Image::open(Box::new(File::open(path).unwrap()), Access::ReadOnly).unwrap()
-}
-
-/// Text-like and random places, and holes.
-fn content(len: usize, seed: u64) -> Vec<u8> {
-    let mut random = Random(seed);
-    let mut bytes = vec![0; len];
-    for (n, chunk) in bytes.chunks_mut(10_000).enumerate() {
-        match n % 3 {
-            0 => chunk.fill_with(|| random.next() as u8),
-            1 => chunk.fill_with(|| b"qcow2 "[random.below(6) as usize]),
-            _ => {}
-        }
-    }
-    bytes
 }
 
 fn folder() -> (tempfile::TempDir, PathBuf) {

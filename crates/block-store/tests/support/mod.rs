@@ -1,13 +1,23 @@
 //! What the tests of this crate share: files to work on, a queue with a model beside it, loud skips.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![allow(
+    dead_code,
+    clippy::allow_attributes,
+    reason = "each test program uses a part of it"
+)]
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
-use alveole_block_store::{BlockStore, Completion, Operation, Request, StoreQueue};
+use alveole_block_store::{
+    BlockStore, Completion, Engine, OpenOptions, Operation, Request, StoreQueue, io_uring_available,
+};
 use alveole_guest_memory::{GuestBuffers, GuestRam, MemoryPlan};
 
 /// Says that `test` is skipped, where people and tools look.
@@ -262,4 +272,85 @@ pub(crate) fn one_of(
     let done = done.remove(0);
     assert_eq!(done.tag, 77);
     done.result.map(|()| done.buffers)
+}
+
+pub(crate) fn engines() -> Vec<Engine> {
+    if let Err(reason) = io_uring_available() {
+        skip("the engine io_uring", &reason);
+        return vec![Engine::Sync];
+    }
+    vec![Engine::Sync, Engine::IoUring]
+}
+
+pub(crate) fn with(engine: Engine) -> OpenOptions {
+    OpenOptions {
+        engine,
+        ..OpenOptions::default()
+    }
+}
+
+pub(crate) fn reader() -> OpenOptions {
+    OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    }
+}
+
+pub(crate) fn queue(store: &Arc<dyn BlockStore>) -> Box<dyn StoreQueue> {
+    store.open_queues(1, 8).unwrap().remove(0)
+}
+
+/// Something mounted, taken away at the end.
+pub(crate) struct Mount(pub(crate) PathBuf);
+
+impl Mount {
+    /// A file system in RAM; `None` where this user may not mount.
+    pub(crate) fn tmpfs(at: &Path, options: &str) -> Option<Self> {
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", options, "none"])
+            .arg(at)
+            .output();
+        mounted
+            .is_ok_and(|o| o.status.success())
+            .then(|| Self(at.to_owned()))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        // At its ease: the kernel takes rings down at its own.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// A loop device over a file, taken away at the end.
+pub(crate) struct Loop(pub(crate) PathBuf);
+
+impl Loop {
+    pub(crate) fn new(over: &Path, options: &[&str]) -> Result<Self, String> {
+        let mut reason = String::new();
+        // Two that look for a free one at the same time find the same.
+        for _ in 0..10 {
+            let output = Command::new("losetup")
+                .args(["--show", "-f"])
+                .args(options)
+                .arg(over)
+                .output()
+                .map_err(|e| format!("no losetup: {e}"))?;
+            if output.status.success() {
+                return Ok(Self(
+                    String::from_utf8(output.stdout).unwrap().trim().into(),
+                ));
+            }
+            reason = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            thread::sleep(Duration::from_millis(50));
+        }
+        Err(reason)
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
+    }
 }

@@ -89,10 +89,27 @@ impl Random {
     }
 }
 
+/// Text-like and random places, and holes.
+pub(crate) fn content(len: usize, seed: u64) -> Vec<u8> {
+    let mut random = Random(seed);
+    let mut bytes = vec![0; len];
+    for (n, chunk) in bytes.chunks_mut(10_000).enumerate() {
+        match n % 3 {
+            0 => chunk.fill_with(|| random.next() as u8),
+            1 => chunk.fill_with(|| b"qcow2 "[random.below(6) as usize]),
+            _ => {}
+        }
+    }
+    bytes
+}
+
 /// The first difference, for messages: whole disks are no use there.
 pub(crate) fn differ(a: &[u8], b: &[u8]) -> Option<usize> {
     if a.len() != b.len() {
         return Some(a.len().min(b.len()));
+    }
+    if a == b {
+        return None;
     }
     a.iter().zip(b).position(|(a, b)| a != b)
 }
