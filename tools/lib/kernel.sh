@@ -14,10 +14,8 @@
 
 # shellcheck source=tools/lib/packages.sh
 source "$(dirname "${BASH_SOURCE[0]}")/packages.sh"
-
-cache_dir() {
-    printf '%s\n' "${ALVEOLE_CACHE:-${XDG_CACHE_HOME:-${HOME:?HOME is not set: set it or ALVEOLE_CACHE}/.cache}/alveole}"
-}
+# shellcheck source=tools/lib/cache.sh
+source "$(dirname "${BASH_SOURCE[0]}")/cache.sh"
 
 kernel_vmlinuz() {
     local dir
@@ -63,17 +61,8 @@ kernel_get() {
 # Prints the directory of the cached kernel if it is there and whole.
 kernel_current() {
     local dir
-    dir=$(readlink -e "$1/current") && kernel_is_whole "$dir" && printf '%s\n' "$dir"
-}
-
-# Every file is there and of the right size: cheap enough for each call, and catches what really
-# happens to caches (a full disk, a clean-up). kernel_refresh compares contents as well.
-kernel_is_whole() {
-    [[ -f $1/sizes ]] && kernel_sizes "$1" | cmp -s - "$1/sizes"
-}
-
-kernel_sizes() {
-    (cd "$1" && find . -type f ! -name 'sizes*' ! -name sums -printf '%P %s\n' | LC_ALL=C sort)
+    # By sizes only; kernel_refresh compares contents as well.
+    dir=$(readlink -e "$1/current") && cache_is_whole "$dir" && printf '%s\n' "$dir"
 }
 
 kernel_fill() {
@@ -91,7 +80,7 @@ kernel_fill() {
     version=$(apt-cache show --no-all-versions "$package" | sed -n 's/^Version: //p;T;q')
     dir=$cache/${package}_${version//[^A-Za-z0-9.+~-]/_}
 
-    if kernel_is_whole "$dir" && { [[ -z $refresh ]] || (cd "$dir" && sha256sum --quiet -c sums >&2); }; then
+    if cache_is_whole "$dir" && { [[ -z $refresh ]] || (cd "$dir" && sha256sum --quiet -c sums >&2); }; then
         ln -sfn "${dir##*/}" "$cache/current"
         printf '%s\n' "$dir"
         return 0
@@ -156,9 +145,8 @@ kernel_unpack() {
     PATH=$PATH:/usr/sbin:/sbin depmod -b "$dir" "$release" || return 1
     kernel_extract "$dir/vmlinuz" "$dir/vmlinux" || return 1
     chmod -R a+rX,go-w "$dir"
-    kernel_sizes "$dir" >"$dir/sizes.new" || return 1
     (cd "$dir" && find . -type f ! -name 'sizes*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum) >"$dir/../.sums" &&
-        mv "$dir/../.sums" "$dir/sums" && mv "$dir/sizes.new" "$dir/sizes"
+        mv "$dir/../.sums" "$dir/sums" && cache_seal "$dir"
 }
 
 # kernel_extract VMLINUZ OUT
