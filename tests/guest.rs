@@ -20,7 +20,11 @@ mod disks;
 mod ends;
 #[path = "guest/files.rs"]
 mod files;
+#[path = "guest/kept.rs"]
+mod kept;
 #[path = "guest/sandbox.rs"]
 mod sandbox;
 #[path = "guest/sees.rs"]
 mod sees;
+#[path = "guest/space.rs"]
+mod space;

@@ -7,6 +7,7 @@
 //! Deliberately does not know: what any test is about, how the files it is given were made.
 
 mod console;
+pub(crate) mod images;
 mod sources;
 mod vm;
 

@@ -369,6 +369,13 @@ impl Running {
         self.seen = self.wait_in(&output, self.seen, text);
     }
 
+    /// Waits until the console has shown `text`, wherever.
+    #[track_caller]
+    pub(crate) fn wait_for_anywhere(&mut self, text: &str) {
+        let output = self.output.clone();
+        self.wait_in(&output, 0, text);
+    }
+
     /// Waits until the monitor says `text` on standard error.
     #[track_caller]
     pub(crate) fn wait_for_stderr(&mut self, text: &str) {
