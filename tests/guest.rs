@@ -14,6 +14,8 @@ mod harness;
 mod boot;
 #[path = "guest/console.rs"]
 mod console;
+#[path = "guest/debian.rs"]
+mod debian;
 #[path = "guest/disks.rs"]
 mod disks;
 #[path = "guest/ends.rs"]
