@@ -157,11 +157,12 @@ fn a_full_host_is_an_io_error_until_there_is_room_again() {
         };
         let ballast = small.0.join("ballast");
         fs::write(&ballast, vec![1; 8 << 20]).unwrap();
-        // Each line stands a block of 64 KiB after the one before.
+        // What is tried again and again while there is no room must not cost the image a cluster each time.
         let script = "
             write() { yes $1 | head -c $2 | dd of=/dev/vdb bs=64k seek=$3 oflag=direct conv=fsync 2>/tmp/errors; echo \"wrote $1 $?\"; }
             write before 1048576 0
             write beyond 8388608 16
+            for n in $(seq 100); do yes | head -c 65536 | dd of=/dev/vdb bs=64k seek=$((300 + n)) oflag=direct 2>/dev/null && echo room; done
             echo full; read -r _
             write after 6291456 16
             yes before | head -c 1048576 | cmp - /dev/vdb -n 1048576; echo \"same before $?\"
@@ -181,6 +182,7 @@ fn a_full_host_is_an_io_error_until_there_is_room_again() {
             ["before 0", "beyond 1", "after 0"],
             "{format:?}: {end}"
         );
+        assert!(end.said("room").is_empty(), "{format:?}: {end}");
         assert_eq!(
             end.said("same "),
             ["before 0", "after 0"],
@@ -191,10 +193,6 @@ fn a_full_host_is_an_io_error_until_there_is_room_again() {
         assert!(end.stderr.lines().count() < 20, "{format:?}: {end}");
         let copy = dir.path().join(image.file_name().unwrap());
         fs::copy(&image, &copy).unwrap();
-        if format == Qcow2 {
-            // A cluster whose content did not fit may be lost to the image, but nothing else.
-            output("qemu-img", &["check", "-q", "-r", "leaks", path(&copy)]);
-        }
         let content = format!("{}  -", sum(&as_raw(&copy, format)));
         assert_eq!(end.said("content "), [content], "{format:?}: {end}");
     }
