@@ -107,25 +107,10 @@ impl HostFile {
             return Err(failed(io::Error::from_raw_os_error(libc::EROFS)));
         }
         let direct = if how.direct {
-            let found = alignment(&file, &facts).map_err(no_direct)?;
-            if how.write && !size.is_multiple_of(found.offset.into()) {
-                return Err(no_direct(format!(
-                    "its size, {size} bytes, is no multiple of the {} that its file system writes directly; \
-                     resize it",
-                    found.offset
-                )));
-            }
-            Some(found)
+            Some(alignment(&file, &facts).map_err(no_direct)?)
         } else {
             None
         };
-        let tail = size % SECTOR_BYTES;
-        if tail != 0 {
-            log::warn!(
-                "{}: {size} bytes is no multiple of 512: the last {tail} are not seen by the guest",
-                path.display()
-            );
-        }
         Ok(Self {
             path: path.to_owned(),
             device,

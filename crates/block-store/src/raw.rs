@@ -46,6 +46,27 @@ impl RawStore {
                 lock: options.lock,
             },
         )?;
+        // Of other formats the guest's disk does not end where the file does.
+        let len_bytes = file.len_bytes();
+        if let Some(needs) = file.direct().filter(|_| file.is_writable())
+            && !len_bytes.is_multiple_of(needs.offset.into())
+        {
+            return Err(OpenError::Direct {
+                path: path.to_owned(),
+                why: format!(
+                    "its size, {len_bytes} bytes, is no multiple of the {} that its file system writes directly; \
+                     resize it",
+                    needs.offset
+                ),
+            });
+        }
+        let tail = len_bytes % SECTOR_BYTES;
+        if tail != 0 {
+            log::warn!(
+                "{}: {len_bytes} bytes is no multiple of {SECTOR_BYTES}: the last {tail} are not seen by the guest",
+                path.display()
+            );
+        }
         let size_bytes = file.geometry().size_bytes;
         if size_bytes == 0 {
             return Err(OpenError::Empty {

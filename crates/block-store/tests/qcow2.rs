@@ -224,6 +224,39 @@ fn a_chain_that_qemu_made_reads_the_same() {
     );
 }
 
+/// QEMU leaves a new image as long as its tables are, which is no multiple of any block.
+#[test]
+fn an_image_of_any_length_is_used_directly() {
+    let name = "an_image_of_any_length_is_used_directly";
+    let folder = folder();
+    let image = folder.path().join("disk.qcow2");
+    let path = image.to_str().unwrap();
+    if !qemu_img(name, &["create", "-q", "-f", "qcow2", path, "8M"]) {
+        return;
+    }
+    let len = fs::metadata(&image).unwrap().len();
+    assert!(!len.is_multiple_of(512), "QEMU has changed: {len}");
+    for cache in [Cache::Writeback, Cache::Direct] {
+        for engine in [Engine::Sync, Engine::Auto] {
+            match open(&image, &options(engine, cache)) {
+                Ok(store) => {
+                    let ram = support::ram();
+                    let mut queue = support::queue(&store);
+                    let mut buffers = alveole_guest_memory::GuestBuffers::new(&ram);
+                    buffers.push(0, 4096).unwrap();
+                    let write = Operation::Write { durable: false };
+                    support::one(&mut *queue, write, 4096, buffers).unwrap();
+                }
+                Err(e) if cache == Cache::Direct && e.to_string().contains("has none") => {
+                    skip(name, &e.to_string());
+                }
+                Err(e) => panic!("{cache:?}: {e}"),
+            }
+        }
+    }
+    assert!(qemu_img(name, &["check", "-q", path]));
+}
+
 #[test]
 fn overlays_are_made_at_once_and_never_over_something() {
     let folder = folder();
