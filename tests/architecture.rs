@@ -29,6 +29,7 @@ const LAYERS: [&[&str]; 6] = [
         "event-loop",
         "boot-loader",
         "block-store",
+        "net-link",
     ],
     &["vcpu", "virtio", "pci"],
     &[
@@ -37,6 +38,7 @@ const LAYERS: [&[&str]; 6] = [
         "virtio-mmio",
         "virtio-pci",
         "virtio-blk",
+        "virtio-net",
         "virtio-rng",
     ],
     &["machine", "host"],
@@ -77,6 +79,10 @@ const UNSAFE: &[(&str, &str)] = &[
     (
         "block-store",
         "hands guest RAM to the kernel and issues the calls of block devices",
+    ),
+    (
+        "net-link",
+        "hands guest RAM to the kernel and issues the calls of tap interfaces",
     ),
     ("serial", "restores the terminal from signal handlers"),
     ("host", "asks the kernel what it offers by raw system calls"),
