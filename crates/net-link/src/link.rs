@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use alveole_guest_memory::GuestBuffers;
 
-use crate::{FRAME_START_BYTES, HEADER_BYTES};
+use crate::HEADER_BYTES;
 
 /// Work on frames that one side leaves to the other. A link with a header on each frame can hand it on in both
 /// directions; a link without cannot at all.
@@ -77,7 +77,7 @@ pub struct NetLink {
 #[derive(Debug, Clone, Copy)]
 pub struct Frame<'a> {
     /// A `virtio_net_hdr_v1` (virtio 1.3, section 5.1.6) and how the frame begins, copied out of guest memory:
-    /// what was checked is what is sent. At least [`HEADER_BYTES`], at most [`FRAME_START_BYTES`].
+    /// what was checked is what is sent. At least [`HEADER_BYTES`].
     pub start: &'a [u8],
     /// The rest of the frame, in guest memory.
     pub rest: &'a GuestBuffers,
@@ -87,7 +87,6 @@ impl Frame<'_> {
     /// Length without the header, in bytes.
     #[must_use]
     pub fn len_bytes(&self) -> u64 {
-        debug_assert!((HEADER_BYTES..=FRAME_START_BYTES).contains(&self.start.len()));
         self.rest
             .len_bytes()
             .saturating_add(self.start.len().saturating_sub(HEADER_BYTES) as u64)
@@ -106,13 +105,11 @@ pub enum Sent {
 /// What came of a look for a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Received {
-    /// So many bytes were written, [`HEADER_BYTES`] of header among them. Its `num_buffers` says 1.
+    /// So many bytes were written, at least [`HEADER_BYTES`]: a header, whose last field (`num_buffers`) the link leaves
+    /// alone, and the frame.
     Frame(u64),
     /// There was a frame longer than the buffers. It is lost.
     TooLong,
-    /// A frame of so many bytes, header included, waits for longer buffers. Only of links that know the length
-    /// before they read.
-    Waits(u64),
     /// There is none now; [`LinkQueue::readable_fd`] tells when.
     WouldBlock,
     /// The other side is gone, and will not come back.
@@ -136,16 +133,18 @@ pub trait LinkQueue: Send {
         Ok(true)
     }
 
-    /// Receives one frame straight into guest memory: a `virtio_net_hdr_v1`, then the frame. After
-    /// [`Received::WouldBlock`] the next call must name the same memory, with more behind it perhaps, or
-    /// [`Self::forget_memory`] comes between: a frame may have come in part.
+    /// Receives one frame straight into guest memory, of which it uses no more than the first
+    /// [`alveole_guest_memory::MAX_IOVECS`] ranges. Without any memory, the next frame is thrown away.
     ///
     /// # Errors
-    /// The link is out of order, perhaps only for now (a tap that is down).
+    /// The link is out of order, perhaps only for now.
     fn receive(&mut self, into: &GuestBuffers) -> io::Result<Received>;
 
-    /// The memory of the last [`Self::receive`] is gone; a frame that came in part is lost.
-    fn forget_memory(&mut self) {}
+    /// Receives one frame into memory of ours, for a guest that has not enough of its own at the moment.
+    ///
+    /// # Errors
+    /// As [`Self::receive`].
+    fn receive_kept(&mut self, into: &mut [u8]) -> io::Result<Received>;
 
     /// Readable when [`Self::receive`] may have a frame.
     fn readable_fd(&self) -> BorrowedFd<'_>;

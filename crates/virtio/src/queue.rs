@@ -1,7 +1,7 @@
 //! A split virtqueue that is being served (section 2.7).
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use alveole_guest_memory::GuestRam;
 use alveole_guest_memory::vm_memory::{Bytes, GuestAddress};
@@ -157,6 +157,12 @@ impl LiveQueue {
         self.queue.go_to_previous_position();
     }
 
+    /// Puts the last `count` requests that [`LiveQueue::pop`] gave back: they will be the next ones again.
+    pub fn put_back_many(&mut self, count: u16) {
+        let next = self.queue.next_avail().wrapping_sub(count);
+        self.queue.set_next_avail(next);
+    }
+
     /// Gives the request `head` back to the driver with `written` bytes filled in.
     ///
     /// # Errors
@@ -175,6 +181,39 @@ impl LiveQueue {
             .map_err(|_| BrokenRing::NoMemory)
     }
 
+    /// Gives several requests back at once: the driver sees all of them or none. For what is spread over several
+    /// (section 5.1.6.4.1).
+    ///
+    /// # Errors
+    /// As [`Self::complete`].
+    pub fn complete_together(&mut self, used: &[(u16, u32)]) -> Result<(), BrokenRing> {
+        let Some(((last, written), others)) = used.split_last() else {
+            return Ok(());
+        };
+        let next_used = self.queue.next_used();
+        let mut at = next_used;
+        for (head, written) in others {
+            // Section 2.7.8: flags and index, then entries of eight bytes.
+            let place = u64::from(at)
+                .checked_rem(u64::from(self.queue.size()))
+                .unwrap_or_default();
+            let addr = self
+                .queue
+                .used_ring()
+                .saturating_add(4)
+                .saturating_add(place.saturating_mul(8));
+            let entry = u64::from(*head) | u64::from(*written) << 32;
+            self.ram
+                .write(addr, &entry.to_le_bytes())
+                .map_err(|_| BrokenRing::NoMemory)?;
+            at = at.wrapping_add(1);
+            self.untold = self.untold.saturating_add(1);
+        }
+        // The index, and with it all of them, becomes visible with the last.
+        self.queue.set_next_used(at);
+        self.complete(*last, *written)
+    }
+
     /// How many requests were completed since the last [`LiveQueue::notify`].
     #[must_use]
     pub fn untold(&self) -> u32 {
@@ -186,17 +225,37 @@ impl LiveQueue {
     /// # Errors
     /// The ring is not in memory.
     pub fn notify(&mut self) -> Result<(), BrokenRing> {
-        if std::mem::take(&mut self.untold) == 0 {
+        let completed = std::mem::take(&mut self.untold);
+        if completed == 0 {
             return Ok(());
         }
-        let wanted = self
-            .queue
-            .needs_notification(self.ram.as_vm_memory())
-            .map_err(|_| BrokenRing::NoMemory)?;
-        if wanted && (self.queue.event_idx_enabled() || !self.asks_for_silence()?) {
+        // The used index is visible before the driver's wish is read; the driver does it the other way round.
+        fence(Ordering::SeqCst);
+        let wanted = if self.queue.event_idx_enabled() {
+            self.passed_used_event(completed)?
+        } else {
+            !self.asks_for_silence()?
+        };
+        if wanted {
             self.signals.queue(self.index);
         }
         Ok(())
+    }
+
+    /// Whether the entry at which the driver wants to be told (section 2.7.7.2) is among the last `completed`. Asked
+    /// here, because `virtio-queue` does not count what is completed together.
+    fn passed_used_event(&self, completed: u32) -> Result<bool, BrokenRing> {
+        let event_addr = u64::from(self.queue.size())
+            .saturating_mul(2)
+            .saturating_add(self.queue.avail_ring())
+            .saturating_add(4);
+        let event: u16 = self
+            .ram
+            .as_vm_memory()
+            .load(GuestAddress(event_addr), Ordering::Relaxed)
+            .map_err(|_| BrokenRing::NoMemory)?;
+        let behind = self.queue.next_used().wrapping_sub(u16::from_le(event)).wrapping_sub(1);
+        Ok(u32::from(behind) < completed)
     }
 
     /// VIRTQ_AVAIL_F_NO_INTERRUPT (section 2.7.7), which `virtio-queue` leaves to us.
