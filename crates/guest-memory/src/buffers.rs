@@ -94,7 +94,11 @@ impl GuestBuffers {
         for iovec in &mut self.iovecs {
             if left < iovec.iov_len as u64 {
                 // Less than the range is long, so that it cannot be cut.
-                iovec.iov_base = iovec.iov_base.cast::<u8>().wrapping_add(left as usize).cast();
+                iovec.iov_base = iovec
+                    .iov_base
+                    .cast::<u8>()
+                    .wrapping_add(left as usize)
+                    .cast();
                 iovec.iov_len -= left as usize;
                 break;
             }

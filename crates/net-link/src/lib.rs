@@ -7,7 +7,10 @@
 //! Deliberately does not know: virtqueues, devices, who watches descriptors.
 
 // The kernel reads and writes guest memory here, and tap interfaces are set up by ioctl.
-#![expect(unsafe_code, reason = "system calls on guest memory; see SAFETY at each")]
+#![expect(
+    unsafe_code,
+    reason = "system calls on guest memory; see SAFETY at each"
+)]
 
 mod error;
 mod iovecs;

@@ -44,12 +44,20 @@ pub(crate) fn open_datagram(local: &Path, remote: &Path) -> Result<NetLink, Link
             cure: "start the program that has this socket first",
         }
     })?;
-    datagrams(format!("datagrams {}", remote.display()), socket.into(), false)
+    datagrams(
+        format!("datagrams {}", remote.display()),
+        socket.into(),
+        false,
+    )
 }
 
 pub(crate) fn take_datagram(fd: OwnedFd) -> Result<NetLink, LinkError> {
     check(fd.as_fd(), libc::SOCK_DGRAM, "connected datagram socket")?;
-    datagrams(format!("datagrams descriptor {}", fd.as_raw_fd()), fd, false)
+    datagrams(
+        format!("datagrams descriptor {}", fd.as_raw_fd()),
+        fd,
+        false,
+    )
 }
 
 fn stream(name: String, fd: OwnedFd) -> Result<NetLink, LinkError> {
@@ -58,11 +66,7 @@ fn stream(name: String, fd: OwnedFd) -> Result<NetLink, LinkError> {
     Ok(one_queue(name, Offloads::NONE, Box::new(queue)))
 }
 
-pub(crate) fn datagrams(
-    name: String,
-    fd: OwnedFd,
-    has_header: bool,
-) -> Result<NetLink, LinkError> {
+pub(crate) fn datagrams(name: String, fd: OwnedFd, has_header: bool) -> Result<NetLink, LinkError> {
     enlarge(fd.as_fd());
     let queue = MessageQueue::new(fd, Carrier::Datagrams, has_header)
         .map_err(|source| step(&name, source))?;
@@ -127,8 +131,7 @@ fn check(fd: BorrowedFd<'_>, kind: i32, wanted: &'static str) -> Result<(), Link
     let mut peer: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
     let mut len = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
     // SAFETY: the call writes an address of at most `len` bytes.
-    let peered =
-        unsafe { libc::getpeername(fd.as_raw_fd(), (&raw mut peer).cast(), &raw mut len) };
+    let peered = unsafe { libc::getpeername(fd.as_raw_fd(), (&raw mut peer).cast(), &raw mut len) };
     if asked < 0 || found != kind || peered < 0 {
         return Err(LinkError::Descriptor {
             fd: fd.as_raw_fd(),

@@ -243,9 +243,7 @@ fn finish(
         && let Ok(flags) = flags_of(name)
         && i32::from(flags) & libc::IFF_UP == 0
     {
-        log::warn!(
-            "{link} is down: no frame will pass until: ip link set {name} up"
-        );
+        log::warn!("{link} is down: no frame will pass until: ip link set {name} up");
     }
     let mtu = interface.and_then(|name| mtu_of(name).ok());
     Ok(NetLink {
@@ -362,7 +360,10 @@ fn open_node(path: &Path, cure: &'static str) -> Result<File, LinkError> {
         io::ErrorKind::PermissionDenied => LinkError::Permission {
             what: format!("open {}", path.display()),
             source,
-            cure: format!("make it over to the user that runs this: chown $USER {}", path.display()),
+            cure: format!(
+                "make it over to the user that runs this: chown $USER {}",
+                path.display()
+            ),
         },
         _ => LinkError::Node {
             path: path.to_owned(),
@@ -443,8 +444,8 @@ fn mac_of(name: &str) -> io::Result<[u8; 6]> {
 /// Asks the host about an interface by its name (netdevice(7)).
 fn ask(name: &str, what: libc::c_ulong) -> io::Result<libc::ifreq> {
     let mut request = request_for(name).map_err(io::Error::other)?;
-    let socket = std::net::UdpSocket::bind("0.0.0.0:0")
-        .or_else(|_| std::net::UdpSocket::bind("[::]:0"))?;
+    let socket =
+        std::net::UdpSocket::bind("0.0.0.0:0").or_else(|_| std::net::UdpSocket::bind("[::]:0"))?;
     ioctl(socket.as_fd(), what, &raw mut request)?;
     Ok(request)
 }
@@ -487,13 +488,19 @@ mod tests {
             let e = open_tap(name, 1).err().unwrap().to_string();
             assert!(e.contains(why) && e.contains(&format!("{name:?}")), "{e}");
         }
-        assert_eq!(name_in(&request_for("a-name-of-15-ch").unwrap()), "a-name-of-15-ch");
+        assert_eq!(
+            name_in(&request_for("a-name-of-15-ch").unwrap()),
+            "a-name-of-15-ch"
+        );
     }
 
     #[test]
     fn a_missing_interface_comes_with_the_command_that_makes_it() {
         let e = open_tap("no-such-tap0", 4).err().unwrap().to_string();
-        assert!(e.contains("ip tuntap add dev no-such-tap0 mode tap multi_queue"), "{e}");
+        assert!(
+            e.contains("ip tuntap add dev no-such-tap0 mode tap multi_queue"),
+            "{e}"
+        );
         let e = open_macvtap("no-such-tap0", 1).err().unwrap().to_string();
         assert!(e.contains("type macvtap"), "{e}");
     }

@@ -254,7 +254,11 @@ impl LiveQueue {
             .as_vm_memory()
             .load(GuestAddress(event_addr), Ordering::Relaxed)
             .map_err(|_| BrokenRing::NoMemory)?;
-        let behind = self.queue.next_used().wrapping_sub(u16::from_le(event)).wrapping_sub(1);
+        let behind = self
+            .queue
+            .next_used()
+            .wrapping_sub(u16::from_le(event))
+            .wrapping_sub(1);
         Ok(u32::from(behind) < completed)
     }
 
