@@ -5,11 +5,13 @@
 use std::sync::Arc;
 
 use alveole_block_store::RamStore;
+use alveole_net_link::testing::loopback;
 use alveole_rate_limiter::Limits;
 use alveole_virtio::testing::{Access, Buffer, Driver, Indirect, Stage, Subject, conformance};
 use alveole_virtio::{SavedState, TransportControl, VirtioDevice, features, status};
 use alveole_virtio_blk::{BlkConfig, VirtioBlk};
 use alveole_virtio_mmio::testing::MmioAccess;
+use alveole_virtio_net::{NetConfig, VirtioNet};
 use alveole_virtio_pci::testing::PciAccess;
 use alveole_virtio_rng::VirtioRng;
 
@@ -57,6 +59,38 @@ impl Subject for Rng {
     }
 }
 
+/// A network that gives back what it gets, by this many pairs of queues.
+struct Network(u16);
+
+/// A feature that only network devices have.
+const CTRL_VQ: u64 = 1 << 17;
+
+/// No offloads, 800 bytes of a frame.
+fn frame() -> Vec<u8> {
+    [vec![0; 12], vec![0xff; 6], vec![7; 794]].concat()
+}
+
+impl Subject for Network {
+    fn device(&self) -> Box<dyn VirtioDevice> {
+        Box::new(VirtioNet::new(&NetConfig::new("net"), loopback(self.0)).unwrap())
+    }
+
+    fn exercise(&self, driver: &mut Driver) {
+        // What was offered before came back by now, or its frame would not have.
+        while driver.poll(1).is_some() {}
+        driver.submit(0, &[Buffer::In(4096)]);
+        driver.request(1, &[Buffer::Out(&frame())]);
+        let used = driver.wait(0);
+        assert_eq!(used.bytes[12..812], frame()[12..]);
+        if driver.features() & CTRL_VQ != 0 {
+            let has_several = driver.features() & (1 << 22) != 0;
+            let queue = if has_several { 2 * self.0 } else { 2 };
+            let used = driver.request(queue, &[Buffer::Out(&[9, 9]), Buffer::In(1)]);
+            assert_eq!(used.bytes, [1], "an unknown command");
+        }
+    }
+}
+
 fn by_mmio(stage: &Stage, device: Box<dyn VirtioDevice>) -> Box<dyn Access> {
     alveole_virtio_mmio::testing::carry(stage, device)
 }
@@ -83,6 +117,26 @@ fn entropy_by_mmio() {
 #[test]
 fn entropy_by_pci() {
     conformance(&Rng, &by_pci);
+}
+
+#[test]
+fn a_network_by_mmio() {
+    conformance(&Network(1), &by_mmio);
+}
+
+#[test]
+fn a_network_by_pci() {
+    conformance(&Network(1), &by_pci);
+}
+
+#[test]
+fn a_network_of_several_pairs_by_mmio() {
+    conformance(&Network(3), &by_mmio);
+}
+
+#[test]
+fn a_network_of_several_pairs_by_pci() {
+    conformance(&Network(3), &by_pci);
 }
 
 // ---- a device that moves ----
@@ -112,9 +166,16 @@ fn driver_at_work(subject: &dyn Subject, access: Box<dyn Access>, stage: &Stage)
     driver
 }
 
-/// A request that both devices answer with bytes: a read of a disk, or entropy.
+/// A request that all devices answer with bytes on queue 0: a read of a disk, entropy, or room for a frame and the
+/// frame.
 fn offer(driver: &mut Driver) {
     let read = [0u8; 16];
+    let is_network = driver.features() & CTRL_VQ != 0;
+    if is_network {
+        driver.submit(0, &[Buffer::In(4096)]);
+        driver.submit(1, &[Buffer::Out(&frame())]);
+        return;
+    }
     let is_disk = driver.features() & (1 << 6) != 0;
     let buffers: &[Buffer<'_>] = if is_disk {
         &[Buffer::Out(&read), Buffer::In(512), Buffer::In(1)]
@@ -222,6 +283,16 @@ fn a_disk_moves_by_mmio() {
 #[test]
 fn a_disk_moves_by_pci() {
     moves_by_pci(&Disk);
+}
+
+#[test]
+fn a_network_moves_by_mmio() {
+    moves_by_mmio(&Network(1));
+}
+
+#[test]
+fn a_network_moves_by_pci() {
+    moves_by_pci(&Network(1));
 }
 
 #[test]

@@ -10,6 +10,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::os::unix::net::UnixDatagram;
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
@@ -17,14 +18,17 @@ use std::time::{Duration, Instant};
 
 use alveole_block_store::RamStore;
 use alveole_io_bus::{BusDevice, Outcome};
+use alveole_net_link::testing::pair;
 use alveole_rate_limiter::Limits;
 use alveole_virtio::VirtioDevice;
 use alveole_virtio::testing::Stage;
 use alveole_virtio_blk::{BlkConfig, BlkHandle, VirtioBlk};
 use alveole_virtio_mmio::testing::MmioAccess;
+use alveole_virtio_net::{NetConfig, NetHandle, VirtioNet};
 use alveole_virtio_pci::testing::{ECAM_ADDR, PciAccess};
 use alveole_virtio_rng::VirtioRng;
 use virtio_drivers::device::blk::{BlkReq, BlkResp, RespStatus, SECTOR_SIZE, VirtIOBlk};
+use virtio_drivers::device::net::{TxBuffer, VirtIONet, VirtIONetRaw};
 use virtio_drivers::device::rng::VirtIORng;
 use virtio_drivers::transport::pci::bus::{
     BarInfo, Command, ConfigurationAccess, DeviceFunction, MemoryBarType, PciRoot,
@@ -717,7 +721,137 @@ fn entropy_is_given<T: Transport>(transport: T) {
     }
 }
 
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
+
+struct Network {
+    end: UnixDatagram,
+    handle: NetHandle,
+    device: Box<dyn VirtioDevice>,
+}
+
+fn network() -> Network {
+    let config = NetConfig {
+        mac: Some(MAC),
+        ..NetConfig::new("net")
+    };
+    let (link, mut ends) = pair(1);
+    let device = VirtioNet::new(&config, link).unwrap();
+    let end = ends.pop().unwrap();
+    end.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    Network {
+        end,
+        handle: device.handle(),
+        device: Box::new(device),
+    }
+}
+
+/// A header without offloads, and a frame.
+fn on_the_wire(frame: &[u8]) -> Vec<u8> {
+    [&[0; 12], frame].concat()
+}
+
+fn frames_go_there_and_back<T: Transport>(transport: T, end: &UnixDatagram) {
+    assert_eq!(transport.device_type(), DeviceType::Network);
+    let mut net = VirtIONet::<GuestPages, T, 16>::new(transport, 4096).unwrap();
+    assert_eq!(net.mac_address(), MAC);
+    net.enable_interrupts();
+    let mut got = vec![0; 1 << 17];
+    // Often enough that both indices of the rings wrap.
+    for round in 0..20_000 {
+        let frame = pattern(round, 60 + round * 7 % 1455);
+        net.send(TxBuffer::from(&frame)).unwrap();
+        let len = end.recv(&mut got).unwrap();
+        assert_eq!(got[..len], on_the_wire(&frame));
+        end.send(&got[..len]).unwrap();
+        let start = Instant::now();
+        let back = loop {
+            match net.receive() {
+                Ok(back) => break back,
+                Err(e) => assert_eq!(e, Error::NotReady),
+            }
+            assert!(start.elapsed() < Duration::from_secs(10), "no frame");
+        };
+        assert_eq!(back.packet(), frame);
+        net.recycle_rx_buffer(back).unwrap();
+        let start = Instant::now();
+        while !net
+            .ack_interrupt()
+            .contains(InterruptStatus::QUEUE_INTERRUPT)
+            && round % 64 == 0
+        {
+            assert!(start.elapsed() < Duration::from_secs(10), "no interrupt");
+        }
+    }
+    // More than the driver has buffers for waits for them.
+    for number in 0..8 {
+        end.send(&on_the_wire(&pattern(number, 3000))).unwrap();
+    }
+    for number in 0..8 {
+        let start = Instant::now();
+        while !net.can_recv() {
+            assert!(start.elapsed() < Duration::from_secs(10), "no frame");
+        }
+        let back = net.receive().unwrap();
+        assert_eq!(back.packet(), pattern(number, 3000));
+        net.recycle_rx_buffer(back).unwrap();
+    }
+}
+
+fn a_pulled_cable_is_told<T: Transport>(transport: T, handle: &NetHandle, end: &UnixDatagram) {
+    let mut net = VirtIONetRaw::<GuestPages, T, 4>::new(transport).unwrap();
+    net.enable_interrupts();
+    for up in [false, true] {
+        handle.set_link(up);
+        let start = Instant::now();
+        let wanted = InterruptStatus::DEVICE_CONFIGURATION_INTERRUPT;
+        while !net.ack_interrupt().contains(wanted) {
+            assert!(start.elapsed() < Duration::from_secs(10), "no interrupt");
+        }
+    }
+    net.send(&pattern(1, 60)).unwrap();
+    let mut got = [0; 100];
+    assert_eq!(end.recv(&mut got).unwrap(), 72);
+    end.send(&on_the_wire(&pattern(2, 1514))).unwrap();
+    let mut room = vec![0; 2000];
+    let (header, len) = net.receive_wait(&mut room).unwrap();
+    assert_eq!(room[header..header + len], pattern(2, 1514));
+}
+
 // ---- Device by transport.
+
+#[test]
+fn frames_by_mmio() {
+    on_a_machine(|stage| {
+        let Network { end, device, .. } = network();
+        frames_go_there_and_back(by_mmio(stage, device), &end);
+    });
+}
+
+#[test]
+fn frames_by_pci() {
+    on_a_machine(|stage| {
+        let Network { end, device, .. } = network();
+        frames_go_there_and_back(by_pci(stage, device), &end);
+    });
+}
+
+#[test]
+fn a_pulled_cable_by_mmio() {
+    on_a_machine(|stage| {
+        let network = network();
+        let transport = by_mmio(stage, network.device);
+        a_pulled_cable_is_told(transport, &network.handle, &network.end);
+    });
+}
+
+#[test]
+fn a_pulled_cable_by_pci() {
+    on_a_machine(|stage| {
+        let network = network();
+        let transport = by_pci(stage, network.device);
+        a_pulled_cable_is_told(transport, &network.handle, &network.end);
+    });
+}
 
 #[test]
 fn blocks_by_mmio() {
