@@ -313,3 +313,124 @@ impl LiveQueue {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU32};
+
+    use alveole_guest_memory::MemoryPlan;
+
+    use super::*;
+    use crate::Wires;
+
+    const SIZE: u16 = 16;
+    const AVAILABLE: u64 = 0x2000;
+    const USED: u64 = 0x3000;
+
+    struct Count(Arc<AtomicU32>);
+
+    impl Wires for Count {
+        fn queue(&self, _: u16) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+        fn config(&self) {}
+        fn clear(&self) {}
+    }
+
+    /// A queue with event indices, its memory, and how often its driver was interrupted.
+    fn queue() -> (LiveQueue, GuestRam, Arc<AtomicU32>) {
+        let ram = GuestRam::map(&MemoryPlan::around_hole(1 << 20).unwrap()).unwrap();
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.set_desc_table_address(Some(0x1000), Some(0));
+        queue.set_avail_ring_address(Some(AVAILABLE as u32), Some(0));
+        queue.set_used_ring_address(Some(USED as u32), Some(0));
+        queue.set_event_idx(true);
+        queue.set_ready(true);
+        let told = Arc::new(AtomicU32::new(0));
+        let signals = Signals::new(Box::new(Count(told.clone())));
+        let bell = Doorbell::new().unwrap();
+        let queue = LiveQueue::new(0, queue, ram.clone(), bell, signals, "test");
+        (queue, ram, told)
+    }
+
+    fn used_index(ram: &GuestRam) -> u16 {
+        ram.as_vm_memory()
+            .load(GuestAddress(USED + 2), Ordering::Acquire)
+            .unwrap()
+    }
+
+    fn entry(ram: &GuestRam, at: u64) -> (u32, u32) {
+        let mut bytes = [0; 8];
+        ram.read(USED + 4 + 8 * (at % u64::from(SIZE)), &mut bytes)
+            .unwrap();
+        let [a, b, c, d, e, f, g, h] = bytes;
+        (
+            u32::from_le_bytes([a, b, c, d]),
+            u32::from_le_bytes([e, f, g, h]),
+        )
+    }
+
+    #[test]
+    fn what_is_completed_together_is_seen_together() {
+        let (mut queue, ram, _) = queue();
+        let over = AtomicBool::new(false);
+        let rounds = 2000u64;
+        std::thread::scope(|scope| {
+            let seen = scope.spawn(|| {
+                while !over.load(Ordering::SeqCst) {
+                    let index = used_index(&ram);
+                    assert_eq!(index % 5, 0, "a part of five");
+                }
+            });
+            for round in 0..rounds {
+                let used = [(1, 10), (3, 30), (15, 150), (0, 0), (7, u32::MAX)];
+                queue.complete_together(&used).unwrap();
+                for (at, (head, len)) in (5 * round..).zip(used) {
+                    assert_eq!(entry(&ram, at), (u32::from(head), len));
+                }
+            }
+            over.store(true, Ordering::SeqCst);
+            seen.join().unwrap();
+        });
+        assert_eq!(u64::from(used_index(&ram)), 5 * rounds);
+        queue.complete_together(&[]).unwrap();
+        assert_eq!(u64::from(used_index(&ram)), 5 * rounds);
+    }
+
+    #[test]
+    fn a_driver_that_wants_to_be_told_in_the_middle_of_them_is() {
+        for (event, wanted) in [(65_535, 0), (0, 1), (1, 1), (2, 1), (3, 0), (900, 0)] {
+            let (mut queue, ram, told) = queue();
+            let event: u16 = event;
+            let event_addr = AVAILABLE + 4 + 2 * u64::from(SIZE);
+            ram.write(event_addr, &event.to_le_bytes()).unwrap();
+            queue.complete_together(&[(4, 1), (9, 2), (2, 3)]).unwrap();
+            queue.notify().unwrap();
+            assert_eq!(told.load(Ordering::SeqCst), wanted, "used_event {event}");
+            // Nothing new, nothing told.
+            queue.notify().unwrap();
+            assert_eq!(told.load(Ordering::SeqCst), wanted);
+        }
+    }
+
+    #[test]
+    fn requests_that_are_put_back_come_again() {
+        let (mut queue, ram, _) = queue();
+        for at in 0..4u64 {
+            ram.write(AVAILABLE + 4 + 2 * at, &(at as u16).to_le_bytes())
+                .unwrap();
+            ram.write(0x1000 + 16 * at + 8, &[1]).unwrap();
+        }
+        ram.write(AVAILABLE + 2, &4u16.to_le_bytes()).unwrap();
+        let mut chain = Chain::new();
+        for _ in 0..3 {
+            assert!(queue.pop(&mut chain).unwrap());
+        }
+        queue.put_back_many(2);
+        let mut again = Vec::new();
+        while queue.pop(&mut chain).unwrap() {
+            again.push(chain.head());
+        }
+        assert_eq!(again, [1, 2, 3]);
+    }
+}
