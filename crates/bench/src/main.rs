@@ -9,6 +9,7 @@ mod guest;
 mod host;
 mod measure;
 mod metrics;
+mod net;
 mod report;
 mod results;
 mod run;
@@ -53,6 +54,11 @@ enum What {
     /// One cell of `disk` without a guest, in a process of its own
     #[command(hide = true)]
     DiskCell(disk::Cell),
+    /// Networks: what a frame costs without a guest
+    Net(net::Net),
+    /// One cell of `net`, in a process of its own
+    #[command(hide = true)]
+    NetCell(net::Cell),
     /// Compile the guest's init, so that `boot` finds it ready
     #[command(hide = true)]
     Prepare,
@@ -102,6 +108,8 @@ fn main() -> ExitCode {
         What::Boot(args) => boot(&args),
         What::Disk(args) => disk::disk(&args),
         What::DiskCell(cell) => disk::run_cell(&cell).map(|()| ExitCode::SUCCESS),
+        What::Net(args) => net::net(&args),
+        What::NetCell(cell) => net::run_cell(&cell).map(|()| ExitCode::SUCCESS),
         What::Prepare => guest::compile_init(&init_path()).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
