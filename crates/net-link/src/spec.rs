@@ -11,7 +11,7 @@ pub enum LinkSpec {
         /// At most 15 bytes.
         name: String,
     },
-    /// Descriptors of a tap interface that somebody else opened: one for each pair of queues.
+    /// Descriptors of a tap interface that somebody else opened, with IFF_NO_PI: one for each pair of queues.
     TapFds(Vec<OwnedFd>),
     /// A macvtap interface of the host, by its name.
     Macvtap {

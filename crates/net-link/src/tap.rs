@@ -129,11 +129,7 @@ pub(crate) fn take_tap(fds: Vec<OwnedFd>, pairs: u16) -> Result<NetLink, LinkErr
                 "{interface} is a tun, which carries no Ethernet frames"
             )));
         }
-        if flags & IFF_NO_PI == 0 {
-            return Err(not_a_tap(format!(
-                "{interface} was opened without IFF_NO_PI: each frame has four bytes before it"
-            )));
-        }
+        // IFF_NO_PI cannot be asked for: its bit is also IFF_NOFILTER, which the kernel sets here.
         has_header &= flags & IFF_VNET_HDR != 0;
         names.push(interface);
     }

@@ -216,7 +216,7 @@ fn what_is_sent_comes_out_framed_however_slowly_it_is_read() {
             let n = end.read(&mut piece).unwrap();
             assert!(n > 0);
             got.extend(&piece[..n]);
-            if got.len() % 5 == 0 {
+            if got.len().is_multiple_of(5) {
                 std::thread::sleep(Duration::from_micros(200));
             }
         }

@@ -139,7 +139,7 @@ fn open_link(cell: &Cell) -> anyhow::Result<(NetLink, Peer)> {
 }
 
 /// Takes, or sends frames of `bytes`, until it is over.
-fn serve(peer: Peer, direction: Direction, bytes: usize, over: &AtomicBool) {
+fn serve(peer: &Peer, direction: Direction, bytes: usize, over: &AtomicBool) {
     let frame = vec![0x5a; HEADER_BYTES + bytes];
     let framed: Vec<u8> = {
         let one = [&(bytes as u32).to_be_bytes()[..], &frame[HEADER_BYTES..]].concat();
@@ -149,7 +149,7 @@ fn serve(peer: Peer, direction: Direction, bytes: usize, over: &AtomicBool) {
     let with_zeroes = [&[0; HEADER_BYTES][..], &frame[HEADER_BYTES..]].concat();
     let mut at = 0;
     while !over.load(Ordering::Relaxed) {
-        let done = match (&peer, direction) {
+        let done = match (peer, direction) {
             (Peer::Nobody, _) => return,
             (Peer::Datagrams(end), Direction::Tx) => end.recv(&mut room),
             (Peer::Datagrams(end), Direction::Rx) => end.send(&with_zeroes),
@@ -213,7 +213,7 @@ pub(crate) fn run(cell: &Cell) -> anyhow::Result<()> {
     let over = Arc::new(AtomicBool::new(false));
     let peer_thread = {
         let (over, direction, bytes) = (over.clone(), cell.direction, cell.bytes);
-        thread::spawn(move || serve(peer, direction, bytes, &over))
+        thread::spawn(move || serve(&peer, direction, bytes, &over))
     };
 
     let bells: Result<Vec<_>, _> = (0..3).map(|_| Doorbell::new()).collect();
