@@ -89,6 +89,18 @@ fn tap(name: &str, pairs: u16) -> Result<NetLink, LinkError> {
     open(LinkSpec::Tap { name: name.into() }, pairs)
 }
 
+/// Opens a tap that was just closed: a program that another test is just starting may have the descriptor for a moment.
+fn tap_again(name: &str) -> NetLink {
+    let start = Instant::now();
+    loop {
+        match tap(name, 1) {
+            Err(LinkError::Busy { .. }) if start.elapsed() < Duration::from_secs(10) => {}
+            other => return other.unwrap(),
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 fn error(name: &str, pairs: u16) -> String {
     tap(name, pairs).err().unwrap().to_string()
 }
@@ -357,7 +369,7 @@ fn taps_that_cannot_be_used_say_why_and_what_to_do() {
         let e = error("tap0", 1);
         assert!(e.contains("tap0 is in use"), "{e}");
         drop(held);
-        drop(tap("tap0", 1).unwrap());
+        drop(tap_again("tap0"));
         ip("tuntap add dev tun0 mode tun");
         let e = error("tun0", 1);
         assert!(e.contains("tun0 cannot be used as a tap"), "{e}");
@@ -419,11 +431,20 @@ fn foreign(name: &str, flags: i16) -> Vec<OwnedFd> {
     let mut request = [0u8; 40];
     request[..name.len()].copy_from_slice(name.as_bytes());
     request[16..18].copy_from_slice(&flags.to_le_bytes());
-    // SAFETY: TUNSETIFF takes a structure of 40 bytes with a name and flags.
-    #[expect(unsafe_code, reason = "ioctl(2)")]
-    let done = unsafe { libc::ioctl(file.as_raw_fd(), 0x4004_54ca, request.as_mut_ptr()) };
-    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
-    vec![file.into()]
+    let start = Instant::now();
+    loop {
+        // SAFETY: TUNSETIFF takes a structure of 40 bytes with a name and flags.
+        #[expect(unsafe_code, reason = "ioctl(2)")]
+        let done = unsafe { libc::ioctl(file.as_raw_fd(), 0x4004_54ca, request.as_mut_ptr()) };
+        if done == 0 {
+            return vec![file.into()];
+        }
+        // As in `tap_again`.
+        let e = std::io::Error::last_os_error();
+        let busy = e.raw_os_error() == Some(libc::EBUSY);
+        assert!(busy && start.elapsed() < Duration::from_secs(10), "{e}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]

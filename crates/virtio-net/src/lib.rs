@@ -46,8 +46,19 @@ pub const QUEUE_SIZE: u16 = 256;
 /// Most pairs of queues: as many as a machine has processors.
 pub const MAX_PAIRS: u16 = 64;
 /// Most frames in one direction before a pair looks at the other direction and tells the driver. Abused by a guest, or
-/// its network, that keeps one direction busy.
+/// its network, that keeps one direction busy. A long frame counts for several: what it answers must not wait for as many
+/// of them as of short ones.
 pub const FRAMES_PER_BURST: u32 = 32;
-/// Most frames of one pair before other workers of the same loop have their turn. Abused by a guest that keeps one
-/// pair busy on a shared loop.
+/// Most frames of one pair before other workers of the same loop have their turn, counted alike. Abused by a guest that
+/// keeps one pair busy on a shared loop.
 pub const FRAMES_PER_TURN: u32 = 1024;
+
+/// A frame counts for one, and for one more for each so many bytes: what the kernel needs for a short one is what it
+/// needs to copy so many.
+const BYTES_PER_FRAME: u64 = 8192;
+
+/// For how many a frame of so many bytes counts, beside itself.
+fn extra_weight(len_bytes: u64) -> u32 {
+    let extra = len_bytes.checked_div(BYTES_PER_FRAME).unwrap_or_default();
+    u32::try_from(extra).unwrap_or(u32::MAX)
+}

@@ -8,6 +8,7 @@ use alveole_net_link::{HEADER_BYTES, MAX_FRAME_BYTES, Received};
 use alveole_virtio::{BrokenRing, Chain, LiveQueue, Progress};
 
 use crate::config_space::{MRG_RXBUF, MTU};
+use crate::extra_weight;
 use crate::lane::Lane;
 use crate::shared::Shared;
 
@@ -146,7 +147,7 @@ impl Rx {
             };
             match received {
                 Ok(Received::Frame(len)) => {
-                    *budget = left;
+                    *budget = left.saturating_sub(extra_weight(len));
                     self.deliver(len, shared)?;
                 }
                 Ok(Received::TooLong) => {

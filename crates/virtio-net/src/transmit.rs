@@ -6,6 +6,7 @@ use alveole_guest_memory::GuestBuffers;
 use alveole_net_link::{Frame, Sent};
 use alveole_virtio::{BrokenRing, Chain, LiveQueue};
 
+use crate::extra_weight;
 use crate::frame::{BadFrame, FrameRules, ParsedFrame};
 use crate::lane::Lane;
 use crate::shared::Shared;
@@ -71,7 +72,7 @@ impl Tx {
     ) -> Result<TxPause, BrokenRing> {
         let counters = &shared.counters;
         loop {
-            let Some(left) = budget.checked_sub(1) else {
+            let Some(mut left) = budget.checked_sub(1) else {
                 return Ok(TxPause::Budget);
             };
             if !self.queue.pop(&mut self.chain)? {
@@ -103,6 +104,7 @@ impl Tx {
                         Ok(Sent::Done) => {
                             counters.tx_frames.inc();
                             counters.tx_bytes.add(frame.len_bytes);
+                            left = left.saturating_sub(extra_weight(frame.len_bytes));
                         }
                         Ok(Sent::WouldBlock) => {
                             counters.tx_blocked.inc();
