@@ -38,6 +38,7 @@ const LAYERS: [&[&str]; 6] = [
         "virtio-pci",
         "virtio-blk",
         "virtio-rng",
+        "virtio-vsock",
     ],
     &["machine", "host"],
     &["vmm", "cli", "bench"],
