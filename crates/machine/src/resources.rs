@@ -47,6 +47,9 @@ pub enum ResourceError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] alveole_virtio_blk::BlkError),
+    /// The socket device.
+    #[error(transparent)]
+    Vsock(#[from] alveole_virtio_vsock::VsockError),
     /// The entropy device.
     #[error("the entropy device has no timer: {0}; raise the limit on open files (ulimit -n)")]
     Entropy(io::Error),

@@ -2,11 +2,13 @@
 //! limits live here, each with its message; every broken rule is reported, not only the first.
 
 mod drives;
+mod vsock;
 
 use std::path::PathBuf;
 
 use alveole_guest_memory::MemoryPlan;
 use alveole_rate_limiter::Limits;
+use alveole_virtio_vsock::{MAX_GUEST_CID, MAX_PATH_BYTES, MIN_GUEST_CID, VsockConfig};
 use alveole_vm_config::VmConfig;
 
 pub(crate) use drives::ValidDrive;
@@ -30,6 +32,7 @@ pub struct ValidConfig {
     pub(crate) cmdline: String,
     /// The root device, if there is one, comes first.
     pub(crate) drives: Vec<ValidDrive>,
+    pub(crate) vsock: Option<VsockConfig>,
     pub(crate) entropy: Option<Limits>,
 }
 
@@ -106,6 +109,26 @@ pub enum Invalid {
         /// What was given.
         partuuid: String,
     },
+    /// A context that no guest can have.
+    #[error("vsock has guest_cid {0}: a guest has one from {MIN_GUEST_CID} to {MAX_GUEST_CID}")]
+    GuestCid(u64),
+    /// No path.
+    #[error("vsock has an empty uds_path: name the socket to be made")]
+    NoUdsPath,
+    /// A path that no socket can have.
+    #[error("vsock has uds_path {0:?} with a zero byte: no file can be called so")]
+    UdsPathWithZero(PathBuf),
+    /// A path that is too long.
+    #[error(
+        "vsock has uds_path {path:?} of {len} bytes: it may have {MAX_PATH_BYTES}, so that it and \"_4294967295\" fit the address of \
+         a unix socket; choose a shorter directory, or one relative to where the monitor is started"
+    )]
+    LongUdsPath {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        len: usize,
+    },
     /// More drives than there are interrupts.
     #[error("{0} drives: this machine has room for {MAX_DRIVES}")]
     TooManyDrives(usize),
@@ -142,6 +165,10 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
         broken.push(Invalid::NoKernel);
     }
     let drives = drives::validate(config, &mut broken);
+    let vsock = config
+        .vsock
+        .as_ref()
+        .and_then(|v| vsock::validate(v, &mut broken));
     let limiter = config.entropy.map(|e| e.rate_limiter.unwrap_or_default());
     match memory {
         Some(memory) if broken.is_empty() => Ok(ValidConfig {
@@ -154,6 +181,7 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
                 .clone()
                 .unwrap_or_else(|| DEFAULT_CMDLINE.into()),
             drives,
+            vsock,
             entropy: limiter.map(|l| drives::limits(&l)),
         }),
         _ => Err(broken),

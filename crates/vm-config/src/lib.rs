@@ -18,6 +18,7 @@ pub use error::{ConfigError, Problem, Problems};
 pub use types::{
     BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages,
     IoEngine, LogLevel, Logger, MachineConfig, Metrics, RateLimiter, Serial, TokenBucket, VmConfig,
+    Vsock,
 };
 
 /// The longest description that is read. A real one has a few kilobytes; a path given by mistake may

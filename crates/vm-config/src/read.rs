@@ -4,6 +4,7 @@ use crate::object::{Leaf, Object, Value};
 use crate::types::{
     BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages,
     IoEngine, LogLevel, Logger, MachineConfig, Metrics, RateLimiter, Serial, TokenBucket, VmConfig,
+    Vsock,
 };
 
 pub(crate) fn vm_config(top: &mut Object<'_>) -> VmConfig {
@@ -16,11 +17,11 @@ pub(crate) fn vm_config(top: &mut Object<'_>) -> VmConfig {
         metrics: top.section("metrics", metrics),
         serial: top.section("serial", serial),
         drives: top.list("drives", drive),
+        vsock: top.section("vsock", vsock),
         entropy: top.section("entropy", entropy),
     };
     for (key, what) in [
         ("network-interfaces", "network devices are"),
-        ("vsock", "the vsock device is"),
         ("balloon", "the balloon device is"),
         ("pmem", "persistent memory devices are"),
         ("memory-hotplug", "memory hotplug is"),
@@ -150,6 +151,14 @@ fn drive(section: &mut Object<'_>) -> Drive {
         format: section.optional("format"),
         backing: section.optional("backing"),
         num_queues: section.optional("num_queues"),
+    }
+}
+
+fn vsock(section: &mut Object<'_>) -> Vsock {
+    Vsock {
+        guest_cid: section.required("guest_cid"),
+        uds_path: section.required("uds_path"),
+        vsock_id: section.optional("vsock_id"),
     }
 }
 

@@ -63,7 +63,7 @@ fn firecrackers_own_file_is_read() {
           "cpu-config": null,
           "balloon": null,
           "network-interfaces": [ ],
-          "vsock": null,
+          "vsock": { "guest_cid": 3, "uds_path": "./v.sock", "vsock_id": "1" },
           "logger": { "log_path": "/tmp/log", "level": "WARN", "show_level": true, "module": null },
           "metrics": { "metrics_path": "m.fifo", "emit_id": false },
           "mmds-config": null,
@@ -114,9 +114,27 @@ fn firecrackers_own_file_is_read() {
                 }),
                 ..Drive::default()
             }],
+            vsock: Some(Vsock {
+                guest_cid: 3,
+                uds_path: "./v.sock".into(),
+                vsock_id: Some("1".into()),
+            }),
             entropy: Some(Entropy::default()),
         }
     );
+}
+
+#[test]
+fn mistakes_in_a_vsock_device_are_told() {
+    let message = told(&with("  \"vsock\": {\"guest_cid\": -3, \"path\": \"x\"}"));
+    for part in [
+        "\"vsock.guest_cid\": expected a whole number",
+        "\"vsock.uds_path\": this field is required and missing; add it",
+        "\"vsock\": unknown field \"path\"; known are: guest_cid, uds_path, vsock_id",
+    ] {
+        assert!(message.contains(part), "{part}\nin\n{message}");
+    }
+    assert_eq!(read(&with("  \"vsock\": null")).unwrap().vsock, None);
 }
 
 #[test]
@@ -172,7 +190,6 @@ fn what_is_absent_is_as_firecracker_has_it() {
 fn a_device_that_is_not_built_is_named() {
     for (key, what) in [
         ("network-interfaces", "network devices are"),
-        ("vsock", "the vsock device is"),
         ("balloon", "the balloon device is"),
         ("pmem", "persistent memory devices are"),
         ("memory-hotplug", "memory hotplug is"),
@@ -541,6 +558,7 @@ prop_compose! {
         metrics in prop::option::of(path()),
         serial in prop::option::of(prop::option::of(path())),
         drives in prop::collection::vec(drive(), 0..3),
+        vsock in prop::option::of((any::<u64>(), path(), prop::option::of(".*"))),
         entropy in prop::option::of(prop::option::of(limiter())),
     ) -> VmConfig {
         VmConfig {
@@ -550,6 +568,7 @@ prop_compose! {
             metrics: metrics.map(|metrics_path| Metrics { metrics_path }),
             serial: serial.map(|serial_out_path| Serial { serial_out_path }),
             drives,
+            vsock: vsock.map(|(guest_cid, uds_path, vsock_id)| Vsock { guest_cid, uds_path, vsock_id }),
             entropy: entropy.map(|rate_limiter| Entropy { rate_limiter }),
         }
     }

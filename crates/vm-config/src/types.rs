@@ -26,6 +26,9 @@ pub struct VmConfig {
     /// Disks, in the order in which the guest finds them; the root device comes first wherever it stands.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
+    /// The socket device; none: the guest has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
     /// The entropy device; none: the guest has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
@@ -240,6 +243,19 @@ pub struct TokenBucket {
     pub one_time_burst: Option<u64>,
     /// Milliseconds in which an empty bucket is full again.
     pub refill_time: u64,
+}
+
+/// The socket device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Vsock {
+    /// Context of the guest: its address.
+    pub guest_cid: u64,
+    /// The unix socket on the host where programs connect, and whose path begins those of the sockets that the
+    /// guest reaches.
+    pub uds_path: PathBuf,
+    /// Its name. Firecracker has given it up; it is read and not used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock_id: Option<String>,
 }
 
 /// The entropy device.

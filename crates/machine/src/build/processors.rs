@@ -10,6 +10,7 @@ use alveole_serial::{ConsoleHandle, ConsoleWorker};
 use alveole_vcpu::cpuid::guest_cpuid;
 use alveole_vcpu::{Buses, Vcpu};
 use alveole_virtio_blk::BlkHandle;
+use alveole_virtio_vsock::VsockHandle;
 
 use crate::build::BuildError;
 use crate::build::boot::WithBoot;
@@ -26,6 +27,7 @@ pub(super) struct WithProcessors {
     pub(super) threads: Threads,
     pub(super) counters: Vec<Arc<dyn CounterSet + Send + Sync>>,
     pub(super) disks: Vec<BlkHandle>,
+    pub(super) vsock: Option<VsockHandle>,
     pub(super) sandbox: Vec<&'static str>,
     pub(super) vcpus: Vec<Vcpu>,
 }
@@ -51,6 +53,7 @@ impl WithBoot {
             threads,
             counters,
             disks,
+            vsock,
             sandbox,
             nodes: _,
             cmdline: _,
@@ -94,6 +97,7 @@ impl WithBoot {
             threads,
             counters,
             disks,
+            vsock,
             sandbox,
             vcpus,
         })

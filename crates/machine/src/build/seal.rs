@@ -33,6 +33,7 @@ impl WithProcessors {
             power_button: self.power_button,
             sandbox: self.sandbox,
             disks: self.disks,
+            vsock: self.vsock,
             threads,
             registry: Arc::new(Registry::new()),
             options,

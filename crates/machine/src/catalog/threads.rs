@@ -1,4 +1,4 @@
-//! The event loops of a machine: one for everybody, and those that disks have for themselves.
+//! The event loops of a machine: one for everybody, and those that disks and busy devices have for themselves.
 
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -41,6 +41,14 @@ impl Threads {
     /// On the loop that everybody shares.
     pub(crate) fn shared(&self) -> Hosting {
         Hosting::on(vec![self.shared.handle()])
+    }
+
+    /// On a loop of its own, by this name.
+    pub(crate) fn for_device(&mut self, name: &str) -> Result<Hosting, BuildError> {
+        let own = EventLoop::new()?;
+        let hosting = Hosting::alone_on(vec![own.handle()], LONGEST_LOOK);
+        self.own.push((name.to_owned(), own));
+        Ok(hosting)
     }
 
     /// Where the workers of a disk with so many queues run. More threads than the host has processors

@@ -10,6 +10,7 @@ use alveole_hypervisor::Partition;
 use alveole_io_bus::BusBuilder;
 use alveole_virtio_blk::{BlkConfig, BlkHandle, VirtioBlk};
 use alveole_virtio_rng::VirtioRng;
+use alveole_virtio_vsock::{VirtioVsock, VsockHandle};
 
 use crate::ValidConfig;
 use crate::build::{BuildError, Options};
@@ -18,13 +19,15 @@ use crate::catalog::carriers::Carrier;
 use crate::resources::ResourceError;
 use crate::validate::ValidDrive;
 
-/// What disks and the entropy device add to the system calls of threads.
+/// What each device adds to the system calls of threads.
 const BLOCK_SANDBOX: &str = "virtio-block";
+const VSOCK_SANDBOX: &str = "virtio-vsock";
 const RNG_SANDBOX: &str = "virtio-rng";
 
 /// The virtio devices of a machine, with everything that they need of the host open, and not yet placed.
 pub(crate) struct VirtioDevices {
     disks: Vec<Disk>,
+    vsock: Option<VirtioVsock>,
     rng: Option<VirtioRng>,
 }
 
@@ -40,6 +43,7 @@ pub(crate) struct Placed {
     pub(crate) nodes: Vec<DeviceNode>,
     pub(crate) counters: Vec<Arc<dyn CounterSet + Send + Sync>>,
     pub(crate) disks: Vec<BlkHandle>,
+    pub(crate) vsock: Option<VsockHandle>,
     pub(crate) cmdline: Vec<String>,
     pub(crate) cmdline_without_acpi: Vec<String>,
     pub(crate) pci: Option<PciRoot>,
@@ -50,9 +54,11 @@ impl VirtioDevices {
     /// Opens what the devices of `config` need.
     pub(crate) fn open(config: &ValidConfig) -> Result<Self, ResourceError> {
         let disks = config.drives.iter().map(open_disk);
+        let vsock = config.vsock.as_ref().map(VirtioVsock::new).transpose()?;
         let rng = config.entropy.map(VirtioRng::new).transpose();
         Ok(Self {
             disks: disks.collect::<Result<_, _>>()?,
+            vsock,
             rng: rng.map_err(ResourceError::Entropy)?,
         })
     }
@@ -60,8 +66,9 @@ impl VirtioDevices {
     /// What the devices add to the system calls of threads.
     pub(crate) fn sandbox(&self) -> Vec<&'static str> {
         let block = (!self.disks.is_empty()).then_some(BLOCK_SANDBOX);
+        let vsock = self.vsock.as_ref().map(|_| VSOCK_SANDBOX);
         let rng = self.rng.as_ref().map(|_| RNG_SANDBOX);
-        block.into_iter().chain(rng).collect()
+        block.into_iter().chain(vsock).chain(rng).collect()
     }
 
     /// Gives each device its place in the guest.
@@ -84,6 +91,12 @@ impl VirtioDevices {
             let hosting = threads.for_disk(&disk.name, disk.queues, options.disk_threads)?;
             carrier.carry(Box::new(disk.device), partition, ram, hosting, memory)?;
         }
+        let vsock = self.vsock.as_ref().map(VirtioVsock::handle);
+        if let (Some(device), Some(handle)) = (self.vsock, &vsock) {
+            counters.push(handle.counters().clone());
+            let hosting = threads.for_device("vsock")?;
+            carrier.carry(Box::new(device), partition, ram, hosting, memory)?;
+        }
         if let Some(rng) = self.rng {
             counters.push(rng.counters().clone());
             carrier.carry(Box::new(rng), partition, ram, threads.shared(), memory)?;
@@ -94,6 +107,7 @@ impl VirtioDevices {
             nodes: carried.nodes,
             counters,
             disks,
+            vsock,
             cmdline,
             cmdline_without_acpi: carried.cmdline_without_acpi,
             pci: carried.pci,

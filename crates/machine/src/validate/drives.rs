@@ -11,8 +11,8 @@ use alveole_vm_config::{
 
 use crate::validate::{Invalid, MAX_CPUS};
 
-/// Most drives: each has an interrupt of its own, and one is left for the entropy device.
-pub const MAX_DRIVES: usize = 17;
+/// Most drives: each has an interrupt of its own, and two are left for the socket and the entropy device.
+pub const MAX_DRIVES: usize = 16;
 /// Most queues of one drive.
 pub const MAX_QUEUES: u64 = MAX_CPUS as u64;
 /// Longest name of a drive.
