@@ -24,3 +24,5 @@ mod files;
 mod sandbox;
 #[path = "guest/sees.rs"]
 mod sees;
+#[path = "guest/vsock.rs"]
+mod vsock;

@@ -35,6 +35,7 @@ pub(crate) struct Vm {
     console: Console,
     options: Vec<String>,
     drives: Vec<serde_json::Value>,
+    vsock: Option<PathBuf>,
     by_nobody: bool,
 }
 
@@ -68,6 +69,7 @@ impl Vm {
                 console: Console::default(),
                 options: Vec::new(),
                 drives: Vec::new(),
+                vsock: None,
                 by_nobody: false,
             }),
             Err(why) => {
@@ -122,6 +124,12 @@ impl Vm {
             drive.extend(more);
         }
         self.drives.push(drive);
+        self
+    }
+
+    /// The socket device, which listens at `path`.
+    pub(crate) fn vsock(mut self, path: &Path) -> Self {
+        self.vsock = Some(path.into());
         self
     }
 
@@ -225,6 +233,9 @@ impl Vm {
         });
         if !self.drives.is_empty() {
             description["entropy"] = json!({});
+        }
+        if let Some(path) = &self.vsock {
+            description["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
         }
         let file = dir.join("vm.json");
         fs::write(&file, description.to_string()).unwrap();
