@@ -10,6 +10,8 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
@@ -24,8 +26,12 @@ use alveole_virtio_blk::{BlkConfig, BlkHandle, VirtioBlk};
 use alveole_virtio_mmio::testing::MmioAccess;
 use alveole_virtio_pci::testing::{ECAM_ADDR, PciAccess};
 use alveole_virtio_rng::VirtioRng;
+use alveole_virtio_vsock::{VirtioVsock, VsockConfig, VsockHandle};
 use virtio_drivers::device::blk::{BlkReq, BlkResp, RespStatus, SECTOR_SIZE, VirtIOBlk};
 use virtio_drivers::device::rng::VirtIORng;
+use virtio_drivers::device::socket::{
+    VirtIOSocket, VsockAddr, VsockConnectionManager, VsockEventType,
+};
 use virtio_drivers::transport::pci::bus::{
     BarInfo, Command, ConfigurationAccess, DeviceFunction, MemoryBarType, PciRoot,
 };
@@ -717,6 +723,116 @@ fn entropy_is_given<T: Transport>(transport: T) {
     }
 }
 
+/// A socket device and its place on the host.
+fn sockets() -> (tempfile::TempDir, VsockHandle, Box<dyn VirtioDevice>) {
+    let dir = tempfile::tempdir().unwrap();
+    let device = VirtioVsock::new(&VsockConfig {
+        guest_cid: 77,
+        uds_path: dir.path().join("v.sock"),
+    });
+    let device = device.unwrap();
+    (dir, device.handle(), Box::new(device))
+}
+
+type Sockets<T> = VsockConnectionManager<GuestPages, T>;
+
+/// What a socket of the guest has received.
+fn read<T: Transport>(sockets: &mut Sockets<T>, peer: VsockAddr, port: u32, len: usize) -> Vec<u8> {
+    let mut all = Vec::new();
+    while all.len() < len {
+        let mut piece = [0; 1024];
+        let got = sockets.recv(peer, port, &mut piece).unwrap();
+        all.extend(&piece[..got]);
+        if got == 0 {
+            sockets.poll().unwrap();
+        } else {
+            sockets.update_credit(peer, port).unwrap();
+        }
+    }
+    assert_eq!(all.len(), len);
+    all
+}
+
+/// Sends all of it, as the peer has room.
+fn write<T: Transport>(sockets: &mut Sockets<T>, peer: VsockAddr, port: u32, bytes: &[u8]) {
+    for piece in bytes.chunks(4096) {
+        while let Err(e) = sockets.send(peer, port, piece) {
+            let wait = virtio_drivers::device::socket::SocketError::InsufficientBufferSpaceInPeer;
+            assert_eq!(e, wait.into());
+            sockets.poll().unwrap();
+        }
+    }
+}
+
+fn sockets_connect_both_ways<T: Transport>(transport: T, dir: &std::path::Path) {
+    assert_eq!(transport.device_type(), DeviceType::Socket);
+    let listener = UnixListener::bind(dir.join("v.sock_80")).unwrap();
+    let mut sockets = Sockets::new(VirtIOSocket::new(transport).unwrap());
+    assert_eq!(sockets.guest_cid(), 77);
+    // The guest connects; everything it sends comes back.
+    let host = VsockAddr { cid: 2, port: 80 };
+    sockets.connect(host, 1234).unwrap();
+    let event = sockets.wait_for_event().unwrap();
+    assert_eq!(event.event_type, VsockEventType::Connected);
+    let (mut stream, _) = listener.accept().unwrap();
+    let bytes = pattern(1, 3_000_000);
+    let echo = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        all
+    });
+    write(&mut sockets, host, 1234, &bytes);
+    sockets.shutdown(host, 1234).unwrap();
+    assert!(echo.join().unwrap() == bytes);
+    loop {
+        let event = sockets.wait_for_event().unwrap();
+        if let VsockEventType::Disconnected { .. } = event.event_type {
+            break;
+        }
+    }
+    // The host connects to a port that is listened at, and to one that is not.
+    sockets.listen(52);
+    let bytes = pattern(2, 200_000);
+    let (path, sent) = (dir.join("v.sock"), bytes.clone());
+    let client = std::thread::spawn(move || {
+        let mut refused = UnixStream::connect(&path).unwrap();
+        refused.write_all(b"CONNECT 53\n").unwrap();
+        assert_eq!(refused.read(&mut [0]).unwrap_or(0), 0);
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.write_all(b"CONNECT 52\n").unwrap();
+        let mut line = String::new();
+        let mut reader = BufReader::new(stream.try_clone().unwrap());
+        reader.read_line(&mut line).unwrap();
+        stream.write_all(&sent).unwrap();
+        let mut back = [0; 5];
+        reader.read_exact(&mut back).unwrap();
+        (line, back)
+    });
+    let event = sockets.wait_for_event().unwrap();
+    assert_eq!(event.event_type, VsockEventType::ConnectionRequest);
+    let peer = event.source;
+    assert!(read(&mut sockets, peer, 52, bytes.len()) == bytes);
+    write(&mut sockets, peer, 52, b"thank");
+    let (line, back) = client.join().unwrap();
+    assert_eq!(line, format!("OK {}\n", peer.port));
+    assert_eq!(&back, b"thank");
+    // Nobody listens there.
+    sockets.connect(VsockAddr { cid: 2, port: 81 }, 1).unwrap();
+    loop {
+        let event = sockets.wait_for_event().unwrap();
+        if event.destination.port == 1 {
+            let VsockEventType::Disconnected { .. } = event.event_type else {
+                panic!("{event:?}")
+            };
+            break;
+        }
+    }
+    // This driver never takes its eight receive buffers back.
+    drop(sockets);
+    let left = with_memory(|memory| std::mem::take(&mut memory.taken));
+    assert_eq!(left.len(), 8, "{left:x?}");
+}
+
 // ---- Device by transport.
 
 #[test]
@@ -798,6 +914,24 @@ fn entropy_by_pci() {
     on_a_machine(|stage| {
         let device = Box::new(VirtioRng::new(Limits::default()).unwrap());
         entropy_is_given(by_pci(stage, device));
+    });
+}
+
+#[test]
+fn sockets_by_mmio() {
+    on_a_machine(|stage| {
+        let (dir, handle, device) = sockets();
+        sockets_connect_both_ways(by_mmio(stage, device), dir.path());
+        assert_eq!(handle.counters().bad_packets.get(), 0);
+    });
+}
+
+#[test]
+fn sockets_by_pci() {
+    on_a_machine(|stage| {
+        let (dir, handle, device) = sockets();
+        sockets_connect_both_ways(by_pci(stage, device), dir.path());
+        assert_eq!(handle.counters().bad_packets.get(), 0);
     });
 }
 
