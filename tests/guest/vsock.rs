@@ -3,6 +3,7 @@
 //! `resources/guest/vsock-peer.rs` is the other end, and says what is spoken.
 
 use std::fs;
+use std::hash::{DefaultHasher, Hasher};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -126,54 +127,43 @@ fn obey(mut stream: UnixStream) {
     }
 }
 
-/// The checksum of the guest's program, over words of eight bytes.
-fn sum(sum: u64, bytes: &[u8]) -> u64 {
-    bytes.chunks(8).fold(sum, |sum, chunk| {
-        let mut word = [0; 8];
-        word[..chunk.len()].copy_from_slice(chunk);
-        let mixed = (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0100_0000_01b3);
-        mixed.rotate_left(23)
-    })
-}
-
-const FIRST_SUM: u64 = 0xcbf2_9ce4_8422_2325;
-/// A number of whole words.
+/// Bytes of one read or write.
 const PIECE: usize = 256 << 10;
 
-/// The program closes with what is left of the last word, also where that is nothing.
-fn finish(last: u64, len: u64) -> u64 {
-    if len.is_multiple_of(8) {
-        sum(last, &[0; 8])
-    } else {
-        last
-    }
+/// Bytes without a pattern, after which they begin again; a prime number of them, so that no piece of another size
+/// falls on the same ones.
+fn bytes() -> Vec<u8> {
+    let mut word = 1u64;
+    let next = |_| {
+        word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (word >> 56) as u8
+    };
+    (0..1_000_003).map(next).collect()
 }
 
 fn read_all(stream: &mut UnixStream, len: u64) -> u64 {
-    let (mut piece, mut left, mut all) = (vec![0; PIECE], len, FIRST_SUM);
+    let (mut piece, mut left, mut sum) = (vec![0; PIECE], len, DefaultHasher::new());
     while left > 0 {
         let now = &mut piece[..left.min(PIECE as u64) as usize];
         stream.read_exact(now).unwrap();
-        all = sum(all, now);
+        sum.write(now);
         left -= now.len() as u64;
     }
-    finish(all, len)
+    sum.finish()
 }
 
 fn write_all(stream: &mut UnixStream, len: u64) -> u64 {
-    let (mut piece, mut left, mut all) = (vec![0; PIECE], len, FIRST_SUM);
-    let mut word = 88_172_645_463_325_252u64;
+    let (bytes, mut sum) = (bytes(), DefaultHasher::new());
+    let (mut left, mut at) = (len, 0);
     while left > 0 {
-        for place in piece.chunks_exact_mut(8) {
-            word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            place.copy_from_slice(&word.to_le_bytes());
-        }
-        let now = &piece[..left.min(PIECE as u64) as usize];
+        let end = bytes.len().min(at + left.min(PIECE as u64) as usize);
+        let now = &bytes[at..end];
         stream.write_all(now).unwrap();
-        all = sum(all, now);
+        sum.write(now);
         left -= now.len() as u64;
+        at = end % bytes.len();
     }
-    finish(all, len)
+    sum.finish()
 }
 
 #[test]
