@@ -383,3 +383,121 @@ fn interest(for_room: bool) -> Interest {
         read
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use alveole_event_loop::{Event, EventLoop, EventLoopError, Worker};
+    use alveole_guest_memory::{GuestBuffers, GuestRam, MemoryPlan};
+
+    use super::*;
+    use crate::HOST_CID;
+
+    /// Does something where a worker is started.
+    struct Once<F>(Option<F>);
+
+    impl<F: FnOnce(&mut Ops<'_>) + Send + 'static> Worker for Once<F> {
+        fn name(&self) -> &'static str {
+            "once"
+        }
+
+        fn start(&mut self, ops: &mut Ops<'_>) -> Result<(), EventLoopError> {
+            self.0.take().unwrap()(ops);
+            Ok(())
+        }
+
+        fn on_event(&mut self, _: Event, _: &mut Ops<'_>) {}
+    }
+
+    fn on_a_loop(act: impl FnOnce(&mut Ops<'_>) + Send + 'static) {
+        let mut event_loop = EventLoop::new().unwrap();
+        event_loop.attach(Box::new(Once(Some(act)))).unwrap();
+    }
+
+    fn board(dir: &tempfile::TempDir) -> Board {
+        let host = HostSocket::listen(&dir.path().join("v.sock")).unwrap();
+        Board::new(3, Arc::new(host), Arc::default()).unwrap()
+    }
+
+    fn make_late(board: &mut Board) {
+        let past = Instant::now().checked_sub(Duration::from_millis(1));
+        for at in board.table.all() {
+            board.table.get_mut(at).unwrap().deadline = past;
+        }
+    }
+
+    #[test]
+    fn silent_clients_are_given_up_in_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut board = board(&dir);
+        let path = dir.path().join("v.sock");
+        on_a_loop(move |ops| {
+            board.hosted(ops);
+            let mut silent = UnixStream::connect(&path).unwrap();
+            let mut slow = UnixStream::connect(&path).unwrap();
+            slow.write_all(b"CONN").unwrap();
+            board.accept(ops);
+            assert_eq!((board.greetings, board.connections()), (2, 0));
+            board.tick(ops);
+            assert_eq!(board.greetings, 2, "not yet");
+            make_late(&mut board);
+            board.tick(ops);
+            assert_eq!((board.greetings, board.table.len()), (0, 0));
+            assert_eq!(board.counters.timeouts.get(), 2);
+            assert_eq!(board.counters.turned_away.get(), 2);
+            assert_eq!(board.counters.ended.get(), 0, "they were no connections");
+            // What the device has not read is lost, and the client told so.
+            assert_eq!(silent.read(&mut [0]).unwrap_or(0), 0);
+            assert_eq!(slow.read(&mut [0]).unwrap_or(0), 0);
+            assert!(board.resets.is_empty());
+        });
+    }
+
+    #[test]
+    fn what_a_guest_left_behind_is_not_kept_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut board = board(&dir);
+        let listener = UnixListener::bind(dir.path().join("v.sock_80")).unwrap();
+        on_a_loop(move |ops| {
+            board.hosted(ops);
+            let ram = GuestRam::map(&MemoryPlan::around_hole(1 << 20).unwrap()).unwrap();
+            let mut data = GuestBuffers::new(&ram);
+            data.push(0, 1 << 18).unwrap();
+            let packet = |op, flags, len| Header {
+                src_cid: 3,
+                dst_cid: HOST_CID,
+                src_port: 1,
+                dst_port: 80,
+                kind: 1,
+                op,
+                flags,
+                len,
+                ..Header::default()
+            };
+            board.packet(&packet(op::REQUEST, 0, 0), &GuestBuffers::new(&ram), ops);
+            let (mut unread, _) = listener.accept().unwrap();
+            for _ in 0..2 {
+                board.packet(&packet(op::RW, 0, 1 << 18), &data, ops);
+            }
+            let kept = board.counters.bytes_kept.get();
+            assert!(kept > 0, "more than a socket takes");
+            board.packet(&packet(op::SHUTDOWN, 3, 0), &data, ops);
+            assert_eq!(board.resets.len(), 1, "the guest is done with it");
+            assert_eq!(board.connections(), 1);
+            make_late(&mut board);
+            board.tick(ops);
+            assert_eq!((board.connections(), board.resets.len()), (0, 1));
+            assert_eq!(board.counters.timeouts.get(), 1);
+            let mut all = Vec::new();
+            unread.read_to_end(&mut all).unwrap();
+            assert_eq!(all.len() as u64, (1 << 19) - kept);
+            assert_eq!(
+                board.pool.give(),
+                crate::MAX_CREDIT_BYTES,
+                "its credit is back"
+            );
+        });
+    }
+}
