@@ -91,8 +91,8 @@ pub const MAX_TURN_BYTES: u64 = 64 << 10;
 /// Most answers kept for a guest that gives no buffers for them. Abused by a guest that sends nonsense and
 /// takes no answer: from here on none of its packets is read (section 5.10.6.1).
 pub const MAX_PENDING_RESETS: usize = 256;
-/// Most packets before other workers of the same loop have their turn. Abused by a guest that sends without
-/// end.
-pub const PACKETS_PER_TURN: u32 = 1024;
+/// Most packets before the loop looks for news again: of connections that were silent until now, and of other workers.
+/// Abused by a guest that sends without end, or by a program of the host that does.
+pub const PACKETS_PER_TURN: u32 = 64;
 /// Most log lines about clients and connections. Abused by whoever can repeat a mistake.
 pub const MAX_LOG_LINES: u32 = 10;

@@ -256,7 +256,8 @@ impl Scratch {
                 Some(Output::Data(at)) => {
                     self.take_rooms(rx, board.turn_of(at))?;
                     let len = board.receive(at, &self.data, ops);
-                    self.finish(rx, board, at, len)?;
+                    let used = self.finish(rx, board, at, len)?;
+                    *budget = budget.saturating_sub(used.saturating_sub(1));
                 }
             }
         }
@@ -306,15 +307,16 @@ impl Scratch {
         }
     }
 
-    /// Gives the guest `len` bytes that lie in its buffers, and keeps the buffers that are left.
+    /// Gives the guest `len` bytes that lie in its buffers, and keeps the buffers that are left. How many packets it
+    /// took.
     fn finish(
         &mut self,
         rx: &mut LiveQueue,
         board: &mut Board,
         at: usize,
         len: u64,
-    ) -> Result<(), BrokenRing> {
-        let (mut left, mut offset) = (len, 0u64);
+    ) -> Result<u32, BrokenRing> {
+        let (mut left, mut offset, mut used) = (len, 0u64, 0u32);
         for (head, room) in self.chains.drain(..) {
             let now = room.min(left);
             if now == 0 {
@@ -325,13 +327,14 @@ impl Scratch {
             let written = now.saturating_add(HEADER_BYTES as u64);
             rx.complete(head, u32::try_from(written).unwrap_or(u32::MAX))?;
             board.counters().packets_to_guest.inc();
+            used = used.saturating_add(1);
             left = left.saturating_sub(now);
             offset = offset.saturating_add(HEADER_BYTES as u64);
         }
         if len > 0 {
             board.turn_is_over(at);
         }
-        Ok(())
+        Ok(used)
     }
 }
 
