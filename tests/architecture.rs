@@ -39,7 +39,7 @@ const LAYERS: [&[&str]; 6] = [
         "virtio-blk",
         "virtio-rng",
     ],
-    &["machine", "host"],
+    &["machine", "host", "network"],
     &["vmm", "cli", "bench"],
 ];
 
@@ -64,6 +64,9 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("io-uring", &["block-store"]),
     ("miniz_oxide", &["qcow2"]),
     ("ruzstd", &["qcow2"]),
+    ("netlink-sys", &["network"]),
+    ("netlink-packet-core", &["network"]),
+    ("netlink-packet-route", &["network"]),
 ];
 
 /// Crates that may hold unsafe code, and why.
@@ -80,14 +83,19 @@ const UNSAFE: &[(&str, &str)] = &[
     ),
     ("serial", "restores the terminal from signal handlers"),
     ("host", "asks the kernel what it offers by raw system calls"),
+    (
+        "network",
+        "makes taps by ioctl and takes rights from helpers before they start",
+    ),
 ];
 
 /// What the VMM must never link, and why.
-const NOT_IN_THE_VMM: [(&str, &str); 6] = [
+const NOT_IN_THE_VMM: [(&str, &str); 7] = [
     ("tokio", "no async runtime in the guest-facing process"),
     ("clap", "half a megabyte for a dozen options"),
     ("anyhow", "errors are typed below the programs"),
     ("alveole-host", "host-side work lives in another process"),
+    ("alveole-network", "host-side work lives in another process"),
     ("alveole-cli", "host-side work lives in another process"),
     ("libloading", "no code is loaded at run time"),
 ];
