@@ -29,6 +29,7 @@ pub(crate) fn observe(
     let mut observed = Observed {
         links: seen.links,
         routes: seen.routes,
+        blind: filters.is_none(),
         rules: filters.as_ref().and_then(|chains| loaded(chains)),
         others_forward: filters.is_some_and(|chains| others_forward(&chains)) || old_iptables(),
         before,
@@ -102,12 +103,15 @@ fn others_forward(chains: &[Value]) -> bool {
 
 /// Whether the iptables from before nftables have tables.
 fn old_iptables() -> bool {
-    ["/proc/net/ip_tables_names", "/proc/net/ip6_tables_names"]
-        .iter()
-        .any(|path| {
-            let names = fs::read_to_string(path).unwrap_or_default();
-            names.lines().any(|name| name == "nat" || name == "filter")
-        })
+    [
+        "/proc/thread-self/net/ip_tables_names",
+        "/proc/thread-self/net/ip6_tables_names",
+    ]
+    .iter()
+    .any(|path| {
+        let names = fs::read_to_string(path).unwrap_or_default();
+        names.lines().any(|name| name == "nat" || name == "filter")
+    })
 }
 
 fn load(text: &str) -> Result<(), Error> {

@@ -244,8 +244,8 @@ fn report(network: NetworkState, plan: &crate::plan::Plan, observed: &Observed) 
         }
         Step::Join { bridge, .. } => bridge == name.as_str(),
         Step::StartResolver { network, .. } => network == name,
-        // Who may not see the filter cannot tell; a network without a bridge has none.
-        Step::LoadRules(_) => spec.has_bridge() && observed.rules.is_some(),
+        // A network without a bridge has no filter.
+        Step::LoadRules(_) => spec.has_bridge() && !observed.blind,
         _ => false,
     };
     let mut missing: Vec<String> = plan

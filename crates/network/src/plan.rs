@@ -63,6 +63,8 @@ pub struct Observed {
     pub routes: Vec<Route>,
     /// Our filter: none, or by its digest (empty: there are tables, but damaged).
     pub rules: Option<String>,
+    /// Whether filters could not be looked at, for want of `nft` or of the right.
+    pub blind: bool,
     /// Settings of the kernel, by their path below `/proc/sys`, that may have to change.
     pub settings: BTreeMap<String, String>,
     /// What we changed them from.
@@ -576,7 +578,7 @@ fn resolver(name: &NetworkName, desired: &Desired, observed: &Observed) -> Optio
     let network = name.clone();
     match observed.resolvers.get(name) {
         Some(Some(running)) if running.answers == answers => None,
-        Some(Some(running)) if running.answers.config == answers.config => {
+        Some(Some(running)) if running.answers.can_become(&answers) => {
             Some(Step::ReloadResolver { network, answers })
         }
         _ => Some(Step::StartResolver { network, answers }),

@@ -39,6 +39,16 @@ pub struct Answers {
     pub reservations: String,
 }
 
+impl Answers {
+    /// Whether a resolver that says this can be told to say that while it runs. Guests that go take a new one:
+    /// it would keep their names until their leases end.
+    #[must_use]
+    pub fn can_become(&self, new: &Self) -> bool {
+        let stays = |line: &str| new.reservations.lines().any(|other| other == line);
+        self.config == new.config && self.reservations.lines().all(stays)
+    }
+}
+
 /// What a network's resolver is to say; none if it has none.
 #[must_use]
 pub fn answers<'a>(
@@ -68,8 +78,9 @@ pub fn answers<'a>(
     ] {
         say(line.into());
     }
-    // Guests can ask again and again: nothing is logged of that, nothing kept.
+    // No guest chooses its name. All can ask again and again: nothing is logged of that, nothing kept.
     for line in [
+        "dhcp-ignore-names",
         "quiet-dhcp",
         "quiet-dhcp6",
         "quiet-ra",

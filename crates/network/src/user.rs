@@ -284,7 +284,21 @@ fn said(log: &Path) -> String {
         file.seek(SeekFrom::Start(length.saturating_sub(MOST_SAID)))?;
         let mut text = Vec::new();
         file.read_to_end(&mut text)?;
-        Ok(String::from_utf8_lossy(&text).trim().replace('\n', "; "))
+        let text = String::from_utf8_lossy(&text).into_owned();
+        // It complains about root, whose rights it drops, and where no system log is.
+        let noise = |l: &&str| {
+            l.is_empty() || l.starts_with("Don't run as root") || l.ends_with("bytes to syslog")
+        };
+        let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !noise(l)).collect();
+        let nowhere = lines
+            .iter()
+            .any(|l| l.contains("No external routable interface"));
+        let hint = if nowhere {
+            " (this host has no default route, and so nowhere to take a guest's packets)"
+        } else {
+            ""
+        };
+        Ok(lines.join("; ") + hint)
     };
     read().unwrap_or_else(|e| format!("(its log {} cannot be read: {e})", log.display()))
 }
@@ -305,11 +319,11 @@ fn check_free(port: &Published) -> Result<(), Error> {
 /// Whether this host has an IPv6 address that leads out; without one `passt` has nothing to speak IPv6 with.
 fn has_global_ipv6() -> bool {
     // One line each: address, index, length, scope (0 is global), flags, name.
-    let text = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
+    let text = fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
     let address = text
         .lines()
         .any(|l| l.split_whitespace().nth(3) == Some("00"));
-    let routes = fs::read_to_string("/proc/net/ipv6_route").unwrap_or_default();
+    let routes = fs::read_to_string("/proc/thread-self/net/ipv6_route").unwrap_or_default();
     // A default route that is not the one to nowhere (over lo).
     let default = routes.lines().any(|l| {
         l.starts_with(&"0".repeat(32)) && l[32..].starts_with(" 00 ") && !l.ends_with(" lo")
