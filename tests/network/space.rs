@@ -19,7 +19,7 @@ pub(crate) const ROLE: &str = "ALVEOLE_TEST_ROLE";
 /// How long a connection that is dropped on its way is waited for.
 fn dropped() -> Duration {
     let lab = std::env::var_os("ALVEOLE_LAB").is_some_and(|v| v == "1");
-    Duration::from_millis(if lab { 4000 } else { 700 })
+    Duration::from_millis(if lab { 8000 } else { 3000 })
 }
 
 /// Says that a test cannot run here.
@@ -295,7 +295,6 @@ impl Drop for Serving {
 
 /// A guest on networks, set up as its command line would tell a real one.
 pub(crate) struct Guest {
-    pub(crate) name: String,
     pub(crate) machine: Machine,
     pub(crate) on: Vec<Attachment>,
 }
@@ -313,7 +312,6 @@ impl Guest {
     ) -> Self {
         let machine = Machine::new();
         let mut guest = Self {
-            name: name.into(),
             machine,
             on: Vec::new(),
         };
@@ -346,6 +344,9 @@ impl Guest {
 
     fn set_up(&self, n: usize, to: &Attachment) {
         let device = format!("eth{n}");
+        // It is told, and need not be advertised to.
+        self.machine
+            .ok(&format!("sysctl -qw net.ipv6.conf.{device}.accept_ra=0"));
         self.machine.ok(&format!(
             "ip link set {device} address {} mtu {} up",
             to.mac, to.mtu

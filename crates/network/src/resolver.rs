@@ -17,7 +17,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 
 use crate::Error;
 use crate::programs;
@@ -298,24 +300,16 @@ pub(crate) fn reload(run: &Path, name: &NetworkName, answers: &Answers) -> Resul
     }
 }
 
-/// Ends it and removes its files.
+/// Ends it and removes its files. When this returns, its ports are free: a process lets go of its memory, and is
+/// no longer to be known by its command line, before it closes its sockets.
 pub(crate) fn stop(run: &Path, name: &NetworkName) -> Result<(), Error> {
     let folder = folder(run, name);
-    let began = Instant::now();
-    let mut signal = Signal::TERM;
-    while let Some(pid) = pid(&folder) {
-        let _ = kill_process(pid, signal);
-        if began.elapsed() > PATIENCE {
-            signal = Signal::KILL;
-        }
-        if began.elapsed() > 2 * PATIENCE {
-            return Err(Error::Program {
-                program: "dnsmasq",
-                act: format!("end (process {})", pid.as_raw_nonzero()),
-                said: "it is still there".into(),
-            });
-        }
-        std::thread::sleep(Duration::from_millis(5));
+    if let Some(pid) = pid(&folder) {
+        end(&folder, pid).map_err(|said| Error::Program {
+            program: "dnsmasq",
+            act: format!("end (process {})", pid.as_raw_nonzero()),
+            said,
+        })?;
     }
     match fs::remove_dir_all(&folder) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -323,6 +317,33 @@ pub(crate) fn stop(run: &Path, name: &NetworkName) -> Result<(), Error> {
         }
         _ => Ok(()),
     }
+}
+
+fn end(folder: &Path, process: Pid) -> Result<(), String> {
+    let handle = match pidfd_open(process, PidfdFlags::empty()) {
+        Err(Errno::SRCH) => return Ok(()),
+        opened => opened.map_err(|e| e.to_string())?,
+    };
+    // Now that its number cannot become another's: is it still the one?
+    if pid(folder) != Some(process) {
+        return Ok(());
+    }
+    for signal in [Signal::TERM, Signal::KILL] {
+        match pidfd_send_signal(&handle, signal) {
+            Err(Errno::SRCH) => return Ok(()),
+            sent => sent.map_err(|e| e.to_string())?,
+        }
+        let began = Instant::now();
+        while let Some(left) = PATIENCE.checked_sub(began.elapsed()) {
+            let left = Timespec::try_from(left).map_err(|e| e.to_string())?;
+            match poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&left)) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(e) => return Err(e.to_string()),
+            }
+        }
+    }
+    Err("it is still there".into())
 }
 
 #[cfg(test)]

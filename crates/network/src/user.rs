@@ -2,7 +2,9 @@
 //!
 //! `passt` has no TCP stack of its own: it translates between frames and this host's sockets, so that the guest's
 //! connections are its user's. It shuts itself into namespaces of its own and a seccomp filter, and speaks the
-//! protocol of QEMU's `-netdev stream` (each frame after its length, four bytes, most significant first) on a unix socket. We
+//! protocol of QEMU's `-netdev stream` (each frame after its length, four bytes, most significant first) on a unix socket.
+//! A frame and its length are to be sent by one call: versions of 2023 lose their place in the stream when they read the
+//! length alone. We
 //! hand it one end of a pair, so that there is no name for anybody else to connect to; it ends with the other
 //! end, which is the VMM's. It hands out by DHCP, DHCPv6 and router advertisements what
 //! [`UserNetwork::guest`] says.
