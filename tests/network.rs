@@ -561,7 +561,7 @@ fn many_commands_at_once() {
                 let networks = networks.clone();
                 // Two of each, of which one finds it made.
                 std::thread::spawn(move || {
-                    create(&networks, &format!("net{}", n / 2), &request("nat", &[]))
+                    create(&networks, &format!("net{}", n / 2), &request("nat", &[]));
                 })
             })
             .collect();
