@@ -29,6 +29,7 @@ const LAYERS: [&[&str]; 6] = [
         "event-loop",
         "boot-loader",
         "block-store",
+        "net-link",
     ],
     &["vcpu", "virtio", "pci"],
     &[
@@ -37,9 +38,11 @@ const LAYERS: [&[&str]; 6] = [
         "virtio-mmio",
         "virtio-pci",
         "virtio-blk",
+        "virtio-net",
         "virtio-rng",
+        "virtio-vsock",
     ],
-    &["machine", "host"],
+    &["machine", "host", "network"],
     &["vmm", "cli", "bench"],
 ];
 
@@ -64,6 +67,9 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("io-uring", &["block-store"]),
     ("miniz_oxide", &["qcow2"]),
     ("ruzstd", &["qcow2"]),
+    ("netlink-sys", &["network"]),
+    ("netlink-packet-core", &["network"]),
+    ("netlink-packet-route", &["network"]),
 ];
 
 /// Second versions that tests alone bring, and why; no program may link them.
@@ -85,16 +91,25 @@ const UNSAFE: &[(&str, &str)] = &[
         "block-store",
         "hands guest RAM to the kernel and issues the calls of block devices",
     ),
+    (
+        "net-link",
+        "hands guest RAM to the kernel and issues the calls of tap interfaces",
+    ),
     ("serial", "restores the terminal from signal handlers"),
     ("host", "asks the kernel what it offers by raw system calls"),
+    (
+        "network",
+        "makes taps by ioctl and takes rights from helpers before they start",
+    ),
 ];
 
 /// What the VMM must never link, and why.
-const NOT_IN_THE_VMM: [(&str, &str); 6] = [
+const NOT_IN_THE_VMM: [(&str, &str); 7] = [
     ("tokio", "no async runtime in the guest-facing process"),
     ("clap", "half a megabyte for a dozen options"),
     ("anyhow", "errors are typed below the programs"),
     ("alveole-host", "host-side work lives in another process"),
+    ("alveole-network", "host-side work lives in another process"),
     ("alveole-cli", "host-side work lives in another process"),
     ("libloading", "no code is loaded at run time"),
 ];

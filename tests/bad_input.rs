@@ -11,6 +11,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -387,14 +388,50 @@ fn wrong_fields_are_named_with_line_and_neighbour() {
 }
 
 #[test]
+fn links_that_are_none_are_refused_by_name_and_cause() {
+    let bench = Bench::new(&power_off());
+    for (interface, words) in [
+        (
+            r#"{"iface_id": "eth0", "host_dev_name": "no-such-tap"}"#,
+            &[
+                "\"eth0\"",
+                "there is no interface no-such-tap",
+                "ip tuntap add",
+            ][..],
+        ),
+        (
+            r#"{"iface_id": "eth0", "host_dev_name": "/nonexistent/passt.sock", "link": "stream"}"#,
+            &["\"eth0\"", "/nonexistent/passt.sock"],
+        ),
+        (
+            r#"{"iface_id": "eth0", "host_dev_name": "77", "link": "fd"}"#,
+            &["\"eth0\"", "\"77\"", "started with"],
+        ),
+        (
+            r#"{"iface_id": "eth0", "host_dev_name": "a-name-that-is-long"}"#,
+            &["\"a-name-that-is-long\"", "15 bytes"],
+        ),
+        (
+            r#"{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "01:00:5e:00:00:01"}"#,
+            &["01:00:5e:00:00:01", "one of a group"],
+        ),
+        (
+            r#"{"iface_id": "eth0", "host_dev_name": "tap0", "mtu": 9}"#,
+            &["mtu 9", "68 to 65535"],
+        ),
+    ] {
+        let text = format!(
+            "{{\n\"network-interfaces\": [{interface}],{}",
+            boot("").strip_prefix('{').unwrap()
+        );
+        bench.run_text(text.as_bytes()).assert(CONFIG, words);
+    }
+}
+
+#[test]
 fn devices_that_are_not_built_are_refused_by_name() {
     let bench = Bench::new(&power_off());
     for (key, value) in [
-        (
-            "network-interfaces",
-            r#"[{"iface_id": "eth0", "host_dev_name": "tap0"}]"#,
-        ),
-        ("vsock", r#"{"guest_cid": 3, "uds_path": "/x"}"#),
         ("balloon", r#"{"amount_mib": 1}"#),
         ("pmem", r#"[{"id": "p"}]"#),
         ("memory-hotplug", r#"{"total_size_mib": 64}"#),
@@ -410,6 +447,45 @@ fn devices_that_are_not_built_are_refused_by_name() {
             .run_text(text.as_bytes())
             .assert(CONFIG, &[&field, "not built yet; remove the key"]);
     }
+}
+
+/// What the description says of the socket device is checked with the rest, what the host says of its path before
+/// the guest starts; a socket that was made goes when something else is wrong.
+#[test]
+fn a_vsock_path_that_cannot_be_had_is_refused_at_start() {
+    let bench = Bench::new(&power_off());
+    let run = |path: &Path, cid: &str| {
+        let vsock = format!("\"vsock\": {{\"guest_cid\": {cid}, \"uds_path\": {path:?}}},");
+        bench.run_text(format!("{{\n{vsock}{}", boot("").strip_prefix('{').unwrap()).as_bytes())
+    };
+    let file = bench.file("file");
+    fs::write(&file, "precious").unwrap();
+    let used = bench.file("used.sock");
+    let _used = UnixListener::bind(&used).unwrap();
+    let missing = bench.file("missing").join("v.sock");
+    for (path, cid, words) in [
+        (
+            &bench.file("v.sock"),
+            "2",
+            ["guest_cid 2", "from 3 to 4294967294"],
+        ),
+        (
+            &bench.file(&"x".repeat(100)),
+            "3",
+            ["it may have 96", "shorter directory"],
+        ),
+        (&file, "3", ["exists and is not a socket", "remove it"]),
+        (
+            &used,
+            "3",
+            ["belongs to a running process", "choose another path"],
+        ),
+        (&missing, "3", ["No such file", "make its directory first"]),
+    ] {
+        run(path, cid).assert(CONFIG, &words);
+    }
+    assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
+    assert!(!bench.file("v.sock").exists());
 }
 
 #[test]

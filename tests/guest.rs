@@ -24,9 +24,13 @@ mod ends;
 mod files;
 #[path = "guest/kept.rs"]
 mod kept;
+#[path = "guest/network.rs"]
+mod network;
 #[path = "guest/sandbox.rs"]
 mod sandbox;
 #[path = "guest/sees.rs"]
 mod sees;
 #[path = "guest/space.rs"]
 mod space;
+#[path = "guest/vsock.rs"]
+mod vsock;

@@ -10,6 +10,9 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
@@ -17,15 +20,22 @@ use std::time::{Duration, Instant};
 
 use alveole_block_store::RamStore;
 use alveole_io_bus::{BusDevice, Outcome};
+use alveole_net_link::testing::pair;
 use alveole_rate_limiter::Limits;
 use alveole_virtio::VirtioDevice;
 use alveole_virtio::testing::Stage;
 use alveole_virtio_blk::{BlkConfig, BlkHandle, VirtioBlk};
 use alveole_virtio_mmio::testing::MmioAccess;
+use alveole_virtio_net::{NetConfig, NetHandle, VirtioNet};
 use alveole_virtio_pci::testing::{ECAM_ADDR, PciAccess};
 use alveole_virtio_rng::VirtioRng;
+use alveole_virtio_vsock::{VirtioVsock, VsockConfig, VsockHandle};
 use virtio_drivers::device::blk::{BlkReq, BlkResp, RespStatus, SECTOR_SIZE, VirtIOBlk};
+use virtio_drivers::device::net::VirtIONetRaw;
 use virtio_drivers::device::rng::VirtIORng;
+use virtio_drivers::device::socket::{
+    VirtIOSocket, VsockAddr, VsockConnectionManager, VsockEventType,
+};
 use virtio_drivers::transport::pci::bus::{
     BarInfo, Command, ConfigurationAccess, DeviceFunction, MemoryBarType, PciRoot,
 };
@@ -717,7 +727,263 @@ fn entropy_is_given<T: Transport>(transport: T) {
     }
 }
 
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
+
+struct Network {
+    end: UnixDatagram,
+    handle: NetHandle,
+    device: Box<dyn VirtioDevice>,
+}
+
+fn network() -> Network {
+    let config = NetConfig {
+        mac: Some(MAC),
+        ..NetConfig::new("net")
+    };
+    let (link, mut ends) = pair(1);
+    let device = VirtioNet::new(&config, link).unwrap();
+    let end = ends.pop().unwrap();
+    end.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    Network {
+        end,
+        handle: device.handle(),
+        device: Box::new(device),
+    }
+}
+
+/// A header without offloads, and a frame.
+fn on_the_wire(frame: &[u8]) -> Vec<u8> {
+    [&[0; 12], frame].concat()
+}
+
+type Net<T> = VirtIONetRaw<GuestPages, T, 16>;
+
+/// Gives the device a buffer for each room, has `send` send each frame, and leaves in each room its frame alone.
+fn receive<T: Transport>(net: &mut Net<T>, rooms: &mut [Vec<u8>], mut send: impl FnMut(usize)) {
+    let begin = |room: &mut Vec<u8>| {
+        // SAFETY: the room is not touched until the frame is complete.
+        unsafe { net.receive_begin(room) }.unwrap()
+    };
+    let tokens: Vec<u16> = rooms.iter_mut().map(begin).collect();
+    for (number, token) in tokens.into_iter().enumerate() {
+        send(number);
+        let start = Instant::now();
+        while net.poll_receive().is_none() {
+            assert!(start.elapsed() < Duration::from_secs(10), "no frame");
+            std::thread::yield_now();
+        }
+        assert_eq!(net.poll_receive(), Some(token), "in order");
+        let room = &mut rooms[number];
+        // SAFETY: this is what the token was given for.
+        let (header, len) = unsafe { net.receive_complete(token, room) }.unwrap();
+        room.truncate(header + len);
+        room.drain(..header);
+    }
+}
+
+fn frames_go_there_and_back<T: Transport>(transport: T, end: &UnixDatagram) {
+    assert_eq!(transport.device_type(), DeviceType::Network);
+    let mut net = Net::new(transport).unwrap();
+    assert_eq!(net.mac_address(), MAC);
+    net.enable_interrupts();
+    let mut got = vec![0; 1 << 17];
+    // Often enough that the rings are gone round a hundred times.
+    for round in 0..1600 {
+        let frame = pattern(round, 60 + round * 7 % 1455);
+        net.send(&frame).unwrap();
+        let len = end.recv(&mut got).unwrap();
+        assert_eq!(got[..len], on_the_wire(&frame));
+        let mut rooms = [vec![0; 2048]];
+        receive(&mut net, &mut rooms, |_| {
+            end.send(&got[..len]).unwrap();
+        });
+        assert_eq!(rooms[0], frame);
+        if round % 64 == 0 {
+            let start = Instant::now();
+            while !net
+                .ack_interrupt()
+                .contains(InterruptStatus::QUEUE_INTERRUPT)
+            {
+                assert!(start.elapsed() < Duration::from_secs(10), "no interrupt");
+            }
+        }
+    }
+    // Several buffers at a time, and frames that wait for them.
+    for number in 0..8 {
+        end.send(&on_the_wire(&pattern(number, 3000))).unwrap();
+    }
+    let mut rooms = vec![vec![0; 4096]; 8];
+    receive(&mut net, &mut rooms, |_| ());
+    for (number, room) in rooms.iter().enumerate() {
+        assert_eq!(*room, pattern(number, 3000));
+    }
+}
+
+fn a_pulled_cable_is_told<T: Transport>(transport: T, handle: &NetHandle, end: &UnixDatagram) {
+    let mut net = Net::new(transport).unwrap();
+    net.enable_interrupts();
+    for up in [false, true] {
+        handle.set_link(up);
+        let start = Instant::now();
+        let wanted = InterruptStatus::DEVICE_CONFIGURATION_INTERRUPT;
+        while !net.ack_interrupt().contains(wanted) {
+            assert!(start.elapsed() < Duration::from_secs(10), "no interrupt");
+        }
+    }
+    net.send(&pattern(1, 60)).unwrap();
+    let mut got = [0; 100];
+    assert_eq!(end.recv(&mut got).unwrap(), 72);
+    end.send(&on_the_wire(&pattern(2, 1514))).unwrap();
+    let mut rooms = [vec![0; 2000]];
+    receive(&mut net, &mut rooms, |_| ());
+    assert_eq!(rooms[0], pattern(2, 1514));
+}
+
+/// A socket device and its place on the host.
+fn sockets() -> (tempfile::TempDir, VsockHandle, Box<dyn VirtioDevice>) {
+    let dir = tempfile::tempdir().unwrap();
+    let device = VirtioVsock::new(&VsockConfig {
+        guest_cid: 77,
+        uds_path: dir.path().join("v.sock"),
+    });
+    let device = device.unwrap();
+    (dir, device.handle(), Box::new(device))
+}
+
+type Sockets<T> = VsockConnectionManager<GuestPages, T>;
+
+/// What a socket of the guest has received.
+fn read<T: Transport>(sockets: &mut Sockets<T>, peer: VsockAddr, port: u32, len: usize) -> Vec<u8> {
+    let mut all = Vec::new();
+    while all.len() < len {
+        let mut piece = [0; 1024];
+        let got = sockets.recv(peer, port, &mut piece).unwrap();
+        all.extend(&piece[..got]);
+        if got == 0 {
+            sockets.poll().unwrap();
+        } else {
+            sockets.update_credit(peer, port).unwrap();
+        }
+    }
+    assert_eq!(all.len(), len);
+    all
+}
+
+/// Sends all of it, as the peer has room.
+fn write<T: Transport>(sockets: &mut Sockets<T>, peer: VsockAddr, port: u32, bytes: &[u8]) {
+    for piece in bytes.chunks(4096) {
+        while let Err(e) = sockets.send(peer, port, piece) {
+            let wait = virtio_drivers::device::socket::SocketError::InsufficientBufferSpaceInPeer;
+            assert_eq!(e, wait.into());
+            sockets.poll().unwrap();
+        }
+    }
+}
+
+fn sockets_connect_both_ways<T: Transport>(transport: T, dir: &std::path::Path) {
+    assert_eq!(transport.device_type(), DeviceType::Socket);
+    let listener = UnixListener::bind(dir.join("v.sock_80")).unwrap();
+    let mut sockets = Sockets::new(VirtIOSocket::new(transport).unwrap());
+    assert_eq!(sockets.guest_cid(), 77);
+    // The guest connects; everything it sends comes back.
+    let host = VsockAddr { cid: 2, port: 80 };
+    sockets.connect(host, 1234).unwrap();
+    let event = sockets.wait_for_event().unwrap();
+    assert_eq!(event.event_type, VsockEventType::Connected);
+    let (mut stream, _) = listener.accept().unwrap();
+    let bytes = pattern(1, 3_000_000);
+    let echo = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).unwrap();
+        all
+    });
+    write(&mut sockets, host, 1234, &bytes);
+    sockets.shutdown(host, 1234).unwrap();
+    assert!(echo.join().unwrap() == bytes);
+    loop {
+        let event = sockets.wait_for_event().unwrap();
+        if let VsockEventType::Disconnected { .. } = event.event_type {
+            break;
+        }
+    }
+    // The host connects to a port that is listened at, and to one that is not.
+    sockets.listen(52);
+    let bytes = pattern(2, 200_000);
+    let (path, sent) = (dir.join("v.sock"), bytes.clone());
+    let client = std::thread::spawn(move || {
+        let mut refused = UnixStream::connect(&path).unwrap();
+        refused.write_all(b"CONNECT 53\n").unwrap();
+        assert_eq!(refused.read(&mut [0]).unwrap_or(0), 0);
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.write_all(b"CONNECT 52\n").unwrap();
+        let mut line = String::new();
+        let mut reader = BufReader::new(stream.try_clone().unwrap());
+        reader.read_line(&mut line).unwrap();
+        stream.write_all(&sent).unwrap();
+        let mut back = [0; 5];
+        reader.read_exact(&mut back).unwrap();
+        (line, back)
+    });
+    let event = sockets.wait_for_event().unwrap();
+    assert_eq!(event.event_type, VsockEventType::ConnectionRequest);
+    let peer = event.source;
+    assert!(read(&mut sockets, peer, 52, bytes.len()) == bytes);
+    write(&mut sockets, peer, 52, b"thank");
+    let (line, back) = client.join().unwrap();
+    assert_eq!(line, format!("OK {}\n", peer.port));
+    assert_eq!(&back, b"thank");
+    // Nobody listens there.
+    sockets.connect(VsockAddr { cid: 2, port: 81 }, 1).unwrap();
+    loop {
+        let event = sockets.wait_for_event().unwrap();
+        if event.destination.port == 1 {
+            let VsockEventType::Disconnected { .. } = event.event_type else {
+                panic!("{event:?}")
+            };
+            break;
+        }
+    }
+    // This driver never takes its eight receive buffers back.
+    drop(sockets);
+    let left = with_memory(|memory| std::mem::take(&mut memory.taken));
+    assert_eq!(left.len(), 8, "{left:x?}");
+}
+
 // ---- Device by transport.
+
+#[test]
+fn frames_by_mmio() {
+    on_a_machine(|stage| {
+        let Network { end, device, .. } = network();
+        frames_go_there_and_back(by_mmio(stage, device), &end);
+    });
+}
+
+#[test]
+fn frames_by_pci() {
+    on_a_machine(|stage| {
+        let Network { end, device, .. } = network();
+        frames_go_there_and_back(by_pci(stage, device), &end);
+    });
+}
+
+#[test]
+fn a_pulled_cable_by_mmio() {
+    on_a_machine(|stage| {
+        let network = network();
+        let transport = by_mmio(stage, network.device);
+        a_pulled_cable_is_told(transport, &network.handle, &network.end);
+    });
+}
+
+#[test]
+fn a_pulled_cable_by_pci() {
+    on_a_machine(|stage| {
+        let network = network();
+        let transport = by_pci(stage, network.device);
+        a_pulled_cable_is_told(transport, &network.handle, &network.end);
+    });
+}
 
 #[test]
 fn blocks_by_mmio() {
@@ -798,6 +1064,24 @@ fn entropy_by_pci() {
     on_a_machine(|stage| {
         let device = Box::new(VirtioRng::new(Limits::default()).unwrap());
         entropy_is_given(by_pci(stage, device));
+    });
+}
+
+#[test]
+fn sockets_by_mmio() {
+    on_a_machine(|stage| {
+        let (dir, handle, device) = sockets();
+        sockets_connect_both_ways(by_mmio(stage, device), dir.path());
+        assert_eq!(handle.counters().bad_packets.get(), 0);
+    });
+}
+
+#[test]
+fn sockets_by_pci() {
+    on_a_machine(|stage| {
+        let (dir, handle, device) = sockets();
+        sockets_connect_both_ways(by_pci(stage, device), dir.path());
+        assert_eq!(handle.counters().bad_packets.get(), 0);
     });
 }
 

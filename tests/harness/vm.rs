@@ -35,6 +35,8 @@ pub(crate) struct Vm {
     console: Console,
     options: Vec<String>,
     drives: Vec<serde_json::Value>,
+    interfaces: Vec<serde_json::Value>,
+    vsock: Option<PathBuf>,
     by_nobody: bool,
 }
 
@@ -68,6 +70,8 @@ impl Vm {
                 console: Console::default(),
                 options: Vec::new(),
                 drives: Vec::new(),
+                interfaces: Vec::new(),
+                vsock: None,
                 by_nobody: false,
             }),
             Err(why) => {
@@ -122,6 +126,27 @@ impl Vm {
             drive.extend(more);
         }
         self.drives.push(drive);
+        self
+    }
+
+    /// One more network interface over the tap `name`, as the description has it; `iface_id` is made up.
+    pub(crate) fn tap(mut self, name: &str, more: serde_json::Value) -> Self {
+        let mut interface = json!({
+            "iface_id": format!("net{}", self.interfaces.len()),
+            "host_dev_name": name,
+        });
+        if let (Some(interface), serde_json::Value::Object(more)) =
+            (interface.as_object_mut(), more)
+        {
+            interface.extend(more);
+        }
+        self.interfaces.push(interface);
+        self
+    }
+
+    /// The socket device, which listens at `path`.
+    pub(crate) fn vsock(mut self, path: &Path) -> Self {
+        self.vsock = Some(path.into());
         self
     }
 
@@ -222,9 +247,13 @@ impl Vm {
             },
             "machine-config": { "vcpu_count": self.cpus, "mem_size_mib": self.memory_mib },
             "drives": self.drives,
+            "network-interfaces": self.interfaces,
         });
         if !self.drives.is_empty() {
             description["entropy"] = json!({});
+        }
+        if let Some(path) = &self.vsock {
+            description["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
         }
         let file = dir.join("vm.json");
         fs::write(&file, description.to_string()).unwrap();

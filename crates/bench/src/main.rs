@@ -7,8 +7,10 @@ mod cpio;
 mod disk;
 mod guest;
 mod host;
+mod machine;
 mod measure;
 mod metrics;
+mod net;
 mod report;
 mod results;
 mod run;
@@ -50,9 +52,14 @@ enum What {
     Boot(Boot),
     /// Disks: what a request costs without a guest, and fio in a guest under every VMM that is found
     Disk(disk::Disk),
+    /// Networks: iperf3 and ping between the host and a guest under every VMM that is found
+    Net(net::Net),
     /// One cell of `disk` without a guest, in a process of its own
     #[command(hide = true)]
     DiskCell(disk::Cell),
+    /// One cell of `net`, in a process of its own
+    #[command(hide = true)]
+    NetCell(net::Cell),
     /// Compile the guest's init, so that `boot` finds it ready
     #[command(hide = true)]
     Prepare,
@@ -101,7 +108,9 @@ fn main() -> ExitCode {
     let done = match Cli::parse().what {
         What::Boot(args) => boot(&args),
         What::Disk(args) => disk::disk(&args),
+        What::Net(args) => net::net(&args),
         What::DiskCell(cell) => disk::run_cell(&cell).map(|()| ExitCode::SUCCESS),
+        What::NetCell(cell) => net::run_cell(&cell).map(|()| ExitCode::SUCCESS),
         What::Prepare => guest::compile_init(&init_path()).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {

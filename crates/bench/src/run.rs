@@ -23,6 +23,9 @@ use signal_hook::iterator::Signals;
 /// The leader of the group that runs now, or 0.
 static RUNNING: AtomicU32 = AtomicU32::new(0);
 
+/// `USER_HZ`: part of the ABI of /proc.
+const TICKS_PER_SECOND: f64 = 100.0;
+
 /// How much of what a failed process said is told.
 const MOST_WORDS: usize = 400;
 
@@ -46,6 +49,23 @@ fn kill_group(leader: u32) {
     if let Some(pid) = i32::try_from(leader).ok().and_then(Pid::from_raw) {
         let _ = kill_process_group(pid, Signal::KILL);
     }
+}
+
+/// User and system time of all threads, past ones too.
+pub(crate) fn cpu_seconds(process: u32) -> Result<f64, String> {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat"))
+        .map_err(|e| format!("the monitor is gone: {e}"))?;
+    ticks(&stat)
+        .map(|ticks| ticks as f64 / TICKS_PER_SECOND)
+        .ok_or_else(|| "/proc/PID/stat is not understood".into())
+}
+
+/// utime and stime of proc(5), fields 14 and 15.
+fn ticks(stat: &str) -> Option<u64> {
+    // The name of the program, in brackets, may hold anything; the state after it is field 3.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(14 - 3);
+    let mut field = || fields.next()?.parse::<u64>().ok();
+    Some(field()? + field()?)
 }
 
 /// A process under observation.
@@ -307,6 +327,12 @@ fn wait_any(fds: &mut [PollFd<'_>], deadline: Instant) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn processor_time_of_a_process() {
+        assert_eq!(ticks("7 (a) b) S 1 2 3 4 5 6 7 8 9 10 20 30 x"), Some(50));
+        assert!(cpu_seconds(std::process::id()).is_ok());
+    }
 
     fn run(script: &str, timeout: Duration) -> (Run, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();

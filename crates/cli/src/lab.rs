@@ -77,6 +77,12 @@ fn options(args: &RunArgs, streams: Streams, host_cpus: usize) -> anyhow::Result
             path.display()
         ),
     }
+    if args.vsock.is_some() {
+        bail!(
+            "cannot reach the socket of --vsock from outside of the lab; leave it out, or run a program in the lab \
+             beside the guest (tools/lab run -- ...)"
+        );
+    }
     for image in args.disk.iter().filter_map(Disk::written) {
         if interactive {
             bail!(
@@ -159,6 +165,12 @@ mod tests {
         assert!(line(&["--console", "file:a b"], NOTHING, 2).ends_with("--bring-back a b"));
         let refused = options(&parse(&["--console", "unix:s"]), NOTHING, 2).unwrap_err();
         assert!(refused.to_string().contains("unix:s"));
+    }
+
+    #[test]
+    fn a_vsock_path_cannot_be_reached_from_outside() {
+        let refused = options(&parse(&["--vsock", "3:v.sock"]), NOTHING, 2).unwrap_err();
+        assert!(refused.to_string().contains("--vsock"), "{refused}");
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod disk;
 mod doctor;
 mod images;
 mod lab;
+mod net;
 mod run;
 mod size;
 
@@ -47,6 +48,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Make, show, resize and mend the images that are guests' disks
     Disk(images::DiskArgs),
+    /// Make, show and remove networks of guests on this host
+    Net(net::NetArgs),
 }
 
 /// Shows what the parts below warn about.
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
         Some(Command::Run(args)) => run::run(&args).map(|never| match never {}),
         Some(Command::Doctor(args)) => doctor::doctor(&args),
         Some(Command::Disk(args)) => images::disk(&args),
+        Some(Command::Net(args)) => net::net(&args),
     };
     done.unwrap_or_else(|e| {
         hint(&format!("{e:#}"));

@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::str::FromStr;
 
 use alveole_host::{doctor, in_lab, programs};
 use alveole_vm_config::{BootSource, Entropy, MachineConfig, VmConfig};
@@ -67,6 +68,11 @@ pub(crate) struct RunArgs {
     )]
     pub(crate) disk: Vec<Disk>,
 
+    /// Sockets between host and guest: CID is the guest's address (3 or more), PATH the unix socket where
+    /// programs connect and write `CONNECT <port>`; the guest's connections go to `PATH_<port>`
+    #[arg(long, value_name = "CID:PATH")]
+    pub(crate) vsock: Option<Vsock>,
+
     /// Serial console: stdio, file:PATH, unix:PATH or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub(crate) console: Console,
@@ -83,6 +89,29 @@ pub(crate) struct RunArgs {
     /// Do not ask first whether this machine's KVM can run an unmodified kernel
     #[arg(long)]
     pub(crate) no_probe: bool,
+}
+
+/// A socket device in one word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Vsock(alveole_vm_config::Vsock);
+
+impl FromStr for Vsock {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const EXPECTED: &str = "give CID:PATH, for instance 3:/run/user/1000/guest.sock";
+        let Some((cid, path)) = text.split_once(':').filter(|(_, path)| !path.is_empty()) else {
+            return Err(EXPECTED.into());
+        };
+        let guest_cid = cid
+            .parse()
+            .map_err(|_| format!("{cid:?} is no number; {EXPECTED}"))?;
+        Ok(Self(alveole_vm_config::Vsock {
+            guest_cid,
+            uds_path: path.into(),
+            vsock_id: None,
+        }))
+    }
 }
 
 /// Becomes the VMM, or the lab with the VMM in it. Comes back only with an error.
@@ -135,6 +164,7 @@ fn describe(args: &RunArgs) -> VmConfig {
             ..MachineConfig::default()
         },
         drives: disk::drives(&args.disk),
+        vsock: args.vsock.as_ref().map(|vsock| vsock.0.clone()),
         entropy: Some(Entropy::default()),
         ..VmConfig::default()
     }

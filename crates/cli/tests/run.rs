@@ -117,6 +117,7 @@ fn everything_asked_for_reaches_the_vmm() {
         "--memory=5G",
         "--cmdline=console=ttyS0 \"x\"",
         "--append=quiet",
+        "--vsock=3:/run/a:b.sock",
         "--console=unix:/run/a socket",
         "--boot-timer",
     ]);
@@ -132,6 +133,9 @@ fn everything_asked_for_reaches_the_vmm() {
     );
     let config = run.config();
     assert_eq!(config.boot_source.initrd_path, Some("sub/i".into()));
+    let vsock = config.vsock.as_ref().unwrap();
+    assert_eq!(vsock.guest_cid, 3);
+    assert_eq!(vsock.uds_path, Path::new("/run/a:b.sock"));
     assert_eq!(
         config.boot_source.boot_args.unwrap(),
         "console=ttyS0 \"x\" quiet"

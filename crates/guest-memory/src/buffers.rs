@@ -86,6 +86,28 @@ impl GuestBuffers {
         self.len_bytes = 0;
     }
 
+    /// Takes the first `count` bytes out, or all where there are fewer; what is allocated stays.
+    pub fn drop_front(&mut self, count: u64) {
+        let mut left = count.min(self.len_bytes);
+        self.len_bytes -= left;
+        let mut whole = 0;
+        for iovec in &mut self.iovecs {
+            if left < iovec.iov_len as u64 {
+                // Less than the range is long, so that it cannot be cut.
+                iovec.iov_base = iovec
+                    .iov_base
+                    .cast::<u8>()
+                    .wrapping_add(left as usize)
+                    .cast();
+                iovec.iov_len -= left as usize;
+                break;
+            }
+            left -= iovec.iov_len as u64;
+            whole += 1;
+        }
+        self.iovecs.drain(..whole);
+    }
+
     /// All ranges together, in bytes.
     #[must_use]
     pub fn len_bytes(&self) -> u64 {
@@ -320,6 +342,31 @@ mod tests {
         b.copy_to(0, &mut all);
         assert_eq!(&all, b"abc\0\0\0\0hij");
         assert!(!b.is_aligned(2) && b.is_aligned(1));
+    }
+
+    #[test]
+    fn the_front_is_dropped_by_ranges_and_within_them() {
+        let ram = ram();
+        let mut b = GuestBuffers::new(&ram);
+        b.push(0x1000, 3).unwrap();
+        b.push(0x2000, 4).unwrap();
+        b.push(0x3000, 3).unwrap();
+        b.copy_from(0, b"abcdefghij");
+        let left = |b: &GuestBuffers| {
+            let mut all = vec![0; b.len_bytes() as usize];
+            b.copy_to(0, &mut all);
+            String::from_utf8(all).unwrap()
+        };
+        b.drop_front(0);
+        b.drop_front(2);
+        assert_eq!((left(&b).as_str(), b.iovecs().len()), ("cdefghij", 3));
+        b.drop_front(1);
+        assert_eq!((left(&b).as_str(), b.iovecs().len()), ("defghij", 2));
+        b.drop_front(5);
+        assert_eq!((left(&b).as_str(), b.iovecs().len()), ("ij", 1));
+        b.push(0x4000, 1).unwrap();
+        b.drop_front(u64::MAX);
+        assert!(b.is_empty() && b.iovecs().is_empty());
     }
 
     #[test]

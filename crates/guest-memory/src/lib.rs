@@ -11,6 +11,7 @@
 mod buffers;
 mod plan;
 mod ram;
+mod sockets;
 
 pub use buffers::{GuestBuffers, MAX_IOVECS};
 pub use plan::{HOLE_END, HOLE_START, MAX_SIZE_BYTES, MemoryPlan, PlanError, RamRange};

@@ -19,6 +19,8 @@ use alveole_hypervisor::Partition;
 use alveole_io_bus::{BusBuilder, BusDevice, SharedDevice};
 use alveole_serial::{Console, ConsoleHandle, ConsoleWorker, UART_PORTS};
 use alveole_virtio_blk::BlkHandle;
+use alveole_virtio_net::NetHandle;
+use alveole_virtio_vsock::VsockHandle;
 
 use crate::build::{BuildError, Options};
 use crate::layout;
@@ -44,6 +46,10 @@ pub(crate) struct Devices {
     pub(crate) counters: Vec<Arc<dyn CounterSet + Send + Sync>>,
     /// The owner's handles on disks.
     pub(crate) disks: Vec<BlkHandle>,
+    /// The owner's handles on network interfaces.
+    pub(crate) interfaces: Vec<NetHandle>,
+    /// The owner's handle on the socket device.
+    pub(crate) vsock: Option<VsockHandle>,
     /// What the devices add to the system calls of threads.
     pub(crate) sandbox: Vec<&'static str>,
     /// What a kernel that does not read the tables' devices must be told.
@@ -136,6 +142,8 @@ pub(crate) fn place(
         threads,
         counters: placed.counters,
         disks: placed.disks,
+        interfaces: placed.interfaces,
+        vsock: placed.vsock,
         sandbox,
         cmdline: placed.cmdline,
         cmdline_without_acpi: placed.cmdline_without_acpi,

@@ -16,6 +16,8 @@ use alveole_serial::{ConsoleEvent, ConsoleHandle};
 use alveole_thread_sandbox::Role;
 use alveole_vcpu::{EndReason, Order, Report, ReportKind, VcpuHandle};
 use alveole_virtio_blk::BlkHandle;
+use alveole_virtio_net::NetHandle;
+use alveole_virtio_vsock::VsockHandle;
 
 use crate::catalog::Running;
 use crate::lifecycle::{Command, Lifecycle, permit};
@@ -78,6 +80,8 @@ pub struct Machine {
     /// What the devices add to the system calls of threads.
     pub(crate) sandbox: Vec<&'static str>,
     pub(crate) disks: Vec<BlkHandle>,
+    pub(crate) interfaces: Vec<NetHandle>,
+    pub(crate) vsock: Option<VsockHandle>,
     /// The event loops of devices.
     pub(crate) threads: Running,
     pub(crate) registry: Arc<Registry>,
@@ -102,6 +106,18 @@ impl Machine {
     #[must_use]
     pub fn disks(&self) -> &[BlkHandle] {
         &self.disks
+    }
+
+    /// The owner's handles on the network interfaces, in the order in which the guest finds them.
+    #[must_use]
+    pub fn interfaces(&self) -> &[NetHandle] {
+        &self.interfaces
+    }
+
+    /// The owner's handle on the socket device, if the guest has one.
+    #[must_use]
+    pub fn vsock(&self) -> Option<&VsockHandle> {
+        self.vsock.as_ref()
     }
 
     /// The moments of the boot so far.
@@ -273,6 +289,9 @@ impl Machine {
             log::warn!("nobody took the last {lost} bytes of the console");
         }
         self.threads.stop();
+        if let Some(vsock) = &self.vsock {
+            vsock.remove_socket();
+        }
     }
 }
 

@@ -47,6 +47,20 @@ pub enum ResourceError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] alveole_virtio_blk::BlkError),
+    /// What carries the frames of a network interface.
+    #[error("network interface {id:?}: {source}")]
+    Link {
+        /// Its name.
+        id: String,
+        /// Why not.
+        source: alveole_net_link::LinkError,
+    },
+    /// A network device.
+    #[error(transparent)]
+    Net(#[from] alveole_virtio_net::NetError),
+    /// The socket device.
+    #[error(transparent)]
+    Vsock(#[from] alveole_virtio_vsock::VsockError),
     /// The entropy device.
     #[error("the entropy device has no timer: {0}; raise the limit on open files (ulimit -n)")]
     Entropy(io::Error),

@@ -2,18 +2,26 @@
 //! limits live here, each with its message; every broken rule is reported, not only the first.
 
 mod drives;
+mod interfaces;
+mod vsock;
 
 use std::path::PathBuf;
 
 use alveole_guest_memory::MemoryPlan;
 use alveole_rate_limiter::Limits;
+use alveole_virtio_vsock::{MAX_GUEST_CID, MAX_PATH_BYTES, MIN_GUEST_CID, VsockConfig};
 use alveole_vm_config::VmConfig;
 
 pub(crate) use drives::ValidDrive;
 pub use drives::{MAX_DRIVES, MAX_QUEUES};
+pub(crate) use interfaces::ValidInterface;
 
 /// Most processors of one guest: the machine tables are tested up to here.
 pub const MAX_CPUS: u32 = 64;
+/// Most virtio devices of one guest: on virtio-mmio each has an interrupt of its own.
+pub(crate) const MAX_DEVICES: usize = 18;
+/// Longest name of a drive or a network interface.
+const MAX_ID_BYTES: usize = 64;
 /// Least memory that a 64-bit distribution kernel unpacks itself in, in MiB.
 pub const MIN_MEMORY_MIB: u64 = 64;
 /// What a kernel is told when the description has no `boot_args`. Unlike Firecracker's default it needs no
@@ -30,6 +38,8 @@ pub struct ValidConfig {
     pub(crate) cmdline: String,
     /// The root device, if there is one, comes first.
     pub(crate) drives: Vec<ValidDrive>,
+    pub(crate) interfaces: Vec<ValidInterface>,
+    pub(crate) vsock: Option<VsockConfig>,
     pub(crate) entropy: Option<Limits>,
 }
 
@@ -106,9 +116,92 @@ pub enum Invalid {
         /// What was given.
         partuuid: String,
     },
+    /// A context that no guest can have.
+    #[error("vsock has guest_cid {0}: a guest has one from {MIN_GUEST_CID} to {MAX_GUEST_CID}")]
+    GuestCid(u64),
+    /// No path.
+    #[error("vsock has an empty uds_path: name the socket to be made")]
+    NoUdsPath,
+    /// A path that no socket can have.
+    #[error("vsock has uds_path {0:?} with a zero byte: no file can be called so")]
+    UdsPathWithZero(PathBuf),
+    /// A path that is too long.
+    #[error(
+        "vsock has uds_path {path:?} of {len} bytes: it may have {MAX_PATH_BYTES}, so that it and \"_4294967295\" fit the address of \
+         a unix socket; choose a shorter directory, or one relative to where the monitor is started"
+    )]
+    LongUdsPath {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        len: usize,
+    },
     /// More drives than there are interrupts.
     #[error("{0} drives: this machine has room for {MAX_DRIVES}")]
     TooManyDrives(usize),
+    /// More devices than there are interrupts.
+    #[error(
+        "{0} devices (drives, network interfaces and others): this machine has room for {MAX_DEVICES}; \
+         leave some out"
+    )]
+    TooManyDevices(usize),
+    /// An interface without a name.
+    #[error("network-interfaces[{0}].iface_id is empty: give the interface a name")]
+    NoInterfaceId(usize),
+    /// A name that cannot be one.
+    #[error("iface_id {0:?}: a name has at most 64 letters, digits, '_', '-' and '.'")]
+    InterfaceId(String),
+    /// Two interfaces of one name.
+    #[error("iface_id {0:?} is given to two network interfaces: give each a name of its own")]
+    SameInterfaceId(String),
+    /// What carries its frames cannot be that.
+    #[error("network interface {id:?}: host_dev_name {name:?} {why}")]
+    HostDevName {
+        /// The interface.
+        id: String,
+        /// What was given.
+        name: String,
+        /// What is wrong, and what to do.
+        why: &'static str,
+    },
+    /// A hardware address that no guest can have.
+    #[error("network interface {id:?}: guest_mac {mac:?} cannot be a guest's address: {why}")]
+    GuestMac {
+        /// The interface.
+        id: String,
+        /// What was given.
+        mac: String,
+        /// Why not.
+        why: &'static str,
+    },
+    /// Two interfaces with one address.
+    #[error(
+        "network interfaces {first:?} and {second:?} have the same guest_mac {mac}: give each its own, or none"
+    )]
+    SameMac {
+        /// The first with it.
+        first: String,
+        /// The second.
+        second: String,
+        /// The address, as the second has it.
+        mac: String,
+    },
+    /// An impossible packet size.
+    #[error("network interface {id:?}: mtu {mtu}: give it 68 to 65535 bytes")]
+    Mtu {
+        /// The interface.
+        id: String,
+        /// What was asked for.
+        mtu: u64,
+    },
+    /// An impossible number of queues.
+    #[error("network interface {id:?} has num_queue_pairs {pairs}: give it 1 to {MAX_CPUS}")]
+    QueuePairs {
+        /// The interface.
+        id: String,
+        /// What was asked for.
+        pairs: u64,
+    },
 }
 
 /// Checks `config` against the machine's rules.
@@ -142,6 +235,18 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
         broken.push(Invalid::NoKernel);
     }
     let drives = drives::validate(config, &mut broken);
+    let interfaces = interfaces::validate(config, &mut broken);
+    let devices = drives.len()
+        + interfaces.len()
+        + usize::from(config.vsock.is_some())
+        + usize::from(config.entropy.is_some());
+    if devices > MAX_DEVICES {
+        broken.push(Invalid::TooManyDevices(devices));
+    }
+    let vsock = config
+        .vsock
+        .as_ref()
+        .and_then(|v| vsock::validate(v, &mut broken));
     let limiter = config.entropy.map(|e| e.rate_limiter.unwrap_or_default());
     match memory {
         Some(memory) if broken.is_empty() => Ok(ValidConfig {
@@ -154,10 +259,20 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
                 .clone()
                 .unwrap_or_else(|| DEFAULT_CMDLINE.into()),
             drives,
+            interfaces,
+            vsock,
             entropy: limiter.map(|l| drives::limits(&l)),
         }),
         _ => Err(broken),
     }
+}
+
+/// Whether `text` can name a drive or a network interface.
+fn is_id(text: &str) -> bool {
+    text.len() <= MAX_ID_BYTES
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b))
 }
 
 #[cfg(test)]

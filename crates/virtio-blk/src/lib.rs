@@ -21,7 +21,6 @@
     )
 )]
 
-mod busy_wait;
 mod config_space;
 mod counters;
 mod device;

@@ -6,9 +6,8 @@ use std::time::{Duration, Instant};
 use alveole_block_store::{Operation, Request};
 use alveole_event_loop::{Event, EventLoopError, Interest, Ops, Token, Worker};
 use alveole_guest_memory::GuestBuffers;
-use alveole_virtio::{BrokenRing, LiveQueue, Progress, QueueWorker};
+use alveole_virtio::{BrokenRing, BusyWait, LiveQueue, Progress, QueueWorker};
 
-use crate::busy_wait::BusyWait;
 use crate::device::Shared;
 use crate::gather::{self, Gather};
 use crate::lane::{Flight, Lane};

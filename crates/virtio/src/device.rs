@@ -77,6 +77,12 @@ pub trait QueueWorker: Worker {
 
     /// The queues it serves, by number.
     fn queues(&self) -> Vec<u16>;
+
+    /// Which of the device's loops it wants, where each worker can have one of its own; workers of one seat share a
+    /// loop. The number of its first queue, where a queue is a worker.
+    fn seat(&self) -> u16 {
+        self.queues().first().copied().unwrap_or(0)
+    }
 }
 
 /// What a device gets to serve its queues with. A stopped device has none of it.

@@ -37,13 +37,9 @@ impl Hosting {
         self.longest_look
     }
 
-    /// Moves a worker that serves queue `first` and perhaps others to its loop.
-    pub(crate) fn attach(
-        &self,
-        first: u16,
-        worker: Box<dyn QueueWorker>,
-    ) -> Result<Hosted, EventLoopError> {
-        let at = usize::from(first)
+    /// Moves a worker to the loop of its seat.
+    pub(crate) fn attach(&self, worker: Box<dyn QueueWorker>) -> Result<Hosted, EventLoopError> {
+        let at = usize::from(worker.seat())
             .checked_rem(self.loops.len())
             .unwrap_or_default();
         let Some(on) = self.loops.get(at) else {

@@ -22,6 +22,7 @@
     )
 )]
 
+mod busy_wait;
 mod chain;
 mod device;
 mod hosting;
@@ -37,6 +38,7 @@ mod state;
 pub mod testing;
 mod transport_core;
 
+pub use busy_wait::BusyWait;
 pub use chain::{Chain, MAX_CHAIN_SEGMENTS, Segment};
 pub use device::{Identity, QueueWorker, StartError, StartKit, VirtioDevice};
 pub use hosting::Hosting;

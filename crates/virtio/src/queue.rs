@@ -1,7 +1,7 @@
 //! A split virtqueue that is being served (section 2.7).
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use alveole_guest_memory::GuestRam;
 use alveole_guest_memory::vm_memory::{Bytes, GuestAddress};
@@ -157,6 +157,12 @@ impl LiveQueue {
         self.queue.go_to_previous_position();
     }
 
+    /// Puts the last `count` requests that [`LiveQueue::pop`] gave back: they will be the next ones again.
+    pub fn put_back_many(&mut self, count: u16) {
+        let next = self.queue.next_avail().wrapping_sub(count);
+        self.queue.set_next_avail(next);
+    }
+
     /// Gives the request `head` back to the driver with `written` bytes filled in.
     ///
     /// # Errors
@@ -175,6 +181,39 @@ impl LiveQueue {
             .map_err(|_| BrokenRing::NoMemory)
     }
 
+    /// Gives several requests back at once: the driver sees all of them or none. For what is spread over several
+    /// (section 5.1.6.4.1).
+    ///
+    /// # Errors
+    /// As [`Self::complete`].
+    pub fn complete_together(&mut self, used: &[(u16, u32)]) -> Result<(), BrokenRing> {
+        let Some(((last, written), others)) = used.split_last() else {
+            return Ok(());
+        };
+        let next_used = self.queue.next_used();
+        let mut at = next_used;
+        for (head, written) in others {
+            // Section 2.7.8: flags and index, then entries of eight bytes.
+            let place = u64::from(at)
+                .checked_rem(u64::from(self.queue.size()))
+                .unwrap_or_default();
+            let addr = self
+                .queue
+                .used_ring()
+                .saturating_add(4)
+                .saturating_add(place.saturating_mul(8));
+            let entry = u64::from(*head) | u64::from(*written) << 32;
+            self.ram
+                .write(addr, &entry.to_le_bytes())
+                .map_err(|_| BrokenRing::NoMemory)?;
+            at = at.wrapping_add(1);
+            self.untold = self.untold.saturating_add(1);
+        }
+        // The index, and with it all of them, becomes visible with the last.
+        self.queue.set_next_used(at);
+        self.complete(*last, *written)
+    }
+
     /// How many requests were completed since the last [`LiveQueue::notify`].
     #[must_use]
     pub fn untold(&self) -> u32 {
@@ -186,17 +225,41 @@ impl LiveQueue {
     /// # Errors
     /// The ring is not in memory.
     pub fn notify(&mut self) -> Result<(), BrokenRing> {
-        if std::mem::take(&mut self.untold) == 0 {
+        let completed = std::mem::take(&mut self.untold);
+        if completed == 0 {
             return Ok(());
         }
-        let wanted = self
-            .queue
-            .needs_notification(self.ram.as_vm_memory())
-            .map_err(|_| BrokenRing::NoMemory)?;
-        if wanted && (self.queue.event_idx_enabled() || !self.asks_for_silence()?) {
+        // The used index is visible before the driver's wish is read; the driver does it the other way round.
+        fence(Ordering::SeqCst);
+        let wanted = if self.queue.event_idx_enabled() {
+            self.passed_used_event(completed)?
+        } else {
+            !self.asks_for_silence()?
+        };
+        if wanted {
             self.signals.queue(self.index);
         }
         Ok(())
+    }
+
+    /// Whether the entry at which the driver wants to be told (section 2.7.7.2) is among the last `completed`. Asked
+    /// here, because `virtio-queue` does not count what is completed together.
+    fn passed_used_event(&self, completed: u32) -> Result<bool, BrokenRing> {
+        let event_addr = u64::from(self.queue.size())
+            .saturating_mul(2)
+            .saturating_add(self.queue.avail_ring())
+            .saturating_add(4);
+        let event: u16 = self
+            .ram
+            .as_vm_memory()
+            .load(GuestAddress(event_addr), Ordering::Relaxed)
+            .map_err(|_| BrokenRing::NoMemory)?;
+        let behind = self
+            .queue
+            .next_used()
+            .wrapping_sub(u16::from_le(event))
+            .wrapping_sub(1);
+        Ok(u32::from(behind) < completed)
     }
 
     /// VIRTQ_AVAIL_F_NO_INTERRUPT (section 2.7.7), which `virtio-queue` leaves to us.
@@ -248,5 +311,126 @@ impl LiveQueue {
             next_avail: self.queue.next_avail(),
             next_used: self.queue.next_used(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU32};
+
+    use alveole_guest_memory::MemoryPlan;
+
+    use super::*;
+    use crate::Wires;
+
+    const SIZE: u16 = 16;
+    const AVAILABLE: u64 = 0x2000;
+    const USED: u64 = 0x3000;
+
+    struct Count(Arc<AtomicU32>);
+
+    impl Wires for Count {
+        fn queue(&self, _: u16) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+        fn config(&self) {}
+        fn clear(&self) {}
+    }
+
+    /// A queue with event indices, its memory, and how often its driver was interrupted.
+    fn queue() -> (LiveQueue, GuestRam, Arc<AtomicU32>) {
+        let ram = GuestRam::map(&MemoryPlan::around_hole(1 << 20).unwrap()).unwrap();
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.set_desc_table_address(Some(0x1000), Some(0));
+        queue.set_avail_ring_address(Some(AVAILABLE as u32), Some(0));
+        queue.set_used_ring_address(Some(USED as u32), Some(0));
+        queue.set_event_idx(true);
+        queue.set_ready(true);
+        let told = Arc::new(AtomicU32::new(0));
+        let signals = Signals::new(Box::new(Count(told.clone())));
+        let bell = Doorbell::new().unwrap();
+        let queue = LiveQueue::new(0, queue, ram.clone(), bell, signals, "test");
+        (queue, ram, told)
+    }
+
+    fn used_index(ram: &GuestRam) -> u16 {
+        ram.as_vm_memory()
+            .load(GuestAddress(USED + 2), Ordering::Acquire)
+            .unwrap()
+    }
+
+    fn entry(ram: &GuestRam, at: u64) -> (u32, u32) {
+        let mut bytes = [0; 8];
+        ram.read(USED + 4 + 8 * (at % u64::from(SIZE)), &mut bytes)
+            .unwrap();
+        let [a, b, c, d, e, f, g, h] = bytes;
+        (
+            u32::from_le_bytes([a, b, c, d]),
+            u32::from_le_bytes([e, f, g, h]),
+        )
+    }
+
+    #[test]
+    fn what_is_completed_together_is_seen_together() {
+        let (mut queue, ram, _) = queue();
+        let over = AtomicBool::new(false);
+        let rounds = 2000u64;
+        std::thread::scope(|scope| {
+            let seen = scope.spawn(|| {
+                while !over.load(Ordering::SeqCst) {
+                    let index = used_index(&ram);
+                    assert_eq!(index % 5, 0, "a part of five");
+                }
+            });
+            for round in 0..rounds {
+                let used = [(1, 10), (3, 30), (15, 150), (0, 0), (7, u32::MAX)];
+                queue.complete_together(&used).unwrap();
+                for (at, (head, len)) in (5 * round..).zip(used) {
+                    assert_eq!(entry(&ram, at), (u32::from(head), len));
+                }
+            }
+            over.store(true, Ordering::SeqCst);
+            seen.join().unwrap();
+        });
+        assert_eq!(u64::from(used_index(&ram)), 5 * rounds);
+        queue.complete_together(&[]).unwrap();
+        assert_eq!(u64::from(used_index(&ram)), 5 * rounds);
+    }
+
+    #[test]
+    fn a_driver_that_wants_to_be_told_in_the_middle_of_them_is() {
+        for (event, wanted) in [(65_535, 0), (0, 1), (1, 1), (2, 1), (3, 0), (900, 0)] {
+            let (mut queue, ram, told) = queue();
+            let event: u16 = event;
+            let event_addr = AVAILABLE + 4 + 2 * u64::from(SIZE);
+            ram.write(event_addr, &event.to_le_bytes()).unwrap();
+            queue.complete_together(&[(4, 1), (9, 2), (2, 3)]).unwrap();
+            queue.notify().unwrap();
+            assert_eq!(told.load(Ordering::SeqCst), wanted, "used_event {event}");
+            // Nothing new, nothing told.
+            queue.notify().unwrap();
+            assert_eq!(told.load(Ordering::SeqCst), wanted);
+        }
+    }
+
+    #[test]
+    fn requests_that_are_put_back_come_again() {
+        let (mut queue, ram, _) = queue();
+        for at in 0..4u64 {
+            ram.write(AVAILABLE + 4 + 2 * at, &(at as u16).to_le_bytes())
+                .unwrap();
+            ram.write(0x1000 + 16 * at + 8, &[1]).unwrap();
+        }
+        ram.write(AVAILABLE + 2, &4u16.to_le_bytes()).unwrap();
+        let mut chain = Chain::new();
+        for _ in 0..3 {
+            assert!(queue.pop(&mut chain).unwrap());
+        }
+        queue.put_back_many(2);
+        let mut again = Vec::new();
+        while queue.pop(&mut chain).unwrap() {
+            again.push(chain.head());
+        }
+        assert_eq!(again, [1, 2, 3]);
     }
 }

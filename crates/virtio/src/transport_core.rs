@@ -445,9 +445,8 @@ impl TransportCore {
             longest_look: self.hosting.longest_look(),
         })?;
         for worker in workers {
-            let first = worker.queues().first().copied().unwrap_or(0);
             // An attach is over when the worker's descriptors are watched.
-            self.running.push(self.hosting.attach(first, worker)?);
+            self.running.push(self.hosting.attach(worker)?);
         }
         // What came while nobody listened: requests from before DRIVER_OK, or during a pause.
         for queue in queues {

@@ -17,7 +17,8 @@ mod types;
 pub use error::{ConfigError, Problem, Problems};
 pub use types::{
     BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages,
-    IoEngine, LogLevel, Logger, MachineConfig, Metrics, RateLimiter, Serial, TokenBucket, VmConfig,
+    IoEngine, LinkKind, LogLevel, Logger, MachineConfig, Metrics, NetworkInterface, RateLimiter,
+    Serial, TokenBucket, VmConfig, Vsock,
 };
 
 /// The longest description that is read. A real one has a few kilobytes; a path given by mistake may

@@ -3,7 +3,8 @@
 use crate::object::{Leaf, Object, Value};
 use crate::types::{
     BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages,
-    IoEngine, LogLevel, Logger, MachineConfig, Metrics, RateLimiter, Serial, TokenBucket, VmConfig,
+    IoEngine, LinkKind, LogLevel, Logger, MachineConfig, Metrics, NetworkInterface, RateLimiter,
+    Serial, TokenBucket, VmConfig, Vsock,
 };
 
 pub(crate) fn vm_config(top: &mut Object<'_>) -> VmConfig {
@@ -16,11 +17,11 @@ pub(crate) fn vm_config(top: &mut Object<'_>) -> VmConfig {
         metrics: top.section("metrics", metrics),
         serial: top.section("serial", serial),
         drives: top.list("drives", drive),
+        network_interfaces: top.list("network-interfaces", network_interface),
+        vsock: top.section("vsock", vsock),
         entropy: top.section("entropy", entropy),
     };
     for (key, what) in [
-        ("network-interfaces", "network devices are"),
-        ("vsock", "the vsock device is"),
         ("balloon", "the balloon device is"),
         ("pmem", "persistent memory devices are"),
         ("memory-hotplug", "memory hotplug is"),
@@ -153,6 +154,28 @@ fn drive(section: &mut Object<'_>) -> Drive {
     }
 }
 
+fn network_interface(section: &mut Object<'_>) -> NetworkInterface {
+    NetworkInterface {
+        iface_id: section.required("iface_id"),
+        host_dev_name: section.required("host_dev_name"),
+        guest_mac: section.optional("guest_mac"),
+        mtu: section.optional("mtu"),
+        rx_rate_limiter: section.section("rx_rate_limiter", rate_limiter),
+        tx_rate_limiter: section.section("tx_rate_limiter", rate_limiter),
+        link: section.optional("link").unwrap_or_default(),
+        num_queue_pairs: section.optional("num_queue_pairs"),
+        anti_spoofing: section.optional("anti_spoofing").unwrap_or_default(),
+    }
+}
+
+fn vsock(section: &mut Object<'_>) -> Vsock {
+    Vsock {
+        guest_cid: section.required("guest_cid"),
+        uds_path: section.required("uds_path"),
+        vsock_id: section.optional("vsock_id"),
+    }
+}
+
 fn entropy(section: &mut Object<'_>) -> Entropy {
     Entropy {
         rate_limiter: section.section("rate_limiter", rate_limiter),
@@ -197,6 +220,9 @@ words! { IoEngine, "one of \"Sync\", \"Async\"",
 "Sync" => IoEngine::Sync, "Async" => IoEngine::Async, }
 words! { DiskFormat, "one of \"raw\", \"qcow2\"",
 "raw" => DiskFormat::Raw, "qcow2" => DiskFormat::Qcow2, }
+words! { LinkKind, "one of \"tap\", \"macvtap\", \"fd\", \"stream\"",
+"tap" => LinkKind::Tap, "macvtap" => LinkKind::Macvtap, "fd" => LinkKind::Fd,
+"stream" => LinkKind::Stream, }
 words! { BackingPlace, "one of \"beside\", \"anywhere\"",
 "beside" => BackingPlace::Beside, "anywhere" => BackingPlace::Anywhere, }
 

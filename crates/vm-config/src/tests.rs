@@ -62,8 +62,11 @@ fn firecrackers_own_file_is_read() {
           },
           "cpu-config": null,
           "balloon": null,
-          "network-interfaces": [ ],
-          "vsock": null,
+          "network-interfaces": [
+            { "iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:ac:10:00:02", "mtu": 9000,
+              "tx_rate_limiter": { "ops": { "size": 10, "refill_time": 1 } } }
+          ],
+          "vsock": { "guest_cid": 3, "uds_path": "./v.sock", "vsock_id": "1" },
           "logger": { "log_path": "/tmp/log", "level": "WARN", "show_level": true, "module": null },
           "metrics": { "metrics_path": "m.fifo", "emit_id": false },
           "mmds-config": null,
@@ -114,9 +117,42 @@ fn firecrackers_own_file_is_read() {
                 }),
                 ..Drive::default()
             }],
+            network_interfaces: vec![NetworkInterface {
+                iface_id: "eth0".into(),
+                host_dev_name: "tap0".into(),
+                guest_mac: Some("06:00:ac:10:00:02".into()),
+                mtu: Some(9000),
+                tx_rate_limiter: Some(RateLimiter {
+                    bandwidth: None,
+                    ops: Some(TokenBucket {
+                        size: 10,
+                        one_time_burst: None,
+                        refill_time: 1,
+                    }),
+                }),
+                ..NetworkInterface::default()
+            }],
+            vsock: Some(Vsock {
+                guest_cid: 3,
+                uds_path: "./v.sock".into(),
+                vsock_id: Some("1".into()),
+            }),
             entropy: Some(Entropy::default()),
         }
     );
+}
+
+#[test]
+fn mistakes_in_a_vsock_device_are_told() {
+    let message = told(&with("  \"vsock\": {\"guest_cid\": -3, \"path\": \"x\"}"));
+    for part in [
+        "\"vsock.guest_cid\": expected a whole number",
+        "\"vsock.uds_path\": this field is required and missing; add it",
+        "\"vsock\": unknown field \"path\"; known are: guest_cid, uds_path, vsock_id",
+    ] {
+        assert!(message.contains(part), "{part}\nin\n{message}");
+    }
+    assert_eq!(read(&with("  \"vsock\": null")).unwrap().vsock, None);
 }
 
 #[test]
@@ -171,8 +207,6 @@ fn what_is_absent_is_as_firecracker_has_it() {
 #[test]
 fn a_device_that_is_not_built_is_named() {
     for (key, what) in [
-        ("network-interfaces", "network devices are"),
-        ("vsock", "the vsock device is"),
         ("balloon", "the balloon device is"),
         ("pmem", "persistent memory devices are"),
         ("memory-hotplug", "memory hotplug is"),
@@ -531,6 +565,27 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn interface()(
+        iface_id in any::<String>(),
+        host_dev_name in any::<String>(),
+        link in prop::sample::select(vec![
+            LinkKind::Tap, LinkKind::Macvtap, LinkKind::Fd, LinkKind::Stream,
+        ]),
+        guest_mac in any::<Option<String>>(),
+        mtu in any::<Option<u64>>(),
+        rx_rate_limiter in prop::option::of(limiter()),
+        tx_rate_limiter in prop::option::of(limiter()),
+        num_queue_pairs in any::<Option<u64>>(),
+        anti_spoofing in any::<bool>(),
+    ) -> NetworkInterface {
+        NetworkInterface {
+            iface_id, host_dev_name, link, guest_mac, mtu, rx_rate_limiter, tx_rate_limiter,
+            num_queue_pairs, anti_spoofing,
+        }
+    }
+}
+
+prop_compose! {
     fn config()(
         kernel_image_path in path(),
         initrd_path in prop::option::of(path()),
@@ -541,6 +596,8 @@ prop_compose! {
         metrics in prop::option::of(path()),
         serial in prop::option::of(prop::option::of(path())),
         drives in prop::collection::vec(drive(), 0..3),
+        network_interfaces in prop::collection::vec(interface(), 0..3),
+        vsock in prop::option::of((any::<u64>(), path(), prop::option::of(".*"))),
         entropy in prop::option::of(prop::option::of(limiter())),
     ) -> VmConfig {
         VmConfig {
@@ -550,6 +607,8 @@ prop_compose! {
             metrics: metrics.map(|metrics_path| Metrics { metrics_path }),
             serial: serial.map(|serial_out_path| Serial { serial_out_path }),
             drives,
+            network_interfaces,
+            vsock: vsock.map(|(guest_cid, uds_path, vsock_id)| Vsock { guest_cid, uds_path, vsock_id }),
             entropy: entropy.map(|rate_limiter| Entropy { rate_limiter }),
         }
     }

@@ -26,6 +26,12 @@ pub struct VmConfig {
     /// Disks, in the order in which the guest finds them; the root device comes first wherever it stands.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
+    /// Network interfaces, in the order in which the guest finds them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub network_interfaces: Vec<NetworkInterface>,
+    /// The socket device; none: the guest has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
     /// The entropy device; none: the guest has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
@@ -219,6 +225,55 @@ pub enum BackingPlace {
     Anywhere,
 }
 
+/// A network interface.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct NetworkInterface {
+    /// Its name in this description and in messages.
+    pub iface_id: String,
+    /// What carries its frames on the host: the name of a tap, of an interface with a macvtap, or the path of a
+    /// unix socket, as `link` says.
+    pub host_dev_name: String,
+    /// What `host_dev_name` names (not a field of Firecracker's).
+    pub link: LinkKind,
+    /// The guest's hardware address, as six pairs of hexadecimal digits; none: a random one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest_mac: Option<String>,
+    /// Largest packet, in bytes, that the guest is told; none: the guest's own default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u64>,
+    /// Bounds on what the guest receives.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// Bounds on what the guest sends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<RateLimiter>,
+    /// Number of queue pairs (not a field of Firecracker's); none: one. A tap has several if it was made with
+    /// `multi_queue`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_queue_pairs: Option<u64>,
+    /// Whether frames that claim to come from another hardware address are dropped (not a field of
+    /// Firecracker's).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub anti_spoofing: bool,
+}
+
+/// What carries the frames of a network interface on the host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LinkKind {
+    /// A tap, by its name.
+    #[default]
+    Tap,
+    /// A macvtap, by its name.
+    Macvtap,
+    /// A tap, a macvtap or a connected unix socket that this process was started with, by the number of its
+    /// descriptor; of a tap with several queues by the numbers of all, with commas between them. A datagram socket
+    /// carries a frame in each datagram, as QEMU's `-netdev dgram` does.
+    Fd,
+    /// A unix stream socket that carries each frame behind its length, as passt and QEMU's `-netdev stream` do.
+    Stream,
+}
+
 /// Bounds on bytes and operations; an absent one does not bound.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct RateLimiter {
@@ -240,6 +295,19 @@ pub struct TokenBucket {
     pub one_time_burst: Option<u64>,
     /// Milliseconds in which an empty bucket is full again.
     pub refill_time: u64,
+}
+
+/// The socket device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Vsock {
+    /// Context of the guest: its address.
+    pub guest_cid: u64,
+    /// The unix socket on the host where programs connect, and whose path begins those of the sockets that the
+    /// guest reaches.
+    pub uds_path: PathBuf,
+    /// Its name. Firecracker has given it up; it is read and not used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock_id: Option<String>,
 }
 
 /// The entropy device.

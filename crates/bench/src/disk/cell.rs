@@ -24,7 +24,7 @@ use serde_json::json;
 use super::rings::{RAM_BYTES, Rings, Server, Until};
 
 /// A path that does not exist; looking for it marks a place in a trace.
-pub(super) const MARK: &str = "/alveole-bench-mark";
+pub(crate) const MARK: &str = "/alveole-bench-mark";
 
 /// No more of the image is used: all of it is in RAM for one store.
 const MOST_BYTES: u64 = 256 << 20;

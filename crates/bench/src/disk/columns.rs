@@ -1,17 +1,15 @@
-//! The columns of the table with a guest: every VMM in every way that a disk can be given to it. The only
-//! place that knows how to say "disk" to each.
+//! The columns of the table with a guest: every VMM in every way that a disk can be given to it.
 //!
 //! Does not know what the guest does with the disk.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, bail};
-use serde_json::json;
 
-use crate::vmm::{Kind, Vmm, utf8};
+use crate::machine::{Device, Machine};
+use crate::vmm::{Kind, Vmm};
 
 /// What stands between guest and medium.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -88,16 +86,6 @@ pub(super) struct Column {
     pub(super) attempts: u32,
     pub(super) failures: Vec<String>,
     in_a_row: u32,
-}
-
-/// The guest as its VMM needs to know it.
-pub(super) struct Guest {
-    pub(super) kernel: PathBuf,
-    pub(super) initrd: PathBuf,
-    pub(super) disk: PathBuf,
-    pub(super) memory_mib: u64,
-    pub(super) cpus: u32,
-    pub(super) line: String,
 }
 
 impl Column {
@@ -226,94 +214,36 @@ pub(super) fn columns(
 }
 
 impl Column {
-    /// The words with which `vmm` of this column runs `guest`, its console on stdout. Writes the files that
-    /// it reads to `dir`.
+    /// The words with which `vmm` of this column runs `machine`.
     ///
     /// # Errors
-    /// A file cannot be written, a path fits no command line.
+    /// See [`Machine::arguments`].
     pub(super) fn arguments(
         &self,
         vmm: &Vmm,
-        guest: &Guest,
+        machine: &Machine,
         dir: &Path,
     ) -> anyhow::Result<Vec<OsString>> {
-        let (kernel, initrd) = (utf8(&guest.kernel)?, utf8(&guest.initrd)?);
-        let (disk, line) = (utf8(&guest.disk)?, &guest.line);
-        let (cpus, memory) = (guest.cpus, guest.memory_mib);
-        let direct = self.cache == Cache::Direct;
-        let pci = vmm.name.ends_with("-pci");
-        let mut words: Vec<String> = match vmm.kind {
-            Kind::Alveole | Kind::Firecracker => {
-                let mut drive = json!({
-                    "drive_id": "bench", "path_on_host": disk, "is_root_device": false,
-                    "is_read_only": false,
-                });
-                // Firecracker's way past the page cache there is not. Its default offers no flush.
-                if vmm.kind == Kind::Alveole {
-                    drive["cache_type"] = if direct { "Direct" } else { "Writeback" }.into();
-                    drive["format"] = if self.overlay { "qcow2" } else { "raw" }.into();
-                }
-                if let Some(engine) = self.engine {
-                    drive["io_engine"] = engine.into();
-                }
-                let config = json!({
-                    "boot-source": {
-                        "kernel_image_path": kernel, "initrd_path": initrd, "boot_args": line,
-                    },
-                    "drives": [drive],
-                    "machine-config": { "vcpu_count": cpus, "mem_size_mib": memory },
-                });
-                let file = dir.join("machine.json");
-                fs::write(&file, config.to_string())
-                    .with_context(|| format!("cannot write {}", file.display()))?;
-                let file = utf8(&file)?;
-                let text = if vmm.kind == Kind::Alveole {
-                    format!("--no-api\n--console\nstdio\n--config-file\n{file}")
-                } else {
-                    let pci = if pci { "\n--enable-pci" } else { "" };
-                    format!("--no-api\n--level\nError\n--config-file\n{file}{pci}")
-                };
-                lines(&text)
-            }
-            Kind::CloudHypervisor => lines(&format!(
-                "--kernel\n{kernel}\n--initramfs\n{initrd}\n--cmdline\n{line}\n--cpus\nboot={cpus}\n\
-                 --memory\nsize={memory}M\n--serial\ntty\n--console\noff\n--disk\n\
-                 path={disk},image_type=raw,direct={}",
-                if direct { "on" } else { "off" }
-            )),
-            Kind::Qemu => {
-                let cpu = if vmm.without_arch_capabilities {
-                    "host,-arch-capabilities"
-                } else {
-                    "host"
-                };
-                let (machine, device) = if pci {
-                    (",pcie=on", "virtio-blk-pci,disable-legacy=on")
-                } else {
-                    ("", "virtio-blk-device")
-                };
-                let cache = if direct { "none" } else { "writeback" };
-                lines(&format!(
-                    "-no-user-config\n-nodefaults\n-display\nnone\n-no-reboot\n-nic\nnone\n\
-                     -M\nmicrovm,pit=on,pic=on,rtc=on,isa-serial=on{machine}\n-accel\nkvm\n-cpu\n{cpu}\n\
-                     -smp\n{cpus}\n-m\n{memory}\n-kernel\n{kernel}\n-initrd\n{initrd}\n-append\n{line}\n\
-                     -global\nvirtio-mmio.force-legacy=false\n-object\niothread,id=io\n\
-                     -drive\nif=none,id=disk,file={disk},format=raw,cache={cache},aio=io_uring\n\
-                     -device\n{device},drive=disk,iothread=io\n-serial\nstdio"
-                ))
-            }
-        };
-        words.extend(self.words.iter().cloned());
-        Ok(words.into_iter().map(OsString::from).collect())
+        let mut words = machine.arguments(vmm, dir)?;
+        words.extend(self.words.iter().map(OsString::from));
+        Ok(words)
     }
-}
 
-fn lines(text: &str) -> Vec<String> {
-    text.split('\n').map(str::to_owned).collect()
+    /// The disk of this column.
+    pub(super) fn disk(&self, path: &Path) -> Device {
+        Device::Disk {
+            path: path.to_path_buf(),
+            direct: self.cache == Cache::Direct,
+            qcow2: self.overlay,
+            engine: self.engine,
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn vmm(name: &str, kind: Kind) -> Vmm {
@@ -338,21 +268,21 @@ mod tests {
         ];
         let variants = ["x=--enable-pci --x".to_owned()];
         let all = columns(vmms, &["--always".into()], &variants, true, false).unwrap();
-        let guest = Guest {
-            kernel: "/k".into(),
-            initrd: "/i".into(),
-            disk: "/d".into(),
-            memory_mib: 512,
-            cpus: 1,
-            line: "console=x".into(),
-        };
         let said: BTreeMap<_, _> = all
             .iter()
             .filter_map(|column| {
                 let Who::Guest(vmm) = &column.who else {
                     return None;
                 };
-                let words = column.arguments(vmm, &guest, dir.path()).unwrap();
+                let machine = Machine {
+                    kernel: "/k".into(),
+                    initrd: "/i".into(),
+                    device: column.disk(Path::new("/d")),
+                    memory_mib: 512,
+                    cpus: 1,
+                    line: "console=x".into(),
+                };
+                let words = column.arguments(vmm, &machine, dir.path()).unwrap();
                 let mut text = words.join(" ".as_ref()).into_string().unwrap();
                 text += &fs::read_to_string(dir.path().join("machine.json")).unwrap_or_default();
                 assert!(text.contains("/d") && text.contains("console=x"), "{text}");

@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::columns::{Cache, Column, Guest, Measure, Who};
-use crate::run::Run;
+use super::columns::{Cache, Column, Measure, Who};
+use crate::machine::Machine;
+use crate::run::{Run, cpu_seconds};
 use crate::vmm::Vmm;
 
 /// One way of using a disk.
@@ -72,9 +73,6 @@ pub(super) fn chosen(names: &[String]) -> Vec<usize> {
 
 /// What the guest's lines begin with.
 const PREFIX: &str = "disk-bench: ";
-/// `USER_HZ`: part of the ABI of /proc.
-const TICKS_PER_SECOND: f64 = 100.0;
-
 /// How a run of all jobs is done.
 pub(super) struct Plan {
     pub(super) kernel: PathBuf,
@@ -149,16 +147,16 @@ impl Plan {
             self.seconds,
             jobs.join(",")
         );
-        let guest = Guest {
+        let machine = Machine {
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
-            disk: disk.to_path_buf(),
+            device: column.disk(disk),
             memory_mib: self.memory_mib,
             cpus: self.cpus,
             line,
         };
         let words = column
-            .arguments(vmm, &guest, &self.scratch)
+            .arguments(vmm, &machine, &self.scratch)
             .map_err(|e| format!("{e:#}"))?;
         let timeout = self.patience + self.jobs_time() * 2;
         let stderr = self.scratch.join("stderr");
@@ -259,23 +257,6 @@ fn settle(image: &Path, cache: Cache) -> Result<File, String> {
     Ok(file)
 }
 
-/// User and system time of all threads, past ones too.
-fn cpu_seconds(process: u32) -> Result<f64, String> {
-    let stat = fs::read_to_string(format!("/proc/{process}/stat"))
-        .map_err(|e| format!("the monitor is gone: {e}"))?;
-    ticks(&stat)
-        .map(|ticks| ticks as f64 / TICKS_PER_SECOND)
-        .ok_or_else(|| "/proc/PID/stat is not understood".into())
-}
-
-/// utime and stime of proc(5), fields 14 and 15.
-fn ticks(stat: &str) -> Option<u64> {
-    // The name of the program, in brackets, may hold anything; the state after it is field 3.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(14 - 3);
-    let mut field = || fields.next()?.parse::<u64>().ok();
-    Some(field()? + field()?)
-}
-
 /// What fio says of job `at`; `busy` are the seconds of its process, if they are not fio's own.
 fn read_report(at: usize, text: &str, busy: Option<f64>) -> Result<Samples, String> {
     // fio may write notes before its JSON.
@@ -340,12 +321,6 @@ mod tests {
         assert!(samples.contains(&((3, Measure::Cpu), 50.0)));
         assert!(read_report(0, "", None).is_err());
         assert!(read_report(0, "{}", None).is_err());
-    }
-
-    #[test]
-    fn processor_time_of_a_process() {
-        assert_eq!(ticks("7 (a) b) S 1 2 3 4 5 6 7 8 9 10 20 30 x"), Some(50));
-        assert!(cpu_seconds(std::process::id()).is_ok());
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-pub(crate) use cell::{Cell, run as run_cell};
+pub(crate) use cell::{Cell, MARK, run as run_cell};
 use clap::{Args, ValueEnum};
 use columns::{Column, Who};
 use serde_json::json;

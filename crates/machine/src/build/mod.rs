@@ -86,7 +86,9 @@ pub enum BuildError {
     #[error(transparent)]
     Bus(#[from] BusError),
     /// There is no interrupt left for a device.
-    #[error("there are more virtio devices than interrupts for them: give the guest fewer disks")]
+    #[error(
+        "there are more virtio devices than interrupts for them: give the guest fewer disks or network interfaces"
+    )]
     TooManyDevices,
     /// A device cannot be a PCI function: a mistake in this program.
     #[error(transparent)]

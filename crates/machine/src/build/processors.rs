@@ -10,6 +10,8 @@ use alveole_serial::{ConsoleHandle, ConsoleWorker};
 use alveole_vcpu::cpuid::guest_cpuid;
 use alveole_vcpu::{Buses, Vcpu};
 use alveole_virtio_blk::BlkHandle;
+use alveole_virtio_net::NetHandle;
+use alveole_virtio_vsock::VsockHandle;
 
 use crate::build::BuildError;
 use crate::build::boot::WithBoot;
@@ -26,6 +28,8 @@ pub(super) struct WithProcessors {
     pub(super) threads: Threads,
     pub(super) counters: Vec<Arc<dyn CounterSet + Send + Sync>>,
     pub(super) disks: Vec<BlkHandle>,
+    pub(super) interfaces: Vec<NetHandle>,
+    pub(super) vsock: Option<VsockHandle>,
     pub(super) sandbox: Vec<&'static str>,
     pub(super) vcpus: Vec<Vcpu>,
 }
@@ -51,6 +55,8 @@ impl WithBoot {
             threads,
             counters,
             disks,
+            interfaces,
+            vsock,
             sandbox,
             nodes: _,
             cmdline: _,
@@ -94,6 +100,8 @@ impl WithBoot {
             threads,
             counters,
             disks,
+            interfaces,
+            vsock,
             sandbox,
             vcpus,
         })

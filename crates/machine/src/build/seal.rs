@@ -33,6 +33,8 @@ impl WithProcessors {
             power_button: self.power_button,
             sandbox: self.sandbox,
             disks: self.disks,
+            interfaces: self.interfaces,
+            vsock: self.vsock,
             threads,
             registry: Arc::new(Registry::new()),
             options,

@@ -1,4 +1,4 @@
-//! The event loops of a machine: one for everybody, and those that disks have for themselves.
+//! The event loops of a machine: one for everybody, and those that disks and busy devices have for themselves.
 
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -13,10 +13,16 @@ use crate::{Event, Mailbox};
 /// Name of the loop that everybody shares.
 const SHARED: &str = "devices";
 
-/// How long a disk's thread looks for the next request before it sleeps: some two wake-ups of a thread.
+/// How long a disk's or an interface's thread looks for the next request before it sleeps: some two wake-ups of a thread.
 /// Abused by a guest that asks again just in time, which costs the host this much of a processor for each
 /// request, and the guest as much of its own.
 const LONGEST_LOOK: Duration = Duration::from_micros(50);
+
+/// More threads than the host has processors would only wait for each other.
+fn at_most_host(workers: usize) -> usize {
+    let host = std::thread::available_parallelism().map_or(1, usize::from);
+    workers.clamp(1, host)
+}
 
 /// Event loops that no thread runs yet.
 pub(crate) struct Threads {
@@ -43,8 +49,15 @@ impl Threads {
         Hosting::on(vec![self.shared.handle()])
     }
 
-    /// Where the workers of a disk with so many queues run. More threads than the host has processors
-    /// would only wait for each other.
+    /// On a loop of its own, by this name.
+    pub(crate) fn for_device(&mut self, name: &str) -> Result<Hosting, BuildError> {
+        let own = EventLoop::new()?;
+        let hosting = Hosting::alone_on(vec![own.handle()], LONGEST_LOOK);
+        self.own.push((name.to_owned(), own));
+        Ok(hosting)
+    }
+
+    /// Where the workers of a disk with so many queues run.
     pub(crate) fn for_disk(
         &mut self,
         name: &str,
@@ -54,24 +67,41 @@ impl Threads {
         let count = match kind {
             DiskThreads::Shared => return Ok(self.shared()),
             DiskThreads::PerDisk => 1,
-            DiskThreads::PerQueue => {
-                let host = std::thread::available_parallelism().map_or(1, usize::from);
-                queues.clamp(1, host)
-            }
+            DiskThreads::PerQueue => at_most_host(queues),
         };
+        self.own("disk", name, queues, count)
+    }
+
+    /// Where the workers of a network interface with so many pairs of queues run: a thread for each pair.
+    pub(crate) fn for_interface(
+        &mut self,
+        name: &str,
+        pairs: usize,
+    ) -> Result<Hosting, BuildError> {
+        self.own("net", name, pairs, at_most_host(pairs))
+    }
+
+    /// `count` loops for the `workers` of one device alone.
+    fn own(
+        &mut self,
+        kind: &str,
+        name: &str,
+        workers: usize,
+        count: usize,
+    ) -> Result<Hosting, BuildError> {
         let mut loops = Vec::new();
         for index in 0..count {
             let own = EventLoop::new()?;
             loops.push(own.handle());
             let name = if count == 1 {
-                format!("disk {name}")
+                format!("{kind} {name}")
             } else {
-                format!("disk {name}/{index}")
+                format!("{kind} {name}/{index}")
             };
             self.own.push((name, own));
         }
-        // With several queues on one thread, to look for one would keep the others waiting.
-        if queues > count {
+        // With several workers on one thread, to look for one would keep the others waiting.
+        if workers > count {
             return Ok(Hosting::on(loops));
         }
         Ok(Hosting::alone_on(loops, LONGEST_LOOK))

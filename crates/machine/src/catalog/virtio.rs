@@ -8,24 +8,38 @@ use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::Partition;
 use alveole_io_bus::BusBuilder;
+use alveole_net_link::LinkSpec;
 use alveole_virtio_blk::{BlkConfig, BlkHandle, VirtioBlk};
+use alveole_virtio_net::{NetConfig, NetHandle, VirtioNet};
 use alveole_virtio_rng::VirtioRng;
+use alveole_virtio_vsock::{VirtioVsock, VsockHandle};
+use alveole_vm_config::LinkKind;
 
 use crate::ValidConfig;
 use crate::build::{BuildError, Options};
 use crate::catalog::Threads;
 use crate::catalog::carriers::Carrier;
 use crate::resources::ResourceError;
-use crate::validate::ValidDrive;
+use crate::validate::{ValidDrive, ValidInterface};
 
-/// What disks and the entropy device add to the system calls of threads.
+/// What each kind of device adds to the system calls of threads.
 const BLOCK_SANDBOX: &str = "virtio-block";
+const NET_SANDBOX: &str = "virtio-net";
+const VSOCK_SANDBOX: &str = "virtio-vsock";
 const RNG_SANDBOX: &str = "virtio-rng";
 
 /// The virtio devices of a machine, with everything that they need of the host open, and not yet placed.
 pub(crate) struct VirtioDevices {
     disks: Vec<Disk>,
+    interfaces: Vec<Interface>,
+    vsock: Option<VirtioVsock>,
     rng: Option<VirtioRng>,
+}
+
+struct Interface {
+    device: VirtioNet,
+    name: String,
+    pairs: usize,
 }
 
 struct Disk {
@@ -40,6 +54,8 @@ pub(crate) struct Placed {
     pub(crate) nodes: Vec<DeviceNode>,
     pub(crate) counters: Vec<Arc<dyn CounterSet + Send + Sync>>,
     pub(crate) disks: Vec<BlkHandle>,
+    pub(crate) interfaces: Vec<NetHandle>,
+    pub(crate) vsock: Option<VsockHandle>,
     pub(crate) cmdline: Vec<String>,
     pub(crate) cmdline_without_acpi: Vec<String>,
     pub(crate) pci: Option<PciRoot>,
@@ -50,9 +66,13 @@ impl VirtioDevices {
     /// Opens what the devices of `config` need.
     pub(crate) fn open(config: &ValidConfig) -> Result<Self, ResourceError> {
         let disks = config.drives.iter().map(open_disk);
+        let interfaces = config.interfaces.iter().map(open_interface);
         let rng = config.entropy.map(VirtioRng::new).transpose();
+        let vsock = config.vsock.as_ref().map(VirtioVsock::new).transpose()?;
         Ok(Self {
             disks: disks.collect::<Result<_, _>>()?,
+            interfaces: interfaces.collect::<Result<_, _>>()?,
+            vsock,
             rng: rng.map_err(ResourceError::Entropy)?,
         })
     }
@@ -60,8 +80,11 @@ impl VirtioDevices {
     /// What the devices add to the system calls of threads.
     pub(crate) fn sandbox(&self) -> Vec<&'static str> {
         let block = (!self.disks.is_empty()).then_some(BLOCK_SANDBOX);
+        let net = (!self.interfaces.is_empty()).then_some(NET_SANDBOX);
         let rng = self.rng.as_ref().map(|_| RNG_SANDBOX);
-        block.into_iter().chain(rng).collect()
+        let vsock = self.vsock.as_ref().map(|_| VSOCK_SANDBOX);
+        let all = block.into_iter().chain(net).chain(vsock).chain(rng);
+        all.collect()
     }
 
     /// Gives each device its place in the guest.
@@ -74,7 +97,7 @@ impl VirtioDevices {
         options: Options,
     ) -> Result<Placed, BuildError> {
         let mut counters: Vec<Arc<dyn CounterSet + Send + Sync>> = Vec::new();
-        let (mut disks, mut cmdline) = (Vec::new(), Vec::new());
+        let (mut disks, mut interfaces, mut cmdline) = (Vec::new(), Vec::new(), Vec::new());
         let mut carrier = Carrier::new(options.transport);
         for disk in self.disks {
             let handle = disk.device.handle();
@@ -83,6 +106,19 @@ impl VirtioDevices {
             cmdline.extend(disk.root);
             let hosting = threads.for_disk(&disk.name, disk.queues, options.disk_threads)?;
             carrier.carry(Box::new(disk.device), partition, ram, hosting, memory)?;
+        }
+        for interface in self.interfaces {
+            let handle = interface.device.handle();
+            counters.push(handle.counters().clone());
+            interfaces.push(handle);
+            let hosting = threads.for_interface(&interface.name, interface.pairs)?;
+            carrier.carry(Box::new(interface.device), partition, ram, hosting, memory)?;
+        }
+        let vsock = self.vsock.as_ref().map(VirtioVsock::handle);
+        if let (Some(device), Some(handle)) = (self.vsock, &vsock) {
+            counters.push(handle.counters().clone());
+            let hosting = threads.for_device("vsock")?;
+            carrier.carry(Box::new(device), partition, ram, hosting, memory)?;
         }
         if let Some(rng) = self.rng {
             counters.push(rng.counters().clone());
@@ -94,6 +130,8 @@ impl VirtioDevices {
             nodes: carried.nodes,
             counters,
             disks,
+            interfaces,
+            vsock,
             cmdline,
             cmdline_without_acpi: carried.cmdline_without_acpi,
             pci: carried.pci,
@@ -131,5 +169,36 @@ fn open_disk(drive: &ValidDrive) -> Result<Disk, ResourceError> {
         name: drive.id.clone(),
         queues: usize::from(drive.queues),
         root: drive.root.clone(),
+    })
+}
+
+fn open_interface(interface: &ValidInterface) -> Result<Interface, ResourceError> {
+    let id = &interface.id;
+    let name = interface.host_dev_name.clone();
+    let failed = |source| ResourceError::Link {
+        id: id.clone(),
+        source,
+    };
+    let spec = match interface.link {
+        LinkKind::Tap => LinkSpec::Tap { name },
+        LinkKind::Macvtap => LinkSpec::Macvtap { interface: name },
+        LinkKind::Stream => LinkSpec::Stream { path: name.into() },
+        LinkKind::Fd => LinkSpec::inherited(&name).map_err(failed)?,
+    };
+    let link = alveole_net_link::open(spec, interface.queue_pairs).map_err(failed)?;
+    log::info!("network interface {id}: {}", link.facts.name);
+    let pairs = link.queues.len();
+    let config = NetConfig {
+        mac: interface.mac,
+        mtu: interface.mtu,
+        rx_limits: interface.rx_limits,
+        tx_limits: interface.tx_limits,
+        source_mac_filter: interface.anti_spoofing,
+        ..NetConfig::new(&format!("net {id}"))
+    };
+    Ok(Interface {
+        device: VirtioNet::new(&config, link)?,
+        name: id.clone(),
+        pairs,
     })
 }

@@ -9,15 +9,12 @@ use alveole_vm_config::{
     BackingPlace, CacheType, DiskFormat, Drive, IoEngine, RateLimiter, TokenBucket, VmConfig,
 };
 
-use crate::validate::{Invalid, MAX_CPUS};
+use crate::validate::{Invalid, MAX_CPUS, MAX_ID_BYTES, is_id};
 
-/// Most drives: each has an interrupt of its own, and one is left for the entropy device.
-pub const MAX_DRIVES: usize = 17;
+/// Most drives: each has an interrupt of its own, and two are left for the socket and the entropy device.
+pub const MAX_DRIVES: usize = 16;
 /// Most queues of one drive.
 pub const MAX_QUEUES: u64 = MAX_CPUS as u64;
-/// Longest name of a drive.
-const MAX_ID_BYTES: usize = 64;
-
 /// A disk that keeps all rules.
 #[derive(Debug, Clone)]
 pub(crate) struct ValidDrive {
@@ -59,11 +56,7 @@ fn check(index: usize, drive: &Drive, earlier: &[Drive], broken: &mut Vec<Invali
     let id = &drive.drive_id;
     if id.is_empty() {
         broken.push(Invalid::NoDriveId(index));
-    } else if id.len() > MAX_ID_BYTES
-        || !id
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b))
-    {
+    } else if !is_id(id) {
         broken.push(Invalid::DriveId(id.chars().take(MAX_ID_BYTES).collect()));
     } else if earlier.iter().any(|other| other.drive_id == *id) {
         broken.push(Invalid::SameDriveId(id.clone()));

@@ -1,8 +1,8 @@
 //! Looks for the next request for a moment before a worker goes to sleep.
 //!
-//! A driver that has one request in flight rings again soon after it was told, and a fast disk answers soon:
-//! the exit that rings, and waking a thread, take longer than all the rest. How long to look is learnt from how
-//! long the sleeps were, so that an idle disk costs nothing and a slow guest little. Where somebody else wants
+//! A driver that has one request in flight rings again soon after it was told, and a fast disk, or the other side of
+//! a network, answers soon: the exit that rings, and waking a thread, take longer than all the rest. How long to look is learnt from how
+//! long the sleeps were, so that an idle device costs nothing and a slow guest little. Where somebody else wants
 //! the processor there is no looking: each look would keep a guest from running.
 
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ const PREEMPTED: Duration = Duration::from_micros(500);
 const REST: u32 = 100;
 
 /// How long one worker looks.
-pub(crate) struct BusyWait {
+pub struct BusyWait {
     most: Duration,
     now: Duration,
     rest: u32,
@@ -29,7 +29,8 @@ pub(crate) struct BusyWait {
 
 impl BusyWait {
     /// `most`: never look longer; zero: never look.
-    pub(crate) fn new(most: Duration) -> Self {
+    #[must_use]
+    pub fn new(most: Duration) -> Self {
         Self {
             most,
             now: Duration::ZERO,
@@ -39,17 +40,18 @@ impl BusyWait {
     }
 
     /// Whether there may be any looking.
-    pub(crate) fn may_look(&self) -> bool {
+    #[must_use]
+    pub fn may_look(&self) -> bool {
         !self.now.is_zero()
     }
 
     /// Looks until `found` or the time is over; whether it was found.
-    pub(crate) fn look(&mut self, found: impl FnMut() -> bool) -> bool {
+    pub fn look(&mut self, found: impl FnMut() -> bool) -> bool {
         self.look_for(self.now, found)
     }
 
     /// Looks until `found`, for at most `time` and not where there may be no looking; whether it was found.
-    pub(crate) fn look_for(&mut self, time: Duration, mut found: impl FnMut() -> bool) -> bool {
+    pub fn look_for(&mut self, time: Duration, mut found: impl FnMut() -> bool) -> bool {
         if !self.may_look() {
             return false;
         }
@@ -79,14 +81,14 @@ impl BusyWait {
     }
 
     /// The worker goes to sleep.
-    pub(crate) fn sleeps(&mut self) {
+    pub fn sleeps(&mut self) {
         if !self.most.is_zero() {
             self.asleep_since = Some(Instant::now());
         }
     }
 
     /// The worker was woken.
-    pub(crate) fn wakes(&mut self) {
+    pub fn wakes(&mut self) {
         if let Some(since) = self.asleep_since.take() {
             self.learn(since.elapsed());
         }

@@ -1,0 +1,250 @@
+//! The rules of network interfaces.
+
+use alveole_rate_limiter::Limits;
+use alveole_vm_config::{LinkKind, NetworkInterface, VmConfig};
+
+use crate::validate::drives::limits;
+use crate::validate::{Invalid, MAX_CPUS, is_id};
+
+/// Smallest and largest packet that a guest can be told (virtio 1.3, section 5.1.4.1).
+const MTU: std::ops::RangeInclusive<u64> = 68..=65_535;
+/// Longest name of an interface of the host (`IFNAMSIZ` of Linux, without its end).
+const MAX_IF_NAME_BYTES: usize = 15;
+
+/// A network interface that keeps all rules.
+#[derive(Debug, Clone)]
+pub(crate) struct ValidInterface {
+    pub(crate) id: String,
+    pub(crate) host_dev_name: String,
+    pub(crate) link: LinkKind,
+    /// None: a random one.
+    pub(crate) mac: Option<[u8; 6]>,
+    pub(crate) mtu: Option<u16>,
+    pub(crate) rx_limits: Limits,
+    pub(crate) tx_limits: Limits,
+    pub(crate) queue_pairs: u16,
+    pub(crate) anti_spoofing: bool,
+}
+
+/// Checks all interfaces.
+pub(super) fn validate(config: &VmConfig, broken: &mut Vec<Invalid>) -> Vec<ValidInterface> {
+    let all = &config.network_interfaces;
+    let mut valid: Vec<ValidInterface> = Vec::new();
+    for (index, interface) in all.iter().enumerate() {
+        let earlier = all.get(..index).unwrap_or(&[]);
+        check(index, interface, earlier, broken);
+        let mac = mac(interface, broken);
+        if let Some(mac) = mac
+            && let Some(first) = valid.iter().find(|other| other.mac == Some(mac))
+        {
+            broken.push(Invalid::SameMac {
+                first: first.id.clone(),
+                second: interface.iface_id.clone(),
+                mac: interface.guest_mac.clone().unwrap_or_default(),
+            });
+        }
+        valid.push(of(interface, mac));
+    }
+    valid
+}
+
+fn check(
+    index: usize,
+    interface: &NetworkInterface,
+    earlier: &[NetworkInterface],
+    broken: &mut Vec<Invalid>,
+) {
+    let id = &interface.iface_id;
+    if id.is_empty() {
+        broken.push(Invalid::NoInterfaceId(index));
+    } else if !is_id(id) {
+        broken.push(Invalid::InterfaceId(id.chars().take(64).collect()));
+    } else if earlier.iter().any(|other| other.iface_id == *id) {
+        broken.push(Invalid::SameInterfaceId(id.clone()));
+    }
+    check_host_name(interface, broken);
+    if let Some(mtu) = interface.mtu
+        && !MTU.contains(&mtu)
+    {
+        broken.push(Invalid::Mtu {
+            id: id.clone(),
+            mtu,
+        });
+    }
+    if let Some(pairs) = interface.num_queue_pairs
+        && !(1..=u64::from(MAX_CPUS)).contains(&pairs)
+    {
+        broken.push(Invalid::QueuePairs {
+            id: id.clone(),
+            pairs,
+        });
+    }
+}
+
+fn check_host_name(interface: &NetworkInterface, broken: &mut Vec<Invalid>) {
+    let name = &interface.host_dev_name;
+    let why = match interface.link {
+        _ if name.is_empty() => "is empty: name what carries its frames on the host",
+        LinkKind::Tap | LinkKind::Macvtap if name.len() > MAX_IF_NAME_BYTES => {
+            "is longer than the 15 bytes that an interface's name can have"
+        }
+        LinkKind::Tap | LinkKind::Macvtap
+            if name == "."
+                || name == ".."
+                || name
+                    .bytes()
+                    .any(|b| b == b'/' || b == b':' || b.is_ascii_whitespace() || b == 0) =>
+        {
+            "has a character that no interface's name has: give the name that `ip link` shows"
+        }
+        LinkKind::Fd if name.split(',').any(|fd| fd.parse::<u16>().is_err()) => {
+            "is not the number of a descriptor: give one that this program is started with"
+        }
+        _ => return,
+    };
+    broken.push(Invalid::HostDevName {
+        id: interface.iface_id.clone(),
+        name: name.chars().take(128).collect(),
+        why,
+    });
+}
+
+/// The guest's hardware address, if it is given and can be one.
+fn mac(interface: &NetworkInterface, broken: &mut Vec<Invalid>) -> Option<[u8; 6]> {
+    let text = interface.guest_mac.as_ref()?;
+    let parsed = parse_mac(text);
+    let why = match parsed {
+        None => "it has six pairs of hexadecimal digits with ':' between them",
+        Some([first, ..]) if first & 1 != 0 => {
+            "it is one of a group: the lowest bit of its first byte must be 0"
+        }
+        Some([0, 0, 0, 0, 0, 0]) => "no interface has that one",
+        Some(mac) => return Some(mac),
+    };
+    broken.push(Invalid::GuestMac {
+        id: interface.iface_id.clone(),
+        mac: text.chars().take(64).collect(),
+        why,
+    });
+    None
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2)?;
+        if !part.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return None;
+        }
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    parts.next().is_none().then_some(mac)
+}
+
+fn of(interface: &NetworkInterface, mac: Option<[u8; 6]>) -> ValidInterface {
+    let bounds = |limiter: &Option<alveole_vm_config::RateLimiter>| {
+        limiter.as_ref().map(limits).unwrap_or_default()
+    };
+    let pairs = interface.num_queue_pairs.unwrap_or(1);
+    let pairs = u16::try_from(pairs).unwrap_or(1).max(1);
+    ValidInterface {
+        id: interface.iface_id.clone(),
+        host_dev_name: interface.host_dev_name.clone(),
+        link: interface.link,
+        mac,
+        mtu: interface
+            .mtu
+            .map(|mtu| u16::try_from(mtu).unwrap_or(u16::MAX)),
+        rx_limits: bounds(&interface.rx_rate_limiter),
+        tx_limits: bounds(&interface.tx_rate_limiter),
+        queue_pairs: pairs,
+        anti_spoofing: interface.anti_spoofing,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::validate as validate_all;
+
+    fn interface(id: &str) -> NetworkInterface {
+        NetworkInterface {
+            iface_id: id.into(),
+            host_dev_name: "tap0".into(),
+            ..NetworkInterface::default()
+        }
+    }
+
+    fn told(interfaces: Vec<NetworkInterface>) -> Vec<String> {
+        let mut config = VmConfig::default();
+        config.boot_source.kernel_image_path = "k".into();
+        config.network_interfaces = interfaces;
+        let broken = validate_all(&config).map_or_else(|broken| broken, |_| Vec::new());
+        broken.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_plain_interface_is_fine() {
+        assert_eq!(told(vec![interface("eth0"), interface("eth1")]), [""; 0]);
+    }
+
+    #[test]
+    fn every_broken_rule_has_its_message() {
+        let mac = |mac: &str| NetworkInterface {
+            guest_mac: Some(mac.into()),
+            ..interface(&format!("m{}", mac.len()))
+        };
+        let host = |name: &str, link| NetworkInterface {
+            host_dev_name: name.into(),
+            link,
+            ..interface("h")
+        };
+        let mtu = |mtu| NetworkInterface {
+            mtu: Some(mtu),
+            ..interface("u")
+        };
+        let pairs = |pairs| NetworkInterface {
+            num_queue_pairs: Some(pairs),
+            ..interface("q")
+        };
+        for (one, part) in [
+            (interface(""), "network-interfaces[0].iface_id is empty"),
+            (interface("a b"), "iface_id \"a b\": a name has"),
+            (host("", LinkKind::Tap), "is empty"),
+            (host("a-name-of-16-by.", LinkKind::Tap), "15 bytes"),
+            (host("a/b", LinkKind::Macvtap), "a character"),
+            (host("x", LinkKind::Fd), "number of a descriptor"),
+            (mac("01:00:5e:00:00:01"), "one of a group"),
+            (mac("00:00:00:00:00:00"), "no interface has that one"),
+            (mac("02:00:00:00:00"), "six pairs"),
+            (mac("02:00:00:00:00:0g"), "six pairs"),
+            (mac("02:00:00:00:00:00:00"), "six pairs"),
+            (mac("+2:00:00:00:00:00"), "six pairs"),
+            (mtu(67), "mtu 67"),
+            (mtu(65_536), "mtu 65536"),
+            (pairs(0), "num_queue_pairs 0"),
+            (pairs(65), "num_queue_pairs 65"),
+        ] {
+            let lines = told(vec![one]);
+            assert!(
+                lines.len() == 1 && lines[0].contains(part),
+                "{lines:?} / {part}"
+            );
+        }
+        assert!(told(vec![host("/run/a.sock", LinkKind::Stream)]).is_empty());
+        let twice = told(vec![interface("a"), interface("a")]);
+        assert!(twice[0].contains("\"a\" is given to two"), "{twice:?}");
+        let same = told(vec![
+            NetworkInterface {
+                guest_mac: Some("02:00:00:00:00:AA".into()),
+                ..interface("a")
+            },
+            NetworkInterface {
+                guest_mac: Some("02:00:00:00:00:aa".into()),
+                ..interface("b")
+            },
+        ]);
+        assert!(same[0].contains("have the same guest_mac"), "{same:?}");
+    }
+}

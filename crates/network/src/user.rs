@@ -1,0 +1,460 @@
+//! User mode: a guest's network without any right, by one `passt` for each VM (passt(1)).
+//!
+//! `passt` has no TCP stack of its own: it translates between frames and this host's sockets, so that the guest's
+//! connections are its user's. It shuts itself into namespaces of its own and a seccomp filter, and speaks the
+//! protocol of QEMU's `-netdev stream` (each frame after its length, four bytes, most significant first) on a unix socket.
+//! A frame and its length are to be sent by one call: versions of 2023 lose their place in the stream when they read the
+//! length alone. We
+//! hand it one end of a pair, so that there is no name for anybody else to connect to; it ends with the other
+//! end, which is the VMM's. It hands out by DHCP, DHCPv6 and router advertisements what
+//! [`UserNetwork::guest`] says.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use crate::Error;
+use crate::guest_config::DeviceConfig;
+use crate::programs;
+use crate::words::{Mac, VmName};
+
+/// Most ports that one VM publishes: each is a socket that `passt` watches.
+pub const MOST_PUBLISHED: usize = 256;
+/// The guest's addresses, the same for each VM as nobody else sees them.
+const GUEST4: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
+const GATEWAY4: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+/// Where the guest asks for names; `passt` passes that on to this host's resolver.
+const DNS4: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
+const LENGTH4: u8 = 24;
+const GUEST6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 2, 0, 0, 0, 15);
+const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
+const DNS6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 2, 0, 0, 0, 3);
+const LENGTH6: u8 = 64;
+/// How long `passt` may take to be ready.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Most that is shown of what it said.
+const MOST_SAID: u64 = 2000;
+
+/// What a published port speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// A port of this host that leads to one of the guest: `127.0.0.1:8080:80`, `[::1]:8080:80/tcp`, `5353:53/udp`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Published {
+    /// Where this host listens. Without an address: on 127.0.0.1, as what listens everywhere is to be said.
+    pub host: SocketAddr,
+    /// The guest's port.
+    pub guest_port: u16,
+    /// What it speaks.
+    pub transport: Transport,
+}
+
+impl FromStr for Published {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        const WHAT: &str = "published port";
+        let wrong = |why: &str| Error::word(WHAT, text, why);
+        const FORM: &str = "write [ADDRESS:]PORT:GUESTPORT[/tcp|/udp], for instance 127.0.0.1:8080:80 or [::1]:8080:80";
+        let (ports, transport) = match text.rsplit_once('/') {
+            None => (text, Transport::Tcp),
+            Some((ports, "tcp")) => (ports, Transport::Tcp),
+            Some((ports, "udp")) => (ports, Transport::Udp),
+            Some(_) => return Err(wrong("it is /tcp or /udp")),
+        };
+        let number = |digits: &str| {
+            let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+            digits
+                .parse::<u16>()
+                .ok()
+                .filter(|n| plain && *n != 0)
+                .ok_or_else(|| wrong("ports are 1 to 65535"))
+        };
+        let (rest, guest) = ports.rsplit_once(':').ok_or_else(|| wrong(FORM))?;
+        let (address, port) = rest
+            .rsplit_once(':')
+            .map_or((None, rest), |(a, p)| (Some(a), p));
+        let address = match address {
+            None => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            Some(a) => match a.strip_prefix('[').and_then(|a| a.strip_suffix(']')) {
+                Some(v6) => IpAddr::V6(v6.parse().map_err(|_| wrong(FORM))?),
+                None => IpAddr::V4(a.parse().map_err(|_| wrong(FORM))?),
+            },
+        };
+        Ok(Self {
+            host: SocketAddr::new(address, number(port)?),
+            guest_port: number(guest)?,
+            transport,
+        })
+    }
+}
+
+impl fmt::Display for Published {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}/{}", self.host, self.guest_port, self.transport)
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+/// A VM's network in user mode, as asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UserRequest {
+    /// Its ports on this host.
+    pub published: Vec<Published>,
+    /// Its MTU, in bytes. `passt` gains much by a large one: 65520 is the most.
+    pub mtu: u32,
+    /// Its hardware address; else one is made of the name.
+    pub mac: Option<Mac>,
+}
+
+/// Usual MTU in user mode: a frame of 64 KiB costs `passt` hardly more than one of 1500 bytes.
+pub const USUAL_MTU: u32 = 65_520;
+
+/// A running `passt`. Dropping this ends it, too; so does the end of whoever holds the other end of the socket.
+#[derive(Debug)]
+pub struct UserNetwork {
+    /// None once it goes on alone.
+    child: Option<Child>,
+    socket: Option<OwnedFd>,
+    guest: DeviceConfig,
+}
+
+impl UserNetwork {
+    /// Starts `passt` for one VM. `folder` is the VM's own, where its log lies.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PortTaken`] naming the port; [`Error::NoProgram`] naming the package; [`Error::Program`] with what
+    /// `passt` said; [`Error::Word`] for an MTU or too many ports.
+    pub fn start(folder: &Path, vm: &VmName, request: &UserRequest) -> Result<Self, Error> {
+        if !(1280..=USUAL_MTU).contains(&request.mtu) {
+            let why = format!("in user mode it is 1280 to {USUAL_MTU}");
+            return Err(Error::word("MTU", &request.mtu.to_string(), why));
+        }
+        if request.published.len() > MOST_PUBLISHED {
+            let count = request.published.len().to_string();
+            return Err(Error::word(
+                "number of published ports",
+                &count,
+                format!("{MOST_PUBLISHED} are the most"),
+            ));
+        }
+        for (at, port) in request.published.iter().enumerate() {
+            let same = |p: &&Published| p.host == port.host && p.transport == port.transport;
+            if request.published[..at].iter().any(|p| same(&p)) {
+                return Err(Error::word(
+                    "published port",
+                    &port.to_string(),
+                    "it is published twice",
+                ));
+            }
+            check_free(port)?;
+        }
+        let has6 = has_global_ipv6();
+        if let Some(port) = request.published.iter().find(|p| p.host.is_ipv6() && !has6) {
+            let why = "this host has no IPv6 route to the world, and so guests in user mode have no IPv6: publish it on an IPv4 address";
+            return Err(Error::word("published port", &port.to_string(), why));
+        }
+        let program = programs::find("passt").ok_or(Error::NoProgram {
+            program: "passt",
+            package: "passt",
+        })?;
+        let failed = |e: io::Error| Error::Program {
+            program: "passt",
+            act: format!("be started for VM '{vm}'"),
+            said: e.to_string(),
+        };
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        let log_path = folder.join("passt.log");
+        let log = File::create(&log_path).map_err(|e| Error::file("make", &log_path, e))?;
+        let mut command = Command::new(program);
+        command
+            .args(arguments(request, has6))
+            .arg("--fd")
+            .arg(theirs.as_raw_fd().to_string())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().map_err(failed)?)
+            .stderr(log)
+            .current_dir("/");
+        programs::inherit(&mut command, theirs.as_raw_fd());
+        let child = command.spawn().map_err(failed)?;
+        drop(theirs);
+        let mac = request
+            .mac
+            .unwrap_or_else(|| Mac::of("user", vm.as_str(), 0));
+        let mut network = Self {
+            child: Some(child),
+            socket: Some(ours.into()),
+            guest: guest(mac, request.mtu, has6),
+        };
+        network.wait_until_ready(&log_path, vm)?;
+        Ok(network)
+    }
+
+    /// What the guest is to set up; `passt` hands out the same by DHCP.
+    #[must_use]
+    pub fn guest(&self) -> &DeviceConfig {
+        &self.guest
+    }
+
+    /// The VMM's end of the socket. `passt` ends when it is closed.
+    pub fn take_socket(&mut self) -> Option<OwnedFd> {
+        self.socket.take()
+    }
+
+    /// The process, for who watches it.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// Lets it go on without this process, ending with the socket alone: for who becomes the VMM.
+    pub fn release(mut self) -> Option<OwnedFd> {
+        self.child = None;
+        self.socket.take()
+    }
+
+    /// It listens on published ports before it shuts itself in; being its own sandbox is what ready means.
+    fn wait_until_ready(&mut self, log: &Path, vm: &VmName) -> Result<(), Error> {
+        let began = Instant::now();
+        while let Some(child) = &mut self.child {
+            if let Ok(Some(status)) = child.try_wait() {
+                return Err(Error::Program {
+                    program: "passt",
+                    act: format!("serve VM '{vm}'"),
+                    said: format!("it ended ({status}): {}", said(log)),
+                });
+            }
+            let status =
+                fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+            // Its filter is the last thing that it sets up.
+            if status
+                .lines()
+                .any(|l| l.starts_with("Seccomp:") && l.ends_with('2'))
+            {
+                return Ok(());
+            }
+            if began.elapsed() > PATIENCE {
+                return Err(Error::Program {
+                    program: "passt",
+                    act: format!("get ready for VM '{vm}' within {} s", PATIENCE.as_secs()),
+                    said: said(log),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for UserNetwork {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn said(log: &Path) -> String {
+    let read = || -> io::Result<String> {
+        let mut file = File::open(log)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(MOST_SAID)))?;
+        let mut text = Vec::new();
+        file.read_to_end(&mut text)?;
+        let text = String::from_utf8_lossy(&text).into_owned();
+        // It complains about root, whose rights it drops, and where no system log is.
+        let noise = |l: &&str| {
+            l.is_empty() || l.starts_with("Don't run as root") || l.ends_with("bytes to syslog")
+        };
+        let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !noise(l)).collect();
+        let nowhere = lines
+            .iter()
+            .any(|l| l.contains("No external routable interface"));
+        let hint = if nowhere {
+            " (this host has no default route, and so nowhere to take a guest's packets)"
+        } else {
+            ""
+        };
+        Ok(lines.join("; ") + hint)
+    };
+    read().unwrap_or_else(|e| format!("(its log {} cannot be read: {e})", log.display()))
+}
+
+/// Asks for the port and gives it back: `passt` would only say that it could not have some port.
+fn check_free(port: &Published) -> Result<(), Error> {
+    let bound = match port.transport {
+        Transport::Tcp => TcpListener::bind(port.host).map(drop),
+        Transport::Udp => UdpSocket::bind(port.host).map(drop),
+    };
+    bound.map_err(|source| Error::PortTaken {
+        address: port.host,
+        protocol: port.transport.to_string(),
+        source,
+    })
+}
+
+/// Whether this host has an IPv6 address that leads out; without one `passt` has nothing to speak IPv6 with.
+fn has_global_ipv6() -> bool {
+    // One line each: address, index, length, scope (0 is global), flags, name.
+    let text = fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
+    let address = text
+        .lines()
+        .any(|l| l.split_whitespace().nth(3) == Some("00"));
+    let routes = fs::read_to_string("/proc/thread-self/net/ipv6_route").unwrap_or_default();
+    // A default route that is not the one to nowhere (over lo).
+    let default = routes.lines().any(|l| {
+        l.starts_with(&"0".repeat(32)) && l[32..].starts_with(" 00 ") && !l.ends_with(" lo")
+    });
+    address && default
+}
+
+fn guest(mac: Mac, mtu: u32, has6: bool) -> DeviceConfig {
+    let mut guest = DeviceConfig {
+        mac,
+        addresses: vec![IpNet::V4(Ipv4Net::new_assert(GUEST4, LENGTH4))],
+        gateways: vec![GATEWAY4.into()],
+        dns: vec![DNS4.into()],
+        search: None,
+        mtu: Some(mtu),
+    };
+    if has6 {
+        guest
+            .addresses
+            .push(IpNet::V6(Ipv6Net::new_assert(GUEST6, LENGTH6)));
+        guest.gateways.push(GATEWAY6.into());
+    }
+    guest
+}
+
+fn arguments(request: &UserRequest, has6: bool) -> Vec<String> {
+    let mut words: Vec<String> = ["--foreground", "--quiet", "--stderr", "--one-off"]
+        .map(String::from)
+        .to_vec();
+    let mut say = |option: &str, value: String| words.extend([option.to_owned(), value]);
+    say("--mtu", request.mtu.to_string());
+    say("--address", GUEST4.to_string());
+    say("--netmask", LENGTH4.to_string());
+    say("--gateway", GATEWAY4.to_string());
+    say("--dns-forward", DNS4.to_string());
+    if has6 {
+        say("--address", GUEST6.to_string());
+        say("--gateway", GATEWAY6.to_string());
+        say("--dns-forward", DNS6.to_string());
+    }
+    for port in &request.published {
+        let option = match port.transport {
+            Transport::Tcp => "--tcp-ports",
+            Transport::Udp => "--udp-ports",
+        };
+        say(
+            option,
+            format!(
+                "{}/{}:{}",
+                port.host.ip(),
+                port.host.port(),
+                port.guest_port
+            ),
+        );
+    }
+    if !has6 {
+        words.push("--ipv4-only".into());
+    }
+    // The gateway's address would be this host's loopback: what listens there did not ask for guests.
+    words.push("--no-map-gw".into());
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_read() {
+        for (text, host, guest_port, transport) in [
+            ("127.0.0.1:8080:80", "127.0.0.1:8080", 80, Transport::Tcp),
+            ("8080:80", "127.0.0.1:8080", 80, Transport::Tcp),
+            ("0.0.0.0:5353:53/udp", "0.0.0.0:5353", 53, Transport::Udp),
+            ("[::1]:8080:80/tcp", "[::1]:8080", 80, Transport::Tcp),
+        ] {
+            let host = host.parse().unwrap();
+            assert_eq!(
+                text.parse::<Published>().unwrap(),
+                Published {
+                    host,
+                    guest_port,
+                    transport
+                }
+            );
+        }
+        for (text, word) in [
+            ("", "[ADDRESS:]PORT"),
+            ("80", "[ADDRESS:]PORT"),
+            ("0:80", "1 to 65535"),
+            ("80:65536", "1 to 65535"),
+            ("80:+1", "1 to 65535"),
+            ("80:80/sctp", "/tcp or /udp"),
+            ("localhost:80:80", "[ADDRESS:]PORT"),
+            ("::1:80:80", "[ADDRESS:]PORT"),
+            ("1.2.3:80:80", "[ADDRESS:]PORT"),
+        ] {
+            let said = text.parse::<Published>().unwrap_err().to_string();
+            assert!(said.contains(word), "{text}: {said}");
+        }
+    }
+
+    #[test]
+    fn a_taken_port_is_named() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let host = taken.local_addr().unwrap();
+        let port = Published {
+            host,
+            guest_port: 80,
+            transport: Transport::Tcp,
+        };
+        let request = UserRequest {
+            published: vec![port.clone()],
+            mtu: USUAL_MTU,
+            mac: None,
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let vm = "vm".parse().unwrap();
+        let said = UserNetwork::start(folder.path(), &vm, &request)
+            .unwrap_err()
+            .to_string();
+        assert!(said.contains(&host.to_string()), "{said}");
+        drop(taken);
+        let twice = UserRequest {
+            published: vec![port.clone(), port],
+            ..request
+        };
+        let said = UserNetwork::start(folder.path(), &vm, &twice)
+            .unwrap_err()
+            .to_string();
+        assert!(said.contains("twice"), "{said}");
+    }
+}
