@@ -4,7 +4,7 @@ use std::io;
 
 use alveole_rate_limiter::Limits;
 
-use crate::{MAX_PAIRS, QUEUE_SIZE};
+use crate::{MAX_PAIRS, QUEUE_SIZE, RX_QUEUE_SIZE};
 
 /// How a network device is to be.
 #[derive(Debug, Clone)]
@@ -15,7 +15,9 @@ pub struct NetConfig {
     pub mac: Option<[u8; 6]>,
     /// What the guest is told about the largest payload of a frame, in bytes; none: the link's.
     pub mtu: Option<u16>,
-    /// Size of each queue; a power of two.
+    /// Size of each queue that receives; a power of two.
+    pub rx_queue_size: u16,
+    /// Size of each other queue; a power of two.
     pub queue_size: u16,
     /// Bounds on what the guest receives.
     pub rx_limits: Limits,
@@ -33,6 +35,7 @@ impl NetConfig {
             name: name.to_owned(),
             mac: None,
             mtu: None,
+            rx_queue_size: RX_QUEUE_SIZE,
             queue_size: QUEUE_SIZE,
             rx_limits: Limits::default(),
             tx_limits: Limits::default(),

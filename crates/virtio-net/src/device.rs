@@ -30,6 +30,7 @@ const LEAST_MTU: u16 = 68;
 pub struct VirtioNet {
     shared: Arc<Shared>,
     lanes: Vec<Arc<Mutex<Lane>>>,
+    rx_queue_size: u16,
     queue_size: u16,
     /// The link, or the owner's filter, passes no other address.
     mac_is_fixed: bool,
@@ -45,6 +46,7 @@ impl VirtioNet {
             name,
             mac,
             mtu,
+            rx_queue_size,
             queue_size,
             rx_limits,
             tx_limits,
@@ -52,16 +54,15 @@ impl VirtioNet {
         } = config;
         let NetLink { facts, queues } = link;
         let pairs = u16::try_from(queues.len()).unwrap_or(u16::MAX);
-        if pairs == 0
-            || pairs > MAX_PAIRS
-            || *queue_size < 2
-            || !queue_size.is_power_of_two()
-            || *queue_size > alveole_virtio::MAX_QUEUE_SIZE
-        {
+        let sizes = [*rx_queue_size, *queue_size];
+        let wrong = sizes.into_iter().find(|size| {
+            *size < 2 || !size.is_power_of_two() || *size > alveole_virtio::MAX_QUEUE_SIZE
+        });
+        if pairs == 0 || pairs > MAX_PAIRS || wrong.is_some() {
             return Err(NetError::Queues {
                 name: name.clone(),
                 pairs: queues.len(),
-                size: *queue_size,
+                size: wrong.unwrap_or(*queue_size),
             });
         }
         let mac_is_fixed = facts.mac.is_some() || *source_mac_filter && mac.is_some();
@@ -107,6 +108,7 @@ impl VirtioNet {
                 counters,
             )),
             lanes,
+            rx_queue_size: *rx_queue_size,
             queue_size: *queue_size,
             mac_is_fixed,
         })
@@ -174,12 +176,13 @@ struct Halves {
 
 impl VirtioDevice for VirtioNet {
     fn identity(&self) -> Identity {
-        let count = self.lanes.len().saturating_mul(2).saturating_add(1);
+        let pair = [self.rx_queue_size, self.queue_size];
+        let pairs = self.lanes.iter().flat_map(|_| pair);
         Identity {
             name: "virtio-net",
             device_id: DEVICE_ID,
             features: self.shared.abilities.features(),
-            queue_sizes: vec![self.queue_size; count],
+            queue_sizes: pairs.chain([self.queue_size]).collect(),
             config_len: config_space::LEN,
         }
     }
@@ -255,6 +258,7 @@ impl VirtioDevice for VirtioNet {
         let Self {
             shared,
             lanes,
+            rx_queue_size: _,
             queue_size: _,
             mac_is_fixed: _,
         } = self;

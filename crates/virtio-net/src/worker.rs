@@ -12,7 +12,7 @@ use crate::lane::Lane;
 use crate::receive::{Rx, RxPause};
 use crate::shared::{Shared, lock};
 use crate::transmit::{Tx, TxPause};
-use crate::{FRAMES_PER_BURST, FRAMES_PER_TURN};
+use crate::{FRAMES_PER_TURN, RX_FRAMES_PER_BURST, TX_FRAMES_PER_BURST};
 
 const RX_BELL: Token = Token(0);
 const TX_BELL: Token = Token(1);
@@ -105,7 +105,7 @@ impl PairWorker {
 
     /// A burst in each direction, and what the driver is told of it.
     fn round(&mut self, lane: &mut Lane) -> Result<Round, Broken> {
-        let (mut rx_budget, mut tx_budget) = (FRAMES_PER_BURST, FRAMES_PER_BURST);
+        let (mut rx_budget, mut tx_budget) = (RX_FRAMES_PER_BURST, TX_FRAMES_PER_BURST);
         let mut round = Round {
             rx: None,
             tx: None,
@@ -119,8 +119,8 @@ impl PairWorker {
             let pause = half.work(self.pair, lane, &self.shared, &mut rx_budget);
             round.rx = Some(told(&mut half.queue, pause)?);
         }
-        round.moved = FRAMES_PER_BURST
-            .saturating_mul(2)
+        round.moved = RX_FRAMES_PER_BURST
+            .saturating_add(TX_FRAMES_PER_BURST)
             .saturating_sub(rx_budget)
             .saturating_sub(tx_budget);
         Ok(round)
@@ -142,7 +142,8 @@ impl PairWorker {
         Ok(more)
     }
 
-    /// Looks for the next frame of either side instead of sleeping, where that is worth it.
+    /// Looks for the next frame of either side, or for buffers where the guest has none, instead of sleeping, where
+    /// that is worth it.
     fn look_for_more(
         &mut self,
         lane: &mut Lane,
@@ -157,7 +158,10 @@ impl PairWorker {
             wait,
             ..
         } = self;
-        let mut rx = rx.as_mut().filter(|_| rx_pause == Some(RxPause::Idle));
+        let is_starved = matches!(rx_pause, Some(RxPause::Starved | RxPause::Waits(_)));
+        let mut rx = rx
+            .as_mut()
+            .filter(|_| is_starved || rx_pause == Some(RxPause::Idle));
         let tx = tx.as_ref().filter(|_| tx_pause == Some(TxPause::Idle));
         if !wait.may_look() || rx.is_none() && tx.is_none() {
             return Ok(false);
@@ -170,6 +174,9 @@ impl PairWorker {
             let Some(half) = rx.as_mut() else {
                 return false;
             };
+            if is_starved {
+                return half.queue.has_more();
+            }
             let mut one = 1;
             let pause = half.work(*pair, lane, shared, &mut one);
             // The driver does not wait for the next look.
