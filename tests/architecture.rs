@@ -31,7 +31,7 @@ const LAYERS: [&[&str]; 6] = [
         "block-store",
         "net-link",
     ],
-    &["vcpu", "virtio", "pci"],
+    &["vcpu", "virtio", "pci", "mmds"],
     &[
         "serial",
         "board-devices",
@@ -67,6 +67,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("io-uring", &["block-store"]),
     ("miniz_oxide", &["qcow2"]),
     ("ruzstd", &["qcow2"]),
+    ("smoltcp", &["mmds"]),
     ("netlink-sys", &["network"]),
     ("netlink-packet-core", &["network"]),
     ("netlink-packet-route", &["network"]),
