@@ -31,7 +31,7 @@ const LAYERS: [&[&str]; 6] = [
         "block-store",
         "net-link",
     ],
-    &["vcpu", "virtio", "pci", "mmds"],
+    &["vcpu", "virtio", "pci", "mmds", "metrics"],
     &[
         "serial",
         "board-devices",
