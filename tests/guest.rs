@@ -32,5 +32,7 @@ mod sandbox;
 mod sees;
 #[path = "guest/space.rs"]
 mod space;
+#[path = "guest/vhost.rs"]
+mod vhost;
 #[path = "guest/vsock.rs"]
 mod vsock;
