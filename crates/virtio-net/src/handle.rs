@@ -52,9 +52,20 @@ impl NetHandle {
 
     /// Plugs the cable in or out: the guest is told, and frames of either side are lost while it is out.
     pub fn set_link(&self, up: bool) {
-        if self.shared.set_link(up) {
-            self.wake();
+        if !self.shared.set_link(up) {
+            return;
         }
+        if !up {
+            // No frame passes any more when this returns; the workers see why.
+            for lane in &self.lanes {
+                if let Some(vhost) = &mut lock(lane).vhost
+                    && let Err(e) = vhost.stop()
+                {
+                    self.shared.say("vhost does not give a queue back", &e);
+                }
+            }
+        }
+        self.wake();
     }
 
     /// Whether the cable is in. It is out, too, once the other side of a stream is gone.

@@ -231,6 +231,8 @@ impl VhostWorker {
             half.take_over(vhost)?;
         }
         if !half.is_lent && wanted {
+            // The kernel would say nothing of it before a frame comes.
+            half.queue.check_index()?;
             vhost
                 .start(half.ring, &half.queue, self.features)
                 .map_err(failed)?;

@@ -142,6 +142,15 @@ impl LiveQueue {
         &self.ram
     }
 
+    /// Looks whether the available index can be one, as [`LiveQueue::pop`] does, and takes nothing.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_index(&mut self) -> Result<(), BrokenRing> {
+        let available = self.queue.iter(self.ram.as_vm_memory());
+        available.map(|_| ()).map_err(no_index)
+    }
+
     /// What somebody else needs to serve the queue; [`LiveQueue::served_up_to`] takes it back.
     #[must_use]
     pub fn parts(&self) -> RingParts {
@@ -201,10 +210,7 @@ impl LiveQueue {
     /// The driver has broken the ring; hand it to [`LiveQueue::fail`].
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, BrokenRing> {
         let ram = self.ram.as_vm_memory();
-        let mut available = self.queue.iter(ram).map_err(|e| match e {
-            virtio_queue::Error::InvalidAvailRingIndex => BrokenRing::IndexJump,
-            _ => BrokenRing::NoMemory,
-        })?;
+        let mut available = self.queue.iter(ram).map_err(no_index)?;
         match available.next() {
             Some(descriptors) => chain.fill(descriptors).map(|()| true),
             None => Ok(false),
@@ -379,6 +385,14 @@ impl LiveQueue {
             next_avail: self.queue.next_avail(),
             next_used: self.queue.next_used(),
         }
+    }
+}
+
+/// Why a ring cannot be looked into.
+fn no_index(why: virtio_queue::Error) -> BrokenRing {
+    match why {
+        virtio_queue::Error::InvalidAvailRingIndex => BrokenRing::IndexJump,
+        _ => BrokenRing::NoMemory,
     }
 }
 
