@@ -68,10 +68,23 @@ pub(super) fn prepared(
     interface: serde_json::Value,
     script: &str,
 ) -> Option<Vm> {
+    prepared_with(dir, transport, interface, script, |_| {})
+}
+
+/// The same, with what `add` puts into its root.
+#[track_caller]
+pub(super) fn prepared_with(
+    dir: &Path,
+    transport: &str,
+    interface: serde_json::Value,
+    script: &str,
+    add: impl FnOnce(&Path),
+) -> Option<Vm> {
     let vm = Vm::any()?;
     let root = root_files(dir, &format!("dmesg -n 1\n{UP}\n{script}"));
+    add(&root);
     let image = dir.join("root.ext4");
-    if !ext4(&image, &root, 16) {
+    if !ext4(&image, &root, 32) {
         return None;
     }
     let vm = vm

@@ -20,7 +20,7 @@ const NODE: &str = "/dev/vhost-net";
 
 /// Whether there is a vhost-net here, and it said so where not. Opening the node loads its module.
 #[track_caller]
-fn has_vhost() -> bool {
+pub(super) fn has_vhost() -> bool {
     match File::options().read(true).write(true).open(NODE) {
         Ok(_) => true,
         Err(e) => {

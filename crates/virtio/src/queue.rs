@@ -148,7 +148,7 @@ impl LiveQueue {
     /// As there.
     pub fn check_index(&mut self) -> Result<(), BrokenRing> {
         let available = self.queue.iter(self.ram.as_vm_memory());
-        available.map(|_| ()).map_err(no_index)
+        available.map(|_| ()).map_err(|e| no_index(&e))
     }
 
     /// What somebody else needs to serve the queue; [`LiveQueue::served_up_to`] takes it back.
@@ -210,7 +210,7 @@ impl LiveQueue {
     /// The driver has broken the ring; hand it to [`LiveQueue::fail`].
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, BrokenRing> {
         let ram = self.ram.as_vm_memory();
-        let mut available = self.queue.iter(ram).map_err(no_index)?;
+        let mut available = self.queue.iter(ram).map_err(|e| no_index(&e))?;
         match available.next() {
             Some(descriptors) => chain.fill(descriptors).map(|()| true),
             None => Ok(false),
@@ -389,7 +389,7 @@ impl LiveQueue {
 }
 
 /// Why a ring cannot be looked into.
-fn no_index(why: virtio_queue::Error) -> BrokenRing {
+fn no_index(why: &virtio_queue::Error) -> BrokenRing {
     match why {
         virtio_queue::Error::InvalidAvailRingIndex => BrokenRing::IndexJump,
         _ => BrokenRing::NoMemory,
