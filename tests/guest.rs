@@ -32,5 +32,9 @@ mod sandbox;
 mod sees;
 #[path = "guest/space.rs"]
 mod space;
+#[path = "guest/traffic.rs"]
+mod traffic;
+#[path = "guest/vhost.rs"]
+mod vhost;
 #[path = "guest/vsock.rs"]
 mod vsock;

@@ -37,6 +37,7 @@ pub(crate) struct Vm {
     drives: Vec<serde_json::Value>,
     interfaces: Vec<serde_json::Value>,
     vsock: Option<PathBuf>,
+    inherits: Option<(u8, PathBuf)>,
     by_nobody: bool,
 }
 
@@ -72,6 +73,7 @@ impl Vm {
                 drives: Vec::new(),
                 interfaces: Vec::new(),
                 vsock: None,
+                inherits: None,
                 by_nobody: false,
             }),
             Err(why) => {
@@ -147,6 +149,12 @@ impl Vm {
     /// The socket device, which listens at `path`.
     pub(crate) fn vsock(mut self, path: &Path) -> Self {
         self.vsock = Some(path.into());
+        self
+    }
+
+    /// The monitor is started with `path` open as this descriptor.
+    pub(crate) fn inherits(mut self, fd: u8, path: &Path) -> Self {
+        self.inherits = Some((fd, path.into()));
         self
     }
 
@@ -258,7 +266,15 @@ impl Vm {
         let file = dir.join("vm.json");
         fs::write(&file, description.to_string()).unwrap();
 
-        let mut command = Command::new(monitor);
+        let mut command = match &self.inherits {
+            None => Command::new(monitor),
+            Some((fd, path)) => {
+                let mut shell = Command::new("sh");
+                let words = format!("exec {fd}<>\"$0\"; exec \"$@\"");
+                shell.arg("-c").arg(words).arg(path).arg(monitor);
+                shell
+            }
+        };
         command.arg("--config-file").arg(&file).arg("--no-api");
         let at = |name: &str| dir.join(name).display().to_string();
         match self.console {

@@ -194,6 +194,29 @@ pub enum Invalid {
         /// What was asked for.
         mtu: u64,
     },
+    /// What the host's kernel does not do.
+    #[error(
+        "network interface {id:?} has vhost and {field}: with vhost the host's kernel serves the queues, and {why}; leave \
+         {field} or vhost out"
+    )]
+    Vhost {
+        /// The interface.
+        id: String,
+        /// What does not go with it.
+        field: &'static str,
+        /// Why not.
+        why: &'static str,
+    },
+    /// Descriptors of vhost-net that cannot be.
+    #[error("network interface {id:?} has vhost_fds {fds:?}: {why}")]
+    VhostFds {
+        /// The interface.
+        id: String,
+        /// What was given.
+        fds: String,
+        /// What is wrong, and what to do.
+        why: &'static str,
+    },
     /// An impossible number of queues.
     #[error("network interface {id:?} has num_queue_pairs {pairs}: give it 1 to {MAX_CPUS}")]
     QueuePairs {

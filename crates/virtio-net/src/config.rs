@@ -49,7 +49,7 @@ impl NetConfig {
 pub enum NetError {
     /// The host.
     #[error(
-        "network {name}: cannot make a timer: {source}; raise the limit on open files (ulimit -n)"
+        "network {name}: cannot make a timer or an event: {source}; raise the limit on open files (ulimit -n)"
     )]
     Timer {
         /// Which device.
@@ -108,6 +108,31 @@ pub enum NetError {
         name: String,
         /// What was asked for.
         mtu: u16,
+    },
+    /// What the host's kernel does not do.
+    #[error(
+        "network {name}: the host's kernel serves its queues (vhost), and does not do {what}; leave that or vhost out"
+    )]
+    Vhost {
+        /// Which device.
+        name: String,
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// Frames may come that the guest does not expect.
+    #[error(
+        "network {name}: an MTU of {mtu} bytes, and the host's kernel, which serves its queues (vhost), passes all that \
+         {link} has: {link_mtu}; give the link the same (ip link set dev NAME mtu {mtu}), or leave vhost out"
+    )]
+    VhostMtu {
+        /// Which device.
+        name: String,
+        /// What was asked for.
+        mtu: u16,
+        /// The link.
+        link: String,
+        /// What it has.
+        link_mtu: u16,
     },
     /// No address could be made up.
     #[error("network {name}: cannot make up an address: {why}; give it one")]

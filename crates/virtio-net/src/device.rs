@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use alveole_net_link::{LinkFacts, NetLink};
+use alveole_rate_limiter::Limits;
 use alveole_virtio::{
     ConfigIrq, Identity, LiveQueue, QueueWorker, RestoreError, SavedState, StartError, StartKit,
     VirtioDevice,
@@ -18,6 +19,7 @@ use crate::receive::Rx;
 use crate::shared::{Shared, lock};
 use crate::state::{KIND, NetStateV1, VERSION};
 use crate::transmit::Tx;
+use crate::vhost::{Vhost, VhostWorker};
 use crate::worker::PairWorker;
 use crate::{MAX_PAIRS, NetConfig, NetCounters, NetError, NetHandle};
 
@@ -52,7 +54,11 @@ impl VirtioNet {
             tx_limits,
             source_mac_filter,
         } = config;
-        let NetLink { facts, queues } = link;
+        let NetLink {
+            facts,
+            queues,
+            vhost,
+        } = link;
         let pairs = u16::try_from(queues.len()).unwrap_or(u16::MAX);
         let sizes = [*rx_queue_size, *queue_size];
         let wrong = sizes.into_iter().find(|size| {
@@ -74,20 +80,24 @@ impl VirtioNet {
                 mtu,
             });
         }
+        if !vhost.is_empty() {
+            check_vhost(config, &facts)?;
+        }
+        let mut vhost = vhost.into_iter();
         let lanes = queues
             .into_iter()
             .map(|link| {
-                let timer = || {
-                    TimerFd::new().map_err(|e| NetError::Timer {
-                        name: name.clone(),
-                        source: e.into(),
-                    })
+                let failed = |source| NetError::Timer {
+                    name: name.clone(),
+                    source,
                 };
+                let timer = || TimerFd::new().map_err(|e| failed(e.into()));
                 Ok(Arc::new(Mutex::new(Lane {
                     link,
                     rx_timer: timer()?,
                     tx_timer: timer()?,
                     kept: Kept::default(),
+                    vhost: vhost.next().map(Vhost::new).transpose().map_err(failed)?,
                 })))
             })
             .collect::<Result<Vec<_>, NetError>>()?;
@@ -131,6 +141,32 @@ impl VirtioNet {
             1
         };
         (features & CTRL_VQ != 0).then_some(known.saturating_mul(2))
+    }
+}
+
+/// What the device does with each frame, the host's kernel does not.
+fn check_vhost(config: &NetConfig, facts: &LinkFacts) -> Result<(), NetError> {
+    let is_bound = [config.rx_limits, config.tx_limits] != [Limits::default(); 2];
+    for (asked, what) in [
+        (is_bound, "rate limiting"),
+        (config.source_mac_filter, "filtering by address"),
+    ] {
+        if asked {
+            return Err(NetError::Vhost {
+                name: config.name.clone(),
+                what,
+            });
+        }
+    }
+    // Section 5.1.4.1: what is not to be cut is not longer than what the driver was told.
+    match (config.mtu, facts.mtu) {
+        (Some(mtu), Some(link_mtu)) if mtu < link_mtu => Err(NetError::VhostMtu {
+            name: config.name.clone(),
+            mtu,
+            link: facts.name.clone(),
+            link_mtu,
+        }),
+        _ => Ok(()),
     }
 }
 
@@ -237,6 +273,17 @@ impl VirtioDevice for VirtioNet {
         let source = shared.source_mac_filter.then(|| shared.mac());
         for ((pair, halves), lane) in (0u16..).zip(pairs).zip(&self.lanes) {
             if halves.rx.is_none() && halves.tx.is_none() {
+                continue;
+            }
+            if lock(lane).vhost.is_some() {
+                workers.push(Box::new(VhostWorker::new(
+                    pair,
+                    kit.features,
+                    (halves.rx, halves.tx),
+                    lane.clone(),
+                    self.lanes.clone(),
+                    shared.clone(),
+                )));
                 continue;
             }
             let mtu = shared.abilities.mtu;

@@ -32,6 +32,7 @@ mod receive;
 mod shared;
 mod state;
 mod transmit;
+mod vhost;
 mod worker;
 
 pub use config::{NetConfig, NetError};

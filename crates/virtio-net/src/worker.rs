@@ -22,7 +22,7 @@ const READABLE: Token = Token(4);
 const WRITABLE: Token = Token(5);
 
 /// Most frames thrown away when a link goes up: more than a tap's queue holds.
-const MOST_STALE: u32 = 4096;
+pub(crate) const MOST_STALE: u32 = 4096;
 
 /// The worker of one pair, or of the half of it that the driver has enabled. Each descriptor belongs to one half, so
 /// that two workers may serve a pair after one of its queues was reset.
@@ -244,22 +244,18 @@ impl PairWorker {
             Err(e) => log::error!("{}: {e}", self.shared.name()),
         }
     }
+}
 
-    /// What the link must know of the driver: it may be another one than before.
-    fn set_up_link(&self, lane: &mut Lane) {
-        let shared = &self.shared;
-        if self.pair > 0 {
-            return;
-        }
-        if let Err(e) = lane.link.set_guest_offloads(shared.guest_offloads()) {
-            shared.say("the link cannot be told what the guest can do", &e);
-        }
-        // The first pair is always active.
-        for (pair, other) in (1u16..).zip(self.lanes.iter().skip(1)) {
-            let active = shared.is_active(pair);
-            if let Err(e) = lock(other).link.set_active(active) {
-                shared.say("a queue of the link cannot be switched", &e);
-            }
+/// What the link must know of the driver, which may be another one than before. On the first pair's behalf; `lane` is its.
+pub(crate) fn set_up_link(lane: &mut Lane, lanes: &[Arc<Mutex<Lane>>], shared: &Shared) {
+    if let Err(e) = lane.link.set_guest_offloads(shared.guest_offloads()) {
+        shared.say("the link cannot be told what the guest can do", &e);
+    }
+    // The first pair is always active.
+    for (pair, other) in (1u16..).zip(lanes.iter().skip(1)) {
+        let active = shared.is_active(pair);
+        if let Err(e) = lock(other).link.set_active(active) {
+            shared.say("a queue of the link cannot be switched", &e);
         }
     }
 }
@@ -308,7 +304,9 @@ impl Worker for PairWorker {
     fn start(&mut self, ops: &mut Ops<'_>) -> Result<(), EventLoopError> {
         let lane = self.lane.clone();
         let mut lane = lock(&lane);
-        self.set_up_link(&mut lane);
+        if self.pair == 0 {
+            set_up_link(&mut lane, &self.lanes, &self.shared);
+        }
         if let Some(rx) = &self.rx {
             edge(ops, rx.queue.doorbell().event_fd(), RX_BELL)?;
             edge(ops, &lane.rx_timer, RX_TIMER)?;

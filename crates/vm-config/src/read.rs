@@ -165,6 +165,8 @@ fn network_interface(section: &mut Object<'_>) -> NetworkInterface {
         link: section.optional("link").unwrap_or_default(),
         num_queue_pairs: section.optional("num_queue_pairs"),
         anti_spoofing: section.optional("anti_spoofing").unwrap_or_default(),
+        vhost: section.optional("vhost").unwrap_or_default(),
+        vhost_fds: section.optional("vhost_fds"),
     }
 }
 

@@ -577,10 +577,12 @@ prop_compose! {
         tx_rate_limiter in prop::option::of(limiter()),
         num_queue_pairs in any::<Option<u64>>(),
         anti_spoofing in any::<bool>(),
+        vhost in any::<bool>(),
+        vhost_fds in any::<Option<String>>(),
     ) -> NetworkInterface {
         NetworkInterface {
             iface_id, host_dev_name, link, guest_mac, mtu, rx_rate_limiter, tx_rate_limiter,
-            num_queue_pairs, anti_spoofing,
+            num_queue_pairs, anti_spoofing, vhost, vhost_fds,
         }
     }
 }

@@ -8,7 +8,7 @@ use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::Partition;
 use alveole_io_bus::BusBuilder;
-use alveole_net_link::LinkSpec;
+use alveole_net_link::{LinkSpec, VhostSpec};
 use alveole_virtio_blk::{BlkConfig, BlkHandle, VirtioBlk};
 use alveole_virtio_net::{NetConfig, NetHandle, VirtioNet};
 use alveole_virtio_rng::VirtioRng;
@@ -25,6 +25,7 @@ use crate::validate::{ValidDrive, ValidInterface};
 /// What each kind of device adds to the system calls of threads.
 const BLOCK_SANDBOX: &str = "virtio-block";
 const NET_SANDBOX: &str = "virtio-net";
+const VHOST_SANDBOX: &str = "virtio-net-vhost";
 const VSOCK_SANDBOX: &str = "virtio-vsock";
 const RNG_SANDBOX: &str = "virtio-rng";
 
@@ -40,6 +41,7 @@ struct Interface {
     device: VirtioNet,
     name: String,
     pairs: usize,
+    vhost: bool,
 }
 
 struct Disk {
@@ -81,10 +83,12 @@ impl VirtioDevices {
     pub(crate) fn sandbox(&self) -> Vec<&'static str> {
         let block = (!self.disks.is_empty()).then_some(BLOCK_SANDBOX);
         let net = (!self.interfaces.is_empty()).then_some(NET_SANDBOX);
+        let vhost = self.interfaces.iter().any(|i| i.vhost);
+        let vhost = vhost.then_some(VHOST_SANDBOX);
         let rng = self.rng.as_ref().map(|_| RNG_SANDBOX);
         let vsock = self.vsock.as_ref().map(|_| VSOCK_SANDBOX);
-        let all = block.into_iter().chain(net).chain(vsock).chain(rng);
-        all.collect()
+        let all = [block, net, vhost, vsock, rng];
+        all.into_iter().flatten().collect()
     }
 
     /// Gives each device its place in the guest.
@@ -185,8 +189,19 @@ fn open_interface(interface: &ValidInterface) -> Result<Interface, ResourceError
         LinkKind::Stream => LinkSpec::Stream { path: name.into() },
         LinkKind::Fd => LinkSpec::inherited(&name).map_err(failed)?,
     };
-    let link = alveole_net_link::open(spec, interface.queue_pairs).map_err(failed)?;
-    log::info!("network interface {id}: {}", link.facts.name);
+    let pairs = interface.queue_pairs;
+    let link = match &interface.vhost_fds {
+        _ if !interface.vhost => alveole_net_link::open(spec, pairs),
+        None => alveole_net_link::open_with_vhost(spec, pairs, VhostSpec::Node),
+        Some(fds) => VhostSpec::inherited(fds)
+            .and_then(|fds| alveole_net_link::open_with_vhost(spec, pairs, fds)),
+    };
+    let link = link.map_err(failed)?;
+    log::info!(
+        "network interface {id}: {}{}",
+        link.facts.name,
+        if interface.vhost { " by vhost" } else { "" }
+    );
     let pairs = link.queues.len();
     let config = NetConfig {
         mac: interface.mac,
@@ -200,5 +215,6 @@ fn open_interface(interface: &ValidInterface) -> Result<Interface, ResourceError
         device: VirtioNet::new(&config, link)?,
         name: id.clone(),
         pairs,
+        vhost: interface.vhost,
     })
 }
