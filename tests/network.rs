@@ -909,7 +909,7 @@ fn macvtap_guests_are_neighbours_of_the_parent() {
 #[test]
 fn user_mode_serves_a_guest_and_ends_with_it() {
     const TEST: &str = "user_mode_serves_a_guest_and_ends_with_it";
-    alone(TEST, |folder| {
+    alone(TEST, |_| {
         if !["/usr/bin/passt", "/bin/passt"]
             .iter()
             .any(|p| Path::new(p).exists())
