@@ -26,6 +26,8 @@ mod files;
 mod kept;
 #[path = "guest/network.rs"]
 mod network;
+#[path = "guest/networks.rs"]
+mod networks;
 #[path = "guest/sandbox.rs"]
 mod sandbox;
 #[path = "guest/sees.rs"]
