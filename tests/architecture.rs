@@ -31,7 +31,7 @@ const LAYERS: [&[&str]; 6] = [
         "block-store",
         "net-link",
     ],
-    &["vcpu", "virtio", "pci"],
+    &["vcpu", "virtio", "pci", "vm-control"],
     &[
         "serial",
         "board-devices",
