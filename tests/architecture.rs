@@ -42,7 +42,7 @@ const LAYERS: [&[&str]; 6] = [
         "virtio-rng",
         "virtio-vsock",
     ],
-    &["machine", "host", "network"],
+    &["machine", "api-server", "host", "network"],
     &["vmm", "cli", "bench"],
 ];
 
@@ -65,6 +65,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("virtio-queue", &["virtio"]),
     ("seccompiler", &["thread-sandbox"]),
     ("io-uring", &["block-store"]),
+    ("httparse", &["api-server"]),
     ("miniz_oxide", &["qcow2"]),
     ("ruzstd", &["qcow2"]),
     ("netlink-sys", &["network"]),
