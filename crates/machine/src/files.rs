@@ -6,7 +6,9 @@
 
 use std::io;
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::time::{Duration, Instant};
 
+use alveole_block_store::OpenError;
 use alveole_thread_sandbox::Role;
 use alveole_virtio_blk::{BlkHandle, Medium};
 use alveole_vm_config::DriveUpdate;
@@ -17,6 +19,10 @@ use crate::{Event, Mailbox};
 
 /// What the devices add to the system calls of the thread: nothing, its role has it all.
 const NAME: &str = "files";
+
+/// How long a medium that was just taken out of a drive may be in use still, and how often to look.
+const HAND_OVER: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// Something to open.
 pub(crate) struct Job {
@@ -104,8 +110,17 @@ fn open(job: &Job) -> Result<Option<Medium>, String> {
     if alveole_block_store::identity_at(path).is_ok_and(|id| id == disk.medium_identity()) {
         return Ok(None);
     }
-    let store = alveole_block_store::open(path, &drive.open)
-        .map_err(|e| format!("drive {:?}: {e}", drive.id))?;
+    let start = Instant::now();
+    let store = loop {
+        match alveole_block_store::open(path, &drive.open) {
+            Ok(store) => break store,
+            // It was in this very drive until a moment ago: what is in flight on it is finished first.
+            Err(OpenError::Locked { by_us: true, .. }) if start.elapsed() < HAND_OVER => {
+                std::thread::sleep(LOOK_AGAIN);
+            }
+            Err(e) => return Err(format!("drive {:?}: {e}", drive.id)),
+        }
+    };
     let medium = disk.prepare_medium(store).map_err(|e| e.to_string())?;
     Ok(Some(medium))
 }

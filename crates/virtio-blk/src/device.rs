@@ -223,6 +223,7 @@ impl VirtioBlk {
                 Ok(Arc::new(Mutex::new(Lane {
                     store,
                     next_store: None,
+                    served: false,
                     timer,
                     flights: Flights::default(),
                     scratch: Scratch::default(),
@@ -360,7 +361,13 @@ impl BlkHandle {
             geometry,
         } = medium;
         for (lane, queue) in self.lanes.iter().zip(queues) {
-            lock(lane).next_store = Some(queue);
+            let mut lane = lock(lane);
+            if lane.served {
+                lane.next_store = Some(queue);
+            } else {
+                // Nothing is in flight. The old medium is let go of now, and not at a start that may never come.
+                lane.store = queue;
+            }
         }
         *lock(&self.shared.id) = id_bytes(&store.identity());
         *lock(&self.shared.store) = store;
