@@ -568,11 +568,16 @@ fn wrong_words_on_the_command_line() {
     let bench = Bench::new(&power_off());
     let help = "see alveole-vmm --help";
     for (arguments, words) in [
+        (&["--no-api"][..], &["add --config-file FILE", help][..]),
         (
-            &["--no-api"][..],
-            &["--config-file FILE is missing", help][..],
+            &["--config-file", "vm.json", "--metadata", "m.json"],
+            &["--metadata cannot be had", "not built yet", help],
         ),
-        (&["--config-file", "vm.json"], &["add --no-api", help]),
+        (
+            &["--no-seccomp"],
+            &["--no-seccomp cannot be had", "leave the option out", help],
+        ),
+        (&["--id", "a", "--id", "b"], &["--id is given twice", help]),
         (&["--config-file"], &["--config-file", help]),
         (&["--nope"], &["unknown option --nope", help]),
         (&["-z"], &["unknown option -z", help]),

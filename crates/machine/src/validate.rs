@@ -12,8 +12,8 @@ use alveole_rate_limiter::Limits;
 use alveole_virtio_vsock::{MAX_GUEST_CID, MAX_PATH_BYTES, MIN_GUEST_CID, VsockConfig};
 use alveole_vm_config::VmConfig;
 
-pub(crate) use drives::ValidDrive;
 pub use drives::{MAX_DRIVES, MAX_QUEUES};
+pub(crate) use drives::{ValidDrive, limits};
 pub(crate) use interfaces::ValidInterface;
 
 /// Most processors of one guest: the machine tables are tested up to here.
@@ -48,6 +48,16 @@ impl ValidConfig {
     #[must_use]
     pub fn cpus(&self) -> u32 {
         self.cpus
+    }
+
+    /// The drive of this name.
+    pub(crate) fn drive(&self, id: &str) -> Option<&ValidDrive> {
+        self.drives.iter().find(|drive| drive.id == id)
+    }
+
+    /// The network interface of this name.
+    pub(crate) fn interface(&self, id: &str) -> Option<&ValidInterface> {
+        self.interfaces.iter().find(|interface| interface.id == id)
     }
 
     /// Size of guest RAM, in bytes.

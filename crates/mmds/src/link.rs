@@ -16,8 +16,13 @@ use crate::stack::{HEAD_BYTES, MAX_FRAME_BYTES, Stack, is_for};
 /// passes. The address is that which `metadata` has been given by now.
 ///
 /// # Errors
-/// The host has no random bytes.
+/// The host's kernel serves the link (vhost), so that no frame comes by here; the host has no random bytes.
 pub fn detour(link: NetLink, metadata: &Arc<Metadata>) -> io::Result<NetLink> {
+    if link.vhost.is_some() {
+        return Err(io::Error::other(
+            "the metadata service sees no frame of an interface that the host's kernel serves; give this one without vhost",
+        ));
+    }
     let address = metadata.config().address;
     let stack = Stack::new(metadata.clone(), address)
         .map_err(|e| io::Error::other(format!("the metadata service gets no random bytes: {e}")))?;
@@ -33,6 +38,7 @@ pub fn detour(link: NetLink, metadata: &Arc<Metadata>) -> io::Result<NetLink> {
     Ok(NetLink {
         facts: link.facts,
         queues: queues.collect(),
+        vhost: None,
     })
 }
 

@@ -14,6 +14,8 @@ pub(crate) struct Lane {
     pub(crate) store: Box<dyn StoreQueue>,
     /// Takes its place as soon as nothing is in flight.
     pub(crate) next_store: Option<Box<dyn StoreQueue>>,
+    /// A worker serves it: only that one may change the store.
+    pub(crate) served: bool,
     /// When the rate limiter grants the next request.
     pub(crate) timer: TimerFd,
     pub(crate) flights: Flights,

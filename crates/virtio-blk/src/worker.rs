@@ -489,9 +489,7 @@ impl Worker for BlkWorker {
             Interest::READABLE | Interest::EDGE,
         )?;
         ops.watch(&lane.timer, TIMER, Interest::READABLE | Interest::EDGE)?;
-        if let Some(next) = lane.next_store.take() {
-            lane.store = next;
-        }
+        lane.served = true;
         self.watch_store(&lane, ops)
     }
 
@@ -535,6 +533,10 @@ impl QueueWorker for BlkWorker {
         lane.scratch.done.clear();
         lane.flights = Default::default();
         lane.scratch.spare.clear();
+        lane.served = false;
+        if let Some(next) = lane.next_store.take() {
+            lane.store = next;
+        }
         let _ = lane.timer.clear();
         vec![self.queue.stop()]
     }

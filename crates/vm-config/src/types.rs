@@ -24,10 +24,8 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
     /// Disks, in the order in which the guest finds them; the root device comes first wherever it stands.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
     /// Network interfaces, in the order in which the guest finds them.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub network_interfaces: Vec<NetworkInterface>,
     /// The socket device; none: the guest has none.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use alveole_acpi::{DeviceNode, PciRoot};
-use alveole_block_store::Cache;
+use alveole_block_store::{BlockStore, Cache};
 use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::Partition;
 use alveole_io_bus::BusBuilder;
-use alveole_net_link::{LinkSpec, VhostSpec};
+use alveole_net_link::{LinkSpec, NetLink, VhostSpec};
 use alveole_virtio_blk::{BlkConfig, BlkHandle, VirtioBlk};
 use alveole_virtio_net::{NetConfig, NetHandle, VirtioNet};
 use alveole_virtio_rng::VirtioRng;
@@ -18,7 +18,7 @@ use alveole_vm_config::LinkKind;
 use crate::ValidConfig;
 use crate::build::{BuildError, Options};
 use crate::catalog::Threads;
-use crate::catalog::carriers::Carrier;
+use crate::catalog::carriers::{Carrier, SharedTransport};
 use crate::resources::ResourceError;
 use crate::validate::{ValidDrive, ValidInterface};
 
@@ -62,6 +62,7 @@ pub(crate) struct Placed {
     pub(crate) cmdline_without_acpi: Vec<String>,
     pub(crate) pci: Option<PciRoot>,
     pub(crate) sandbox: Option<&'static str>,
+    pub(crate) transports: Vec<SharedTransport>,
 }
 
 impl VirtioDevices {
@@ -140,22 +141,49 @@ impl VirtioDevices {
             cmdline_without_acpi: carried.cmdline_without_acpi,
             pci: carried.pci,
             sandbox: carried.sandbox,
+            transports: carried.transports,
         })
     }
 }
 
+/// The name of a drive's device and of its counters.
+pub(crate) fn drive_name(id: &str) -> String {
+    format!("drive {id}")
+}
+
+/// The name of a network interface's device and of its counters.
+pub(crate) fn interface_name(id: &str) -> String {
+    format!("net {id}")
+}
+
+/// Looks whether what `drive` names can be opened as it says.
+pub(crate) fn try_drive(drive: &ValidDrive) -> Result<(), ResourceError> {
+    open_store(drive).map(drop)
+}
+
+/// Looks whether what carries the frames of `interface` can be opened. Only of interfaces of the host: the other side
+/// of a socket would take the look for a guest that has gone.
+pub(crate) fn try_interface(interface: &ValidInterface) -> Result<(), ResourceError> {
+    match interface.link {
+        LinkKind::Tap | LinkKind::Macvtap => open_link(interface).map(drop),
+        LinkKind::Stream | LinkKind::Fd => Ok(()),
+    }
+}
+
+fn open_store(drive: &ValidDrive) -> Result<Arc<dyn BlockStore>, ResourceError> {
+    alveole_block_store::open(&drive.path, &drive.open).map_err(|source| ResourceError::Drive {
+        id: drive.id.clone(),
+        source,
+    })
+}
+
 fn open_disk(drive: &ValidDrive) -> Result<Disk, ResourceError> {
-    let store = alveole_block_store::open(&drive.path, &drive.open).map_err(|source| {
-        ResourceError::Drive {
-            id: drive.id.clone(),
-            source,
-        }
-    })?;
+    let store = open_store(drive)?;
     let config = BlkConfig {
         queues: drive.queues,
         cache: drive.open.cache,
         limits: drive.limits,
-        ..BlkConfig::new(&format!("drive {}", drive.id))
+        ..BlkConfig::new(&drive_name(&drive.id))
     };
     log::info!(
         "drive {}: {} by {}{}",
@@ -176,7 +204,7 @@ fn open_disk(drive: &ValidDrive) -> Result<Disk, ResourceError> {
     })
 }
 
-fn open_interface(interface: &ValidInterface) -> Result<Interface, ResourceError> {
+fn open_link(interface: &ValidInterface) -> Result<NetLink, ResourceError> {
     let id = &interface.id;
     let name = interface.host_dev_name.clone();
     let failed = |source| ResourceError::Link {
@@ -196,7 +224,12 @@ fn open_interface(interface: &ValidInterface) -> Result<Interface, ResourceError
         Some(fds) => VhostSpec::inherited(fds)
             .and_then(|fds| alveole_net_link::open_with_vhost(spec, pairs, fds)),
     };
-    let link = link.map_err(failed)?;
+    link.map_err(failed)
+}
+
+fn open_interface(interface: &ValidInterface) -> Result<Interface, ResourceError> {
+    let id = &interface.id;
+    let link = open_link(interface)?;
     log::info!(
         "network interface {id}: {}{}",
         link.facts.name,
@@ -209,7 +242,7 @@ fn open_interface(interface: &ValidInterface) -> Result<Interface, ResourceError
         rx_limits: interface.rx_limits,
         tx_limits: interface.tx_limits,
         source_mac_filter: interface.anti_spoofing,
-        ..NetConfig::new(&format!("net {id}"))
+        ..NetConfig::new(&interface_name(id))
     };
     Ok(Interface {
         device: VirtioNet::new(&config, link)?,
