@@ -32,6 +32,8 @@ usage: alveole-vmm --config-file FILE --no-api [options]
   --show-level          name the level in log lines
   --show-log-origin     name file and line of origin in log lines
   --metrics-path FILE   write counters to FILE, one JSON line a minute and one at the end
+  --start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N
+                        what a jailer says of its start; read, and not used yet
   --version, --help
 
 exit status: 0 the guest powered off or was ended from the console, 3 it asked for a reset,
@@ -109,6 +111,10 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "console" => args.console = Some(console(&text()?)?),
             "level" => args.level = Some(level(&text()?)?),
             "id" => args.id = Some(id(text()?)?),
+            // What a jailer says of its start. Nothing here is measured from it yet.
+            "start-time-us" | "start-time-cpu-us" | "parent-cpu-time-us" => {
+                microseconds(&name, &text()?)?;
+            }
             _ => return Err(format!("unknown option --{name}")),
         }
     }
@@ -177,6 +183,12 @@ fn level(value: &str) -> Result<LogLevel, String> {
         })
 }
 
+fn microseconds(name: &str, value: &str) -> Result<u64, String> {
+    value
+        .parse()
+        .map_err(|_| format!("--{name} {value:?}: expected a number of microseconds"))
+}
+
 fn id(value: String) -> Result<String, String> {
     let fits = (1..=MAX_ID_CHARS).contains(&value.chars().count());
     if fits && value.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
@@ -205,6 +217,8 @@ mod tests {
         assert!(a.no_api && a.boot_timer);
         assert_eq!(a.level, Some(LogLevel::Warning));
         assert_eq!(a.id.as_deref(), Some("a-1"));
+        run("--start-time-us 18446744073709551615 --start-time-cpu-us 0 --parent-cpu-time-us=5")
+            .unwrap();
     }
 
     #[test]
@@ -224,6 +238,7 @@ mod tests {
             ("--kernel-memory huge", "expected auto, share or copy"),
             ("--disk-threads many", "expected disk, queue or shared"),
             ("--no-api=1", "no-api"),
+            ("--start-time-us soon", "number of microseconds"),
         ] {
             let e = run(line).unwrap_err();
             assert!(e.contains(want), "{line}: {e}");
