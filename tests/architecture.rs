@@ -43,7 +43,7 @@ const LAYERS: [&[&str]; 6] = [
         "virtio-vsock",
     ],
     &["machine", "api-server", "host", "network"],
-    &["vmm", "cli", "bench"],
+    &["vmm", "cli", "jailer", "bench"],
 ];
 
 /// Arrows inside a layer, each with its reason.
@@ -100,19 +100,24 @@ const UNSAFE: &[(&str, &str)] = &[
     ("serial", "restores the terminal from signal handlers"),
     ("host", "asks the kernel what it offers by raw system calls"),
     (
+        "jailer",
+        "forks, and takes descriptors by number from whoever started it",
+    ),
+    (
         "network",
         "makes taps by ioctl and takes rights from helpers before they start",
     ),
 ];
 
 /// What the VMM must never link, and why.
-const NOT_IN_THE_VMM: [(&str, &str); 7] = [
+const NOT_IN_THE_VMM: [(&str, &str); 8] = [
     ("tokio", "no async runtime in the guest-facing process"),
     ("clap", "half a megabyte for a dozen options"),
     ("anyhow", "errors are typed below the programs"),
     ("alveole-host", "host-side work lives in another process"),
     ("alveole-network", "host-side work lives in another process"),
     ("alveole-cli", "host-side work lives in another process"),
+    ("alveole-jailer", "it has root's rights, the VMM none"),
     ("libloading", "no code is loaded at run time"),
 ];
 

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use crate::bounce::{AREA_BYTES, Area, MAX_ALIGNMENT};
 use crate::gate::Gate;
+use crate::inherited;
 use crate::sys::{self, Ranges};
 use crate::{Geometry, OpenError, SECTOR_BYTES};
 
@@ -60,8 +61,13 @@ impl HostFile {
             cure: OpenError::cure(&source, how.write),
             source,
         };
+        let inherited = inherited::open(path).map_err(failed)?;
         // Before it is opened: opening a FIFO waits, and opening a terminal or tape does something.
-        let facts = fs::metadata(path).map_err(failed)?;
+        let facts = match &inherited {
+            Some(file) => file.metadata(),
+            None => fs::metadata(path),
+        };
+        let facts = facts.map_err(failed)?;
         let kind = facts.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(OpenError::Kind {
@@ -86,7 +92,11 @@ impl HostFile {
             path: path.to_owned(),
             why,
         };
-        let file = options.open(path).map_err(|e| {
+        let file = match inherited {
+            Some(file) => inherited::prepare(&file, how.write, how.direct).map(|()| file),
+            None => options.open(path),
+        };
+        let file = file.map_err(|e| {
             if how.direct && e.raw_os_error() == Some(libc::EINVAL) {
                 no_direct("its file system has none".into())
             } else {

@@ -20,6 +20,7 @@ mod error;
 mod file_queue;
 mod gate;
 mod host_file;
+mod inherited;
 mod lock;
 mod open;
 mod options;

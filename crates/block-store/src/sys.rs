@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// Most bytes of one transfer (`MAX_RW_COUNT` of Linux: 2 GiB less a page).
 pub(crate) const MAX_TRANSFER: usize = 0x7fff_f000;
@@ -164,6 +164,33 @@ pub(crate) fn event_fd() -> io::Result<OwnedFd> {
     }
     // SAFETY: a new descriptor, which nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Another descriptor of what an open one stands for, by its number.
+pub(crate) fn duplicate(number: RawFd) -> io::Result<File> {
+    // SAFETY: takes no pointer, and harms no descriptor, whatever its number.
+    let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor, which nobody else owns.
+    Ok(unsafe { File::from_raw_fd(copy) })
+}
+
+/// The flags that a file was opened with, as far as they are kept (`F_GETFL`).
+pub(crate) fn status_flags(file: &File) -> io::Result<libc::c_int> {
+    // SAFETY: takes no pointer.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(flags)
+}
+
+/// Changes those of them that can be.
+pub(crate) fn set_status_flags(file: &File, flags: libc::c_int) -> io::Result<()> {
+    // SAFETY: takes no pointer.
+    done(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) })
 }
 
 /// Makes an eventfd readable.

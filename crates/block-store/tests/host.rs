@@ -57,6 +57,89 @@ fn what_is_no_disk_is_refused_with_words() {
     }
 }
 
+/// A file under a number, as whoever starts a jailed monitor hands it in.
+#[test]
+fn a_descriptor_is_a_disk() {
+    let folder = folder();
+    let path = file(folder.path(), "disk", 1 << 20);
+    let held = File::options().read(true).write(true).open(&path).unwrap();
+    // Its direct I/O is its own.
+    let again = File::options().read(true).write(true).open(&path).unwrap();
+    // Without a name there is no other way to it.
+    fs::remove_file(&path).unwrap();
+    for (engine, cache) in [
+        (Engine::Sync, Cache::Writeback),
+        (Engine::Auto, Cache::Writeback),
+        (Engine::Auto, Cache::Direct),
+        (Engine::Sync, Cache::Unsafe),
+    ] {
+        let by_number = format!("/dev/fd/{}", held.as_raw_fd());
+        let options = OpenOptions {
+            engine,
+            cache,
+            ..OpenOptions::default()
+        };
+        let store = match open(Path::new(&by_number), &options) {
+            Ok(store) => store,
+            Err(e) if cache == Cache::Direct => {
+                skip("a_descriptor_is_a_disk", &format!("direct I/O: {e}"));
+                continue;
+            }
+            Err(e) => panic!("{e}"),
+        };
+        let mut rig = Rig::new(store, 1, 8, pattern(1 << 20, 1));
+        rig.submit(0, Operation::Read, 0, 1 << 20, 0);
+        rig.settle();
+        // The same again for the next one.
+        rig.submit(0, WRITE, 8192, 4096, 0);
+        rig.settle();
+        let mut found = vec![0; 4096];
+        std::os::unix::fs::FileExt::read_exact_at(&again, &mut found, 8192).unwrap();
+        assert_eq!(found, rig.model[8192..12288]);
+        let before = &pattern(1 << 20, 1)[8192..12288];
+        std::os::unix::fs::FileExt::write_all_at(&again, before, 8192).unwrap();
+    }
+}
+
+#[test]
+fn a_descriptor_opened_in_another_way_is_refused() {
+    let folder = folder();
+    let path = file(folder.path(), "disk", 1 << 20);
+    let mut options = File::options();
+    let reading = options.read(true).open(&path).unwrap();
+    let writing = File::options().write(true).open(&path).unwrap();
+    let appending = File::options().read(true).append(true).open(&path).unwrap();
+    use std::os::unix::fs::OpenOptionsExt;
+    let bare = options.custom_flags(libc::O_PATH).open(&path).unwrap();
+    let null = File::open("/dev/null").unwrap();
+    let own = OpenOptions::default();
+    for (held, says) in [
+        (
+            &reading,
+            "opened for reading only; open it for writing, too",
+        ),
+        (&writing, "opened for writing only"),
+        (&appending, "without O_APPEND"),
+        (&bare, "O_PATH"),
+        (&null, "it is a character device"),
+    ] {
+        let by_number = format!("/proc/self/fd/{}", held.as_raw_fd());
+        let told = refusal(Path::new(&by_number), &own);
+        assert!(told.contains(says) && told.contains(&by_number), "{told}");
+    }
+    let read_only = OpenOptions {
+        read_only: true,
+        ..own
+    };
+    let by_number = format!("/dev/fd/{}", reading.as_raw_fd());
+    assert!(open(Path::new(&by_number), &read_only).is_ok());
+    let told = refusal(Path::new("/dev/fd/999999"), &own);
+    assert!(
+        told.contains("descriptor 999999 is not open") && told.contains("--pass-fd 999999"),
+        "{told}"
+    );
+}
+
 #[test]
 fn a_file_without_the_right_to_write_can_be_read() {
     let folder = folder();

@@ -18,7 +18,7 @@ use crate::stack::{HEAD_BYTES, MAX_FRAME_BYTES, Stack, is_for};
 /// # Errors
 /// The host's kernel serves the link (vhost), so that no frame comes by here; the host has no random bytes.
 pub fn detour(link: NetLink, metadata: &Arc<Metadata>) -> io::Result<NetLink> {
-    if link.vhost.is_some() {
+    if !link.vhost.is_empty() {
         return Err(io::Error::other(
             "the metadata service sees no frame of an interface that the host's kernel serves; give this one without vhost",
         ));
@@ -38,7 +38,7 @@ pub fn detour(link: NetLink, metadata: &Arc<Metadata>) -> io::Result<NetLink> {
     Ok(NetLink {
         facts: link.facts,
         queues: queues.collect(),
-        vhost: None,
+        vhost: Vec::new(),
     })
 }
 
