@@ -290,8 +290,18 @@ fn passts(user: u32) -> Vec<String> {
     lines.map(str::to_owned).collect()
 }
 
+/// A process that ends with the test.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A resolver of this host at `address`, which knows `web.test`.
-fn resolver(address: &str, file: &Path) -> Child {
+fn resolver(address: &str, file: &Path) -> Server {
     fs::write(file, format!("nameserver {address}\n")).unwrap();
     output(
         "mount",
@@ -299,7 +309,7 @@ fn resolver(address: &str, file: &Path) -> Child {
     );
     let listen = format!("--listen-address={address}");
     let web = format!("--address=/web.test/{HOST}");
-    Command::new("dnsmasq")
+    let server = Command::new("dnsmasq")
         .args([
             "-k",
             "-C",
@@ -310,8 +320,8 @@ fn resolver(address: &str, file: &Path) -> Child {
             "--pid-file=",
         ])
         .args([listen, web])
-        .spawn()
-        .unwrap()
+        .spawn();
+    Server(server.unwrap())
 }
 
 /// Without any right: out by name, in by a published port, over IPv4; long transfers arrive whole.
@@ -335,7 +345,7 @@ fn user_mode(nameserver: &str) {
     let home = dir.path().join("home");
     fs::create_dir(&home).unwrap();
     chown(&home, Some(NOBODY), Some(NOBODY)).unwrap();
-    let mut resolver = resolver(nameserver, &dir.path().join("resolv.conf"));
+    let _resolver = resolver(nameserver, &dir.path().join("resolv.conf"));
     let web = TcpListener::bind((HOST, 8000)).unwrap();
     let pages = thread::spawn(move || {
         let (mut client, _) = web.accept().unwrap();
@@ -430,8 +440,6 @@ fn user_mode(nameserver: &str) {
         TcpStream::connect("127.0.0.1:8080").is_err(),
         "its port is still there"
     );
-    resolver.kill().unwrap();
-    resolver.wait().unwrap();
 }
 
 /// Connects as soon as somebody listens.
@@ -712,8 +720,7 @@ fn three_tiers_talk_as_their_file_says() {
         ],
     );
     for name in ["web", "data", "app.middle.internal"] {
-        let (_, said) = admin.ask(&format!("ping -c 1 -W 1 {name}"));
-        assert!(said.contains("(10.31."), "{name}: {said}");
+        assert!(address(&mut admin, name).starts_with("10.31."));
     }
     // The world is the front's neighbour, and comes no further.
     assert!(
