@@ -5,7 +5,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -326,7 +326,7 @@ fn resolver(address: &str, file: &Path) -> Server {
 
 /// Without any right: out by name, in by a published port, over IPv4; long transfers arrive whole.
 fn user_mode(nameserver: &str) {
-    let Some(_world) = host(&[
+    let Some(world) = host(&[
         ("passt", "passt"),
         ("dnsmasq", "dnsmasq-base"),
         ("busybox", "busybox-static"),
@@ -342,9 +342,7 @@ fn user_mode(nameserver: &str) {
     let before = passts(NOBODY);
     let dir = TempDir::new().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    let home = dir.path().join("home");
-    fs::create_dir(&home).unwrap();
-    chown(&home, Some(NOBODY), Some(NOBODY)).unwrap();
+    world.serves(dir.path(), &[80]);
     let _resolver = resolver(nameserver, &dir.path().join("resolv.conf"));
     let web = TcpListener::bind((HOST, 8000)).unwrap();
     let pages = thread::spawn(move || {
@@ -402,10 +400,21 @@ fn user_mode(nameserver: &str) {
         "{said}"
     );
     let dns = if nameserver == HOST { HOST } else { "10.0.2.3" };
-    assert!(
-        told.contains(&format!("ip=10.0.2.15/24,gw=10.0.2.2,dns={dns},mtu=9000 "))
-            || told.contains(",ip=fd"),
-        "{told}"
+    for part in [
+        ",ip=10.0.2.15/24,",
+        ",gw=10.0.2.2,",
+        &format!(",dns={dns},"),
+        ",mtu=9000 ",
+    ] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    // Out over both families.
+    reaches(
+        &mut guest,
+        &[
+            (WORLD, Some("the-world")),
+            ("[2001:db8::1]", Some("the-world")),
+        ],
     );
     // And in, a megabyte each way.
     serve(&mut guest, "the-guest", &[80]);
