@@ -98,7 +98,7 @@ impl Machine {
     /// Whether it can talk to a server of ours.
     fn reaches(&self, address: &str, port: u16) -> bool {
         self.run(&format!(
-            "busybox wget -q -T {} -O /dev/null http://{address}:{port}/",
+            "timeout {} busybox wget -q -O /dev/null http://{address}:{port}/",
             patience(3).as_secs()
         ))
     }
@@ -732,9 +732,8 @@ fn three_tiers_talk_as_their_file_says() {
         assert!(address(&mut admin, name).starts_with("10.31."));
     }
     // The world is the front's neighbour, and comes no further.
-    assert!(
-        world.reaches(&web4, 80) && !world.reaches(&app4, 8080) && !world.reaches(&data4, 5432)
-    );
+    assert!(world.reaches(&web4, 80));
+    assert!(!world.reaches(&app4, 8080) && !world.reaches(&data4, 5432));
     let shown = net(state.path(), "ls");
     assert_eq!(
         shown.lines().filter(|l| l.contains(" up ")).count(),
