@@ -123,15 +123,19 @@ mod tests {
     #[test]
     fn a_thread_that_works_is_seen_to() {
         let (told, tell) = std::sync::mpsc::channel::<()>();
+        let (begins, begun) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("at work".into())
             .spawn(move || {
+                begins.send(()).unwrap();
                 let _ = tell.recv();
                 let end = Instant::now() + Duration::from_millis(30);
                 while Instant::now() < end {}
                 tell.recv()
             })
             .unwrap();
+        // From then on it has its name.
+        begun.recv().unwrap();
         let process = Process::open(4096);
         let work = |facts: &ProcessFacts| {
             facts
