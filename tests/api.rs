@@ -398,7 +398,11 @@ fn a_machine_is_told_as_it_was_described_and_is() {
         config,
         "what is refused leaves no trace"
     );
-    let told = client.refused("PATCH", "/drives/b", json!({"drive_id": "b"}));
+    let told = client.refused(
+        "PATCH",
+        "/drives/b",
+        json!({"drive_id": "b", "path_on_host": "two"}),
+    );
     assert!(told.contains("has no such drive; it has a"), "{told}");
     running.signal(SIGINT);
     running.end().assert(130, &["ended by signal 2"]);
