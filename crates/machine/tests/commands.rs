@@ -27,6 +27,7 @@ type Outcome = Result<Answer, Refusal>;
 struct Bench {
     dir: TempDir,
     mailbox: Mailbox,
+    partition: FakePartition,
     ended: mpsc::Receiver<(End, usize, TempDir)>,
 }
 
@@ -48,6 +49,8 @@ impl Bench {
         let folder = tempfile::tempdir_in(dir.path()).unwrap();
         let drive = drive(dir.path());
         let to_machine = mailbox.clone();
+        let partition = FakePartition::new(Vec::new());
+        let scripted = partition.clone();
         std::thread::spawn(move || {
             let mut described = VmConfig::default();
             let change = |config: &mut VmConfig| {
@@ -55,8 +58,7 @@ impl Bench {
                 config.entropy = Some(Entropy::default());
                 described = config.clone();
             };
-            let partition = FakePartition::new(Vec::new());
-            let mut machine = machine_with(&folder, cpus, partition, &to_machine, change).unwrap();
+            let mut machine = machine_with(&folder, cpus, scripted, &to_machine, change).unwrap();
             let identity = Identity {
                 id: "x".into(),
                 app_name: "test".into(),
@@ -77,6 +79,7 @@ impl Bench {
         Self {
             dir,
             mailbox,
+            partition,
             ended,
         }
     }
@@ -174,7 +177,7 @@ proptest! {
         let bench = Bench::new(cpus);
         // All at once: they are carried out in this order nevertheless.
         let answers: Vec<_> = commands.iter().map(|c| bench.send(c.clone())).collect();
-        let (mut state, mut flushes) = (State::Running, 0);
+        let (mut state, mut flushes, mut pauses) = (State::Running, 0, 0);
         for (command, answer) in commands.iter().zip(answers) {
             let answer = answer.recv_timeout(PATIENCE).unwrap();
             let permitted = permit(state, command);
@@ -194,13 +197,18 @@ proptest! {
                 _ => prop_assert!(answer.is_ok(), "{:?}: {:?}", command, answer),
             }
             match command {
-                Command::Pause => state = State::Paused,
+                Command::Pause => {
+                    pauses += usize::from(state == State::Running);
+                    state = State::Paused;
+                }
                 Command::Resume => state = State::Running,
                 Command::FlushMetrics => flushes += 1,
                 _ => {}
             }
         }
         prop_assert_eq!(bench.state(), state);
+        // Each processor, each time.
+        prop_assert_eq!(bench.partition.pauses(), pauses * usize::from(cpus));
         prop_assert_eq!(bench.end(), flushes + 1);
     }
 }
