@@ -12,7 +12,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api_client::{Client, read_response};
 use nix::sys::signal::Signal::{SIGINT, SIGTERM};
@@ -712,6 +712,76 @@ fn ten_thousand_requests_leave_nothing_behind() {
     println!("10,000 requests: {grown} KiB more than after the first 1,000 ({memory} KiB)");
     assert!(grown < 512, "{grown} KiB more than {memory} KiB");
     assert!(open_files(running.id()) <= files + 1);
+    running.signal(SIGINT);
+    running.end().assert(130, &["ended by signal 2"]);
+}
+
+#[test]
+fn every_thread_is_confined_those_of_clients_too() {
+    if no_kvm("every_thread_is_confined_those_of_clients_too") {
+        return;
+    }
+    let bench = Bench::new(&up());
+    bench.sparse("disk", 1 << 20);
+    let running = start(&bench, &[]);
+    let mut client = Client::at(&socket(&bench));
+    let threads = || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", running.id())).unwrap();
+        let facts = tasks.map(|task| {
+            let task = task.unwrap().path();
+            let name = fs::read_to_string(task.join("comm")).unwrap_or_default();
+            let status = fs::read_to_string(task.join("status")).unwrap_or_default();
+            (name.trim().to_owned(), status.contains("Seccomp:\t2"))
+        });
+        // KVM's own workers are listed too; they run in the kernel only.
+        let facts = facts.filter(|(name, _)| !name.is_empty() && !name.starts_with("kvm-"));
+        let mut facts: Vec<_> = facts.collect();
+        facts.sort();
+        facts
+    };
+    let wait_for = |names: &[(&str, bool)]| {
+        let want: Vec<_> = names.iter().map(|(n, c)| ((*n).to_owned(), *c)).collect();
+        let until = Instant::now() + Duration::from_secs(10);
+        while threads() != want {
+            assert!(Instant::now() < until, "{:?}, not {want:?}", threads());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    // Before the start there is no guest that the main thread would have to be kept from.
+    wait_for(&[("alveole-vmm", false), ("api", true)]);
+    describe(&mut client);
+    let drive = json!({"drive_id": "a", "path_on_host": "disk", "is_root_device": false});
+    client.done("PUT", "/drives/a", drive);
+    start_guest(&mut client);
+    wait_for(&[
+        ("alveole-vmm", true),
+        ("api", true),
+        ("devices", true),
+        ("disk a", true),
+        ("files", true),
+        ("vcpu 0", true),
+        ("vcpu 1", true),
+    ]);
+    running.signal(SIGINT);
+    running.end().assert(130, &["ended by signal 2"]);
+}
+
+#[test]
+fn counters_that_cannot_be_written_are_told_to_who_asks_for_them() {
+    if no_kvm("counters_that_cannot_be_written_are_told_to_who_asks_for_them") {
+        return;
+    }
+    let bench = Bench::new(&up());
+    let running = start(&bench, &["--metrics-path", "/dev/full"]);
+    let mut client = Client::at(&socket(&bench));
+    describe(&mut client);
+    start_guest(&mut client);
+    let flush = json!({"action_type": "FlushMetrics"});
+    for _ in 0..3 {
+        let told = client.refused("PUT", "/actions", flush.clone());
+        assert!(told.contains("is the disk full"), "{told}");
+    }
+    assert_eq!(state(&mut client), "Running");
     running.signal(SIGINT);
     running.end().assert(130, &["ended by signal 2"]);
 }
