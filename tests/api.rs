@@ -840,6 +840,44 @@ fn rude_clients_are_borne() {
 }
 
 #[test]
+fn clients_wait_where_there_are_no_descriptors_for_them() {
+    // Enough to start, and for some clients.
+    let bench = Bench::new(&up()).through(&["prlimit", "--nofile=16"]);
+    let running = start(&bench, &["--level", "Debug"]);
+    Client::at(&socket(&bench));
+    let mut clients: Vec<_> = (0..12)
+        .map(|_| {
+            let mut client = UnixStream::connect(socket(&bench)).unwrap();
+            client
+                .set_read_timeout(Some(Duration::from_secs(20)))
+                .unwrap();
+            client.write_all(b"GET /version HTTP/1.1\r\n\r\n").unwrap();
+            client
+        })
+        .collect();
+    assert_eq!(read_response(&mut clients[0]).status, 200);
+    let ticks = || -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", running.id())).unwrap();
+        let after_name = stat.rsplit(')').next().unwrap();
+        let fields = after_name.split_whitespace().skip(11).take(2);
+        fields.map(|f| f.parse::<u64>().unwrap()).sum()
+    };
+    let before = ticks();
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(
+        ticks() - before < 20,
+        "it spins: {} of 100 ticks",
+        ticks() - before
+    );
+    // Whoever is answered goes, and so everybody gets a turn.
+    for mut client in clients.drain(1..) {
+        assert_eq!(read_response(&mut client).status, 200);
+    }
+    running.signal(SIGTERM);
+    running.end().assert(143, &["ended by signal 15"]);
+}
+
+#[test]
 fn curl_is_a_client() {
     let bench = Bench::new(&up());
     let running = start(&bench, &[]);
