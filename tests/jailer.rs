@@ -563,7 +563,9 @@ fn in_a_cgroup_of_its_own() {
     let pid = jail.start("");
     for dir in &dirs {
         let inside = fs::read_to_string(dir.join("cgroup.procs")).unwrap();
-        assert_eq!(inside.trim(), pid.to_string(), "{dir:?}");
+        // Beside it, workers of KVM for this machine, which run in the kernel only.
+        let mut inside = inside.lines();
+        assert!(inside.any(|line| line == pid.to_string()), "{dir:?}");
     }
     for (dir, file, value) in [
         (&dirs[0], "pids.max", "50"),
