@@ -708,13 +708,47 @@ fn a_guest_runs_in_the_jail() {
     assert_boots(&jail);
 }
 
-/// In the jailer's own process, with a tap by its descriptor: nothing of the network is in the jail.
+/// A block device over a file, which goes with its owner.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    /// None, with the skip told, on hosts that have no more of them.
+    #[track_caller]
+    fn new(file: &Path) -> Option<Self> {
+        let made = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file)
+            .output()
+            .unwrap();
+        let name = String::from_utf8(made.stdout).unwrap().trim().to_owned();
+        if !made.status.success() {
+            skip(&format!(
+                "losetup: {}",
+                String::from_utf8_lossy(&made.stderr)
+            ));
+            return None;
+        }
+        Some(Self(name))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+/// In the jailer's own process, with a block device and a tap by their descriptors: no node of a disk is in the jail, and
+/// nothing of the network.
 #[test]
 fn a_guest_runs_on_descriptors_alone() {
     let Some((mut jail, mut machine)) = guest() else {
         return;
     };
     let Some(image) = disk(&jail) else { return };
+    let Some(device) = LoopDevice::new(&image) else {
+        return;
+    };
     machine["drives"] = json!([{
         "drive_id": "root", "path_on_host": "/dev/fd/7", "is_root_device": true, "is_read_only": false,
     }]);
@@ -728,7 +762,7 @@ fn a_guest_runs_on_descriptors_alone() {
         system('ip addr add 10.77.0.1/24 dev tap0; ip link set dev tap0 up') == 0 or die; \
         require POSIX; POSIX::dup2(fileno(T), 8); exec @ARGV";
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
-    let jailer = jail.command(&format!("7<>{}", image.display()));
+    let jailer = jail.command(&format!("7<>{}", device.0));
     let mut command = Command::new("perl");
     command
         .args(["-e", make_tap])
