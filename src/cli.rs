@@ -1,8 +1,10 @@
-//! The command line of `alveole-vmm`: text to [`Args`], nothing else.
+//! The command line of `alveole-vmm`: text to [`Args`], nothing else. Firecracker's options are all known: one
+//! whose function does not exist yet is refused, and says so, unless to ignore it does no harm.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use alveole_api_server::DEFAULT_MAX_BODY_BYTES;
 use alveole_machine::{DiskThreads, Placement, Transport};
 use alveole_serial::{ConsoleTarget, FileStart};
 use alveole_vm_config::LogLevel;
@@ -11,10 +13,15 @@ use alveole_vm_config::LogLevel;
 pub(crate) const HELP: &str = "\
 alveole-vmm: runs one virtual machine in this process
 
-usage: alveole-vmm --config-file FILE --no-api [options]
+usage: alveole-vmm [--api-sock PATH] [--config-file FILE [--no-api]] [options]
 
-  --config-file FILE    description of the machine, as Firecracker reads it (JSON)
-  --no-api              run what the file describes (the API socket is not built yet)
+  --api-sock PATH       serve Firecracker's API on a unix socket here
+                        (default: /run/firecracker.socket, as Firecracker has it)
+  --config-file FILE    description of the machine, as Firecracker reads it (JSON): the guest is
+                        started at once, and not by a client of the API
+  --no-api              no API socket: run what the file describes
+  --http-api-max-payload-size BYTES
+                        largest body that the API takes (default: 51200)
   --console WHERE       serial console: stdio (default), file:PATH, unix:PATH, none
   --kernel-memory HOW   share: map kernel and initrd copy-on-write, one copy for all guests;
                         copy: into the guest's own huge pages; auto (default): share where
@@ -32,8 +39,8 @@ usage: alveole-vmm --config-file FILE --no-api [options]
   --show-level          name the level in log lines
   --show-log-origin     name file and line of origin in log lines
   --metrics-path FILE   write counters to FILE, one JSON line a minute and one at the end
-  --start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N
-                        what a jailer says of its start; read, and not used yet
+  --start-time-us, --start-time-cpu-us, --parent-cpu-time-us N
+                        what a jailer says of itself; read and not used
   --version, --help
 
 exit status: 0 the guest powered off or was ended from the console, 3 it asked for a reset,
@@ -43,8 +50,10 @@ exit status: 0 the guest powered off or was ended from the console, 3 it asked f
 ";
 
 /// What the command line asks for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Args {
+    pub(crate) api_sock: PathBuf,
+    pub(crate) max_body_bytes: usize,
     pub(crate) config_file: Option<PathBuf>,
     pub(crate) no_api: bool,
     pub(crate) console: Option<ConsoleTarget>,
@@ -61,10 +70,62 @@ pub(crate) struct Args {
     pub(crate) metrics_path: Option<PathBuf>,
 }
 
+impl Default for Args {
+    fn default() -> Self {
+        Self {
+            api_sock: "/run/firecracker.socket".into(),
+            max_body_bytes: DEFAULT_MAX_BODY_BYTES,
+            config_file: None,
+            no_api: false,
+            console: None,
+            boot_timer: false,
+            placement: None,
+            disk_threads: DiskThreads::default(),
+            transport: Transport::default(),
+            id: None,
+            log_path: None,
+            level: None,
+            module: None,
+            show_level: false,
+            show_log_origin: false,
+            metrics_path: None,
+        }
+    }
+}
+
+/// Firecracker's options whose function does not exist here, and what to do without it.
+const NOT_BUILT: &[(&str, &str)] = &[
+    (
+        "seccomp-filter",
+        "each thread's own filter is part of this program and cannot be exchanged; leave the option out",
+    ),
+    (
+        "no-seccomp",
+        "filters cannot be switched off: tell us which call was refused, it is in the last line of standard \
+         error; leave the option out",
+    ),
+    (
+        "metadata",
+        "the metadata service is not built yet; leave the option out",
+    ),
+    (
+        "mmds-size-limit",
+        "the metadata service is not built yet; leave the option out",
+    ),
+    (
+        "snapshot-version",
+        "snapshots are not built yet; leave the option out",
+    ),
+    (
+        "describe-snapshot",
+        "snapshots are not built yet; leave the option out",
+    ),
+];
+
 /// What to do.
 #[derive(Debug)]
 pub(crate) enum Request {
-    Run(Args),
+    Run(Box<Args>),
     Help,
     Version,
 }
@@ -79,6 +140,7 @@ const MAX_ID_CHARS: usize = 64;
 pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request, String> {
     use lexopt::Arg::{Long, Short, Value};
     let mut args = Args::default();
+    let mut seen: Vec<String> = Vec::new();
     let mut parser = lexopt::Parser::from_args(words);
     while let Some(word) = parser.next().map_err(|e| e.to_string())? {
         let name = match word {
@@ -88,6 +150,13 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             Short(other) => return Err(format!("unknown option -{other}")),
             Value(value) => return Err(format!("unexpected word {value:?}")),
         };
+        if seen.contains(&name) {
+            return Err(format!("--{name} is given twice; give it once"));
+        }
+        seen.push(name.clone());
+        if let Some((_, why)) = NOT_BUILT.iter().find(|(known, _)| *known == name) {
+            return Err(format!("--{name} cannot be had: {why}"));
+        }
         let mut text = || -> Result<String, String> {
             let value = parser.value().map_err(|e| e.to_string())?;
             value
@@ -103,6 +172,13 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "show-level" => args.show_level = true,
             "show-log-origin" => args.show_log_origin = true,
             "config-file" => args.config_file = Some(text()?.into()),
+            "api-sock" => args.api_sock = text()?.into(),
+            "http-api-max-payload-size" => {
+                args.max_body_bytes = number(&name, &text()?)?;
+            }
+            "start-time-us" | "start-time-cpu-us" | "parent-cpu-time-us" => {
+                number::<u64>(&name, &text()?)?;
+            }
             "log-path" => args.log_path = Some(text()?.into()),
             "metrics-path" => args.metrics_path = Some(text()?.into()),
             "module" => args.module = Some(text()?),
@@ -111,14 +187,22 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "console" => args.console = Some(console(&text()?)?),
             "level" => args.level = Some(level(&text()?)?),
             "id" => args.id = Some(id(text()?)?),
-            // What a jailer says of its start. Nothing here is measured from it yet.
-            "start-time-us" | "start-time-cpu-us" | "parent-cpu-time-us" => {
-                microseconds(&name, &text()?)?;
-            }
             _ => return Err(format!("unknown option --{name}")),
         }
     }
-    Ok(Request::Run(args))
+    if args.no_api && args.config_file.is_none() {
+        return Err(
+            "--no-api without --config-file: nobody could say what to run; add --config-file FILE"
+                .into(),
+        );
+    }
+    Ok(Request::Run(Box::new(args)))
+}
+
+fn number<T: std::str::FromStr>(name: &str, value: &str) -> Result<T, String> {
+    value
+        .parse()
+        .map_err(|_| format!("--{name} {value:?}: expected a whole number from 0 up"))
 }
 
 fn placement(value: &str) -> Result<Option<Placement>, String> {
@@ -183,12 +267,6 @@ fn level(value: &str) -> Result<LogLevel, String> {
         })
 }
 
-fn microseconds(name: &str, value: &str) -> Result<u64, String> {
-    value
-        .parse()
-        .map_err(|_| format!("--{name} {value:?}: expected a number of microseconds"))
-}
-
 fn id(value: String) -> Result<String, String> {
     let fits = (1..=MAX_ID_CHARS).contains(&value.chars().count());
     if fits && value.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
@@ -205,7 +283,7 @@ mod tests {
 
     fn run(line: &str) -> Result<Args, String> {
         match parse(line.split_whitespace().map(OsString::from))? {
-            Request::Run(args) => Ok(args),
+            Request::Run(args) => Ok(*args),
             other => panic!("{other:?}"),
         }
     }
@@ -217,8 +295,54 @@ mod tests {
         assert!(a.no_api && a.boot_timer);
         assert_eq!(a.level, Some(LogLevel::Warning));
         assert_eq!(a.id.as_deref(), Some("a-1"));
-        run("--start-time-us 18446744073709551615 --start-time-cpu-us 0 --parent-cpu-time-us=5")
-            .unwrap();
+        let a = run(
+            "--api-sock /run/a.sock --http-api-max-payload-size 7 --start-time-us 1 --start-time-cpu-us 2 \
+             --parent-cpu-time-us 3",
+        )
+        .unwrap();
+        assert_eq!(a.api_sock, PathBuf::from("/run/a.sock"));
+        assert_eq!(a.max_body_bytes, 7);
+        assert_eq!(
+            run("").unwrap().api_sock,
+            PathBuf::from("/run/firecracker.socket")
+        );
+    }
+
+    /// Every option of Firecracker's own parser is either understood or refused with its reason.
+    #[test]
+    fn every_option_of_firecracker_is_known() {
+        for option in [
+            "api-sock x",
+            "id x",
+            "seccomp-filter x",
+            "no-seccomp",
+            "start-time-us 1",
+            "start-time-cpu-us 1",
+            "parent-cpu-time-us 1",
+            "config-file x",
+            "metadata x",
+            "no-api --config-file x",
+            "log-path x",
+            "level info",
+            "module x",
+            "show-level",
+            "show-log-origin",
+            "metrics-path x",
+            "boot-timer",
+            "version",
+            "snapshot-version",
+            "describe-snapshot x",
+            "http-api-max-payload-size 1",
+            "mmds-size-limit 1",
+            "enable-pci",
+            "help",
+        ] {
+            let line = format!("--{option}");
+            match parse(line.split_whitespace().map(OsString::from)) {
+                Ok(_) => {}
+                Err(why) => assert!(why.contains("leave the option out"), "{line}: {why}"),
+            }
+        }
     }
 
     #[test]
@@ -238,7 +362,16 @@ mod tests {
             ("--kernel-memory huge", "expected auto, share or copy"),
             ("--disk-threads many", "expected disk, queue or shared"),
             ("--no-api=1", "no-api"),
-            ("--start-time-us soon", "number of microseconds"),
+            ("--no-api", "add --config-file FILE"),
+            ("--id a --id b", "--id is given twice"),
+            (
+                "--http-api-max-payload-size many",
+                "expected a whole number",
+            ),
+            ("--start-time-us -1", "expected a whole number"),
+            ("--no-seccomp", "cannot be switched off"),
+            ("--seccomp-filter f", "cannot be exchanged"),
+            ("--metadata f", "not built yet"),
         ] {
             let e = run(line).unwrap_err();
             assert!(e.contains(want), "{line}: {e}");

@@ -8,24 +8,13 @@ use std::path::Path;
 use alveole_vm_config::VmConfig;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use crate::cli::Args;
 use crate::exit::Failure;
 
-/// Reads the description that the command line names.
+/// Reads the description at `path`.
 ///
 /// # Errors
-/// There is none, it cannot be read, or it is wrong: what, why and what to do.
-pub(crate) fn read(args: &Args) -> Result<VmConfig, Failure> {
-    let Some(path) = &args.config_file else {
-        return Err(Failure::Usage(
-            "no machine to run: --config-file FILE is missing".into(),
-        ));
-    };
-    if !args.no_api {
-        return Err(Failure::Usage(
-            "the API socket is not built yet: add --no-api".into(),
-        ));
-    }
+/// It cannot be read, or it is wrong: what, why and what to do.
+pub(crate) fn read(path: &Path) -> Result<VmConfig, Failure> {
     let name = path.display().to_string();
     let text = read_bounded(path).map_err(|e| {
         let hint = match e.kind() {

@@ -15,6 +15,15 @@ pub(crate) enum Failure {
     Host(String),
 }
 
+impl Failure {
+    /// What happened, whoever is to blame.
+    pub(crate) fn into_text(self) -> String {
+        match self {
+            Self::Usage(text) | Self::Config(text) | Self::Host(text) => text,
+        }
+    }
+}
+
 /// The exit code of an ended machine. Codes from 148 on are Firecracker's.
 fn code_of(end: &End) -> u8 {
     match end {

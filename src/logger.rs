@@ -10,59 +10,79 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::SystemTime;
 
-use alveole_vm_config::LogLevel;
+use alveole_vm_config::{self as config, LogLevel};
 use log::{LevelFilter, Log, Metadata, Record};
 
 /// What is written, and how.
-pub(crate) struct Settings<'a> {
-    pub(crate) path: Option<&'a Path>,
-    pub(crate) id: String,
-    pub(crate) level: LogLevel,
-    pub(crate) show_level: bool,
-    pub(crate) show_origin: bool,
-    pub(crate) module: Option<String>,
-}
-
-struct Logger {
+struct Settings {
     /// None: standard error.
-    file: Option<Mutex<File>>,
+    file: Option<File>,
     id: String,
     show_level: bool,
     show_origin: bool,
     module: Option<String>,
+}
+
+struct Logger {
+    settings: RwLock<Settings>,
     lost_lines: AtomicU64,
 }
 
-/// Starts logging. A refused system call is reported to the same file.
+static LOGGER: Logger = Logger {
+    settings: RwLock::new(Settings {
+        file: None,
+        id: String::new(),
+        show_level: false,
+        show_origin: false,
+        module: None,
+    }),
+    lost_lines: AtomicU64::new(0),
+};
+
+/// Starts logging, to standard error, by this name of the machine.
+pub(crate) fn start(id: &str) {
+    LOGGER.write().id = id.to_owned();
+    log::set_max_level(LevelFilter::Warn);
+    // Fails only the second time.
+    let _ = log::set_logger(&LOGGER);
+}
+
+/// Changes what `wanted` names. A refused system call is reported to the same file.
 ///
 /// # Errors
-/// The log file cannot be opened.
-pub(crate) fn start(settings: Settings<'_>) -> Result<(), String> {
-    let file = settings.path.map(open).transpose()?;
+/// The log file cannot be opened; nothing is changed.
+pub(crate) fn change(wanted: &config::Logger) -> Result<(), String> {
+    let file = wanted.log_path.as_deref().map(open).transpose()?;
     if let Some(file) = &file {
         alveole_thread_sandbox::set_report_log(file.as_raw_fd());
     }
-    let logger = Logger {
-        file: file.map(Mutex::new),
-        id: settings.id,
-        show_level: settings.show_level,
-        show_origin: settings.show_origin,
-        module: settings.module,
-        lost_lines: AtomicU64::new(0),
-    };
-    log::set_boxed_logger(Box::new(logger)).map_err(|e| e.to_string())?;
-    log::set_max_level(match settings.level {
-        LogLevel::Off => LevelFilter::Off,
-        LogLevel::Error => LevelFilter::Error,
-        LogLevel::Warning => LevelFilter::Warn,
-        LogLevel::Info => LevelFilter::Info,
-        LogLevel::Debug => LevelFilter::Debug,
-        LogLevel::Trace => LevelFilter::Trace,
-    });
+    let mut settings = LOGGER.write();
+    if file.is_some() {
+        settings.file = file;
+    }
+    if let Some(show) = wanted.show_level {
+        settings.show_level = show;
+    }
+    if let Some(show) = wanted.show_log_origin {
+        settings.show_origin = show;
+    }
+    if wanted.module.is_some() {
+        settings.module.clone_from(&wanted.module);
+    }
+    if let Some(level) = wanted.level {
+        log::set_max_level(match level {
+            LogLevel::Off => LevelFilter::Off,
+            LogLevel::Error => LevelFilter::Error,
+            LogLevel::Warning => LevelFilter::Warn,
+            LogLevel::Info => LevelFilter::Info,
+            LogLevel::Debug => LevelFilter::Debug,
+            LogLevel::Trace => LevelFilter::Trace,
+        });
+    }
     Ok(())
 }
 
@@ -89,30 +109,24 @@ pub(crate) fn open(path: &Path) -> Result<File, String> {
 
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        if self.file.is_none() && metadata.target() == crate::exit::LOG_TARGET {
-            return false;
-        }
-        self.module
-            .as_ref()
-            .is_none_or(|m| metadata.target().starts_with(m.as_str()))
+        self.read().wants(metadata)
     }
 
     fn log(&self, record: &Record<'_>) {
-        if !self.enabled(record.metadata()) {
+        let settings = self.read();
+        if !settings.wants(record.metadata()) {
             return;
         }
-        let line = self.format(record);
+        let line = settings.format(record);
         let lost = self.lost_lines.swap(0, Ordering::Relaxed);
         let mut text = String::new();
         if lost > 0 {
             text = format!("alveole-vmm: {lost} log lines before this one could not be written\n");
         }
         text.push_str(&line);
-        let written = match &self.file {
-            // One write for one line: lines of several threads never mix.
-            Some(file) => file
-                .lock()
-                .is_ok_and(|mut f| f.write_all(text.as_bytes()).is_ok()),
+        // One write for one line: the file is open to append, so lines of several threads never mix.
+        let written = match &settings.file {
+            Some(file) => { file }.write_all(text.as_bytes()).is_ok(),
             None => io::stderr().write_all(text.as_bytes()).is_ok(),
         };
         if !written {
@@ -123,7 +137,7 @@ impl Log for Logger {
     /// Nothing is buffered. Says what was lost for good.
     fn flush(&self) {
         let lost = self.lost_lines.swap(0, Ordering::Relaxed);
-        if lost > 0 && self.file.is_some() {
+        if lost > 0 && self.read().file.is_some() {
             crate::exit::say(&format!(
                 "{lost} log lines could not be written; is the disk full?"
             ));
@@ -132,6 +146,27 @@ impl Log for Logger {
 }
 
 impl Logger {
+    fn read(&self) -> RwLockReadGuard<'_, Settings> {
+        self.settings.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Settings> {
+        self.settings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Settings {
+    fn wants(&self, metadata: &Metadata<'_>) -> bool {
+        if self.file.is_none() && metadata.target() == crate::exit::LOG_TARGET {
+            return false;
+        }
+        self.module
+            .as_ref()
+            .is_none_or(|m| metadata.target().starts_with(m.as_str()))
+    }
+
     fn format(&self, record: &Record<'_>) -> String {
         let thread = std::thread::current();
         let mut head = format!(
@@ -209,13 +244,12 @@ mod tests {
 
     #[test]
     fn a_line_stays_one_entry() {
-        let logger = Logger {
+        let logger = Settings {
             file: None,
             id: "x".into(),
             show_level: true,
             show_origin: false,
             module: Some("alveole".into()),
-            lost_lines: AtomicU64::new(0),
         };
         let record = Record::builder()
             .args(format_args!("a\nb"))
@@ -224,7 +258,7 @@ mod tests {
         let line = logger.format(&record);
         assert!(line.ends_with(":WARN] a\n    b\n"), "{line}");
         assert!(
-            !logger.enabled(record.metadata()),
+            !logger.wants(record.metadata()),
             "another module is filtered out"
         );
     }

@@ -1,24 +1,25 @@
 //! The thin VMM: one process runs one guest.
 //!
-//! Reads the description, opens what the host must give, has the machine built and run, and says how it
-//! ended. Knows no device, no register and no KVM request; all of that is below `alveole_machine`.
+//! Reads the command line, serves the API, has the machine built and run, and says how it ended. Knows no device, no
+//! register and no KVM request; all of that is below `alveole_machine`.
 
 mod cli;
 mod description;
 mod exit;
 mod logger;
 mod metrics;
+mod session;
 mod signals;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use alveole_hypervisor_kvm::KvmPartition;
-use alveole_machine::{Event, HostResources, Machine, Mailbox, Options};
-use alveole_serial::{Console, ConsoleTarget};
-use alveole_vm_config::{LogLevel, VmConfig};
+use alveole_api_server::{ApiSocket, ApiThread};
+use alveole_event_loop::Worker;
+use alveole_machine::{Event, Files, Mailbox};
 use cli::{Args, Request};
 use exit::Failure;
+use session::{Session, Started};
 
 /// How often counters are written; Firecracker's period.
 const METRICS_PERIOD: Duration = Duration::from_secs(60);
@@ -38,106 +39,61 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
-    let config = description::read(args)?;
-    start_logger(args, &config).map_err(Failure::Host)?;
-    let valid = alveole_machine::validate(&config).map_err(|broken| {
-        let all: Vec<_> = broken.iter().map(ToString::to_string).collect();
-        Failure::Config(format!("this machine cannot be built: {}", all.join("; ")))
-    })?;
-    let metrics_path = args.metrics_path.as_ref();
-    let metrics_path = metrics_path.or(config.metrics.as_ref().map(|m| &m.metrics_path));
-    let mut metrics = metrics_path
-        .map(|path| metrics::MetricsFile::open(path, started))
-        .transpose()
-        .map_err(Failure::Host)?;
-
+    logger::start(args.id.as_deref().unwrap_or(session::DEFAULT_ID));
     let host = |e: &dyn std::error::Error| Failure::Host(e.to_string());
+    let config = args.config_file.as_deref().map(description::read);
+    let config = config.transpose()?;
+    let at_once = config.is_some();
+
+    let (mailbox, events) = Mailbox::new();
+    let config = config.unwrap_or_default();
+    let mut session = Session::new(args, config, mailbox.clone(), started)?;
     alveole_thread_sandbox::install_refusal_report(alveole_serial::restore_terminal)
         .map_err(|e| host(&e))?;
-    let (mailbox, events) = Mailbox::new();
     let signals = signals::SignalWorker::new(mailbox.clone()).map_err(Failure::Host)?;
-    let resources = HostResources::open(&valid).map_err(|e| Failure::Config(e.to_string()))?;
-    let partition = KvmPartition::new().map_err(|e| host(&e))?;
-    let target = console_target(args, &config);
-    let options = Options {
-        boot_timer: args.boot_timer,
-        end_with_terminal: matches!(target, ConsoleTarget::Terminal),
-        placement: args.placement,
-        disk_threads: args.disk_threads,
-        transport: args.transport,
-    };
-    let to_control = mailbox.clone();
-    let console = Console::open(
-        &target,
-        Box::new(move |e| to_control.send(Event::Console(e))),
-    )
-    .map_err(|e| host(&e))?;
-    let mut machine = alveole_machine::build(
-        &valid,
-        resources,
-        console,
-        Box::new(partition),
-        vec![Box::new(signals)],
-        (mailbox, events),
-        options,
-    )
-    .map_err(|e| match e.blames_description() {
-        true => Failure::Config(e.to_string()),
-        false => host(&e),
-    })?;
+    let mut workers: Vec<Box<dyn Worker>> = vec![Box::new(signals)];
+    // Signals end this process before there is a machine, too: where there is an API, its loop takes them.
+    let mut api = None;
+    if !args.no_api {
+        api = Some(serve(args, &mailbox, std::mem::take(&mut workers))?);
+    }
 
-    let mut told = !args.boot_timer;
-    let end = machine.run(METRICS_PERIOD, &mut |machine| {
-        told = told || tell_boot_time(machine, started);
-        if let Some(file) = &mut metrics {
-            file.write(machine);
+    let mut machine = if at_once {
+        session.build(workers)?
+    } else {
+        match session.wait_for_start(&events)? {
+            Started::Machine(machine) => *machine,
+            Started::Ended(end) => return Ok(exit::ended(&end)),
         }
+    };
+    if api.is_some() {
+        let mut files = None;
+        if !machine.disks().is_empty() {
+            files = Some(Files::start(&mailbox).map_err(|e| host(&e))?);
+        }
+        machine.answer_clients(session.desk(), files);
+    }
+    let end = machine.run(&events, METRICS_PERIOD, &mut |machine| {
+        session.tick(machine)
     });
-    drop(machine);
+    // What clients still wait for is answered by being dropped; then the API writes that, and goes.
+    drop((machine, events));
+    drop(api);
     Ok(exit::ended(&end))
 }
 
-fn start_logger(args: &Args, config: &VmConfig) -> Result<(), String> {
-    let file = config.logger.clone().unwrap_or_default();
-    logger::start(logger::Settings {
-        path: args.log_path.as_deref().or(file.log_path.as_deref()),
-        id: args
-            .id
-            .clone()
-            .unwrap_or_else(|| "anonymous-instance".into()),
-        level: args.level.or(file.level).unwrap_or(LogLevel::Warning),
-        show_level: args.show_level || file.show_level.unwrap_or(false),
-        show_origin: args.show_log_origin || file.show_log_origin.unwrap_or(false),
-        module: args.module.clone().or(file.module),
-    })
-}
-
-/// The command line wins over the file; neither: the terminal.
-fn console_target(args: &Args, config: &VmConfig) -> ConsoleTarget {
-    let from_file = config
-        .serial
-        .as_ref()
-        .and_then(|s| s.serial_out_path.clone());
-    let from_file = from_file.map(cli::file_console);
-    args.console
-        .clone()
-        .or(from_file)
-        .unwrap_or(ConsoleTarget::Terminal)
-}
-
-/// True when the guest's init has been seen and the times have been told.
-fn tell_boot_time(machine: &Machine, started: Instant) -> bool {
-    let milestones = machine.milestones();
-    let (Some(first), Some(init)) = (milestones.first_instruction, milestones.booted) else {
-        return false;
-    };
-    let ms = |at: Instant| at.saturating_duration_since(started).as_secs_f64() * 1000.0;
-    exit::say(&format!(
-        "boot timer: process start to first guest instruction {:.2} ms, to guest init {:.2} ms",
-        ms(first),
-        ms(init)
-    ));
-    true
+/// Starts the API, with `workers` on its loop.
+fn serve(
+    args: &Args,
+    mailbox: &Mailbox,
+    workers: Vec<Box<dyn Worker>>,
+) -> Result<ApiThread, Failure> {
+    let socket = ApiSocket::bind(&args.api_sock).map_err(|e| Failure::Host(e.to_string()))?;
+    let (requests, failures) = (mailbox.clone(), mailbox.clone());
+    let send = Box::new(move |request| requests.send(Event::Request(request)));
+    let failed = move |why| failures.send(Event::LoopEnded(why));
+    ApiThread::start(socket, args.max_body_bytes, send, workers, failed)
+        .map_err(|e| Failure::Host(e.to_string()))
 }
 
 /// When this process started: the processor time it has used so far lies between then and now.

@@ -27,8 +27,11 @@ impl MetricsFile {
         })
     }
 
-    /// Writes one line with all counters of `machine`. A line that cannot be written is lost.
-    pub(crate) fn write(&mut self, machine: &Machine) {
+    /// Writes one line with all counters of `machine`.
+    ///
+    /// # Errors
+    /// The host takes no more; the line is lost.
+    pub(crate) fn write(&mut self, machine: &Machine) -> Result<(), String> {
         let mut line = Map::new();
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
@@ -53,8 +56,9 @@ impl MetricsFile {
             line.insert(set, counters.into());
         }
         let text = format!("{}\n", Value::Object(line));
-        if let Err(e) = self.file.write_all(text.as_bytes()) {
-            log::warn!("cannot write counters: {e}");
-        }
+        let written = self.file.write_all(text.as_bytes());
+        written.map_err(|e| {
+            format!("cannot write counters: {e}; is the disk full, or the reader of the pipe gone?")
+        })
     }
 }

@@ -419,6 +419,22 @@ fn links_that_are_none_are_refused_by_name_and_cause() {
             r#"{"iface_id": "eth0", "host_dev_name": "tap0", "mtu": 9}"#,
             &["mtu 9", "68 to 65535"],
         ),
+        (
+            r#"{"iface_id": "eth0", "host_dev_name": "tap0", "vhost": true, "tx_rate_limiter": {"ops": {"size": 1, "refill_time": 1}}}"#,
+            &["vhost and tx_rate_limiter", "bounds nothing", "leave"],
+        ),
+        (
+            r#"{"iface_id": "eth0", "host_dev_name": "tap0", "vhost": true, "anti_spoofing": true}"#,
+            &["vhost and anti_spoofing", "no addresses"],
+        ),
+        (
+            r#"{"iface_id": "eth0", "host_dev_name": "/run/x", "link": "stream", "vhost": true}"#,
+            &["link \"stream\"", "taps and macvtaps"],
+        ),
+        (
+            r#"{"iface_id": "eth0", "host_dev_name": "tap0", "vhost_fds": "20"}"#,
+            &["vhost_fds \"20\"", "set vhost to true"],
+        ),
     ] {
         let text = format!(
             "{{\n\"network-interfaces\": [{interface}],{}",
@@ -552,11 +568,16 @@ fn wrong_words_on_the_command_line() {
     let bench = Bench::new(&power_off());
     let help = "see alveole-vmm --help";
     for (arguments, words) in [
+        (&["--no-api"][..], &["add --config-file FILE", help][..]),
         (
-            &["--no-api"][..],
-            &["--config-file FILE is missing", help][..],
+            &["--config-file", "vm.json", "--metadata", "m.json"],
+            &["--metadata cannot be had", "not built yet", help],
         ),
-        (&["--config-file", "vm.json"], &["add --no-api", help]),
+        (
+            &["--no-seccomp"],
+            &["--no-seccomp cannot be had", "leave the option out", help],
+        ),
+        (&["--id", "a", "--id", "b"], &["--id is given twice", help]),
         (&["--config-file"], &["--config-file", help]),
         (&["--nope"], &["unknown option --nope", help]),
         (&["-z"], &["unknown option -z", help]),

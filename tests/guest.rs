@@ -26,11 +26,17 @@ mod files;
 mod kept;
 #[path = "guest/network.rs"]
 mod network;
+#[path = "guest/networks.rs"]
+mod networks;
 #[path = "guest/sandbox.rs"]
 mod sandbox;
 #[path = "guest/sees.rs"]
 mod sees;
 #[path = "guest/space.rs"]
 mod space;
+#[path = "guest/traffic.rs"]
+mod traffic;
+#[path = "guest/vhost.rs"]
+mod vhost;
 #[path = "guest/vsock.rs"]
 mod vsock;

@@ -909,7 +909,7 @@ fn macvtap_guests_are_neighbours_of_the_parent() {
 #[test]
 fn user_mode_serves_a_guest_and_ends_with_it() {
     const TEST: &str = "user_mode_serves_a_guest_and_ends_with_it";
-    alone(TEST, |folder| {
+    alone(TEST, |_| {
         if !["/usr/bin/passt", "/bin/passt"]
             .iter()
             .any(|p| Path::new(p).exists())
@@ -923,7 +923,8 @@ fn user_mode_serves_a_guest_and_ends_with_it() {
             mtu: 65_520,
             mac: None,
         };
-        let mut network = UserNetwork::start(folder, &vm, &request).unwrap();
+        let mut network = UserNetwork::start(&vm, &request).unwrap();
+        network.wait_until_ready().unwrap();
         let pid = network.pid().unwrap();
         let mut socket = UnixStream::from(network.take_socket().unwrap());
         socket
@@ -952,7 +953,7 @@ fn user_mode_serves_a_guest_and_ends_with_it() {
                 && frame[30..34] == [10, 0, 2, 15]
                 && frame[36..38] == [0, 80];
         }
-        let said = UserNetwork::start(folder, &"other".parse().unwrap(), &request)
+        let said = UserNetwork::start(&"other".parse().unwrap(), &request)
             .unwrap_err()
             .to_string();
         assert!(said.contains("127.0.0.1:8080/tcp"), "{said}");
@@ -973,9 +974,8 @@ fn user_mode_serves_a_guest_and_ends_with_it() {
         let _ = asks.join().unwrap();
         // A host that leads nowhere.
         ok("ip", "link del eth0");
-        let said = UserNetwork::start(folder, &vm, &request)
-            .unwrap_err()
-            .to_string();
+        let mut nowhere = UserNetwork::start(&vm, &request).unwrap();
+        let said = nowhere.wait_until_ready().unwrap_err().to_string();
         assert!(said.contains("default route"), "{said}");
     });
 }

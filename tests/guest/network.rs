@@ -17,18 +17,24 @@ use tempfile::TempDir;
 use crate::harness::images::{ext4, output, root_files};
 use crate::harness::{End, Running, Vm, is_root, patience, skip};
 
-const HOST: &str = "10.77.0.1";
+pub(super) const HOST: &str = "10.77.0.1";
 const HOST6: &str = "fd77::1";
 const MAC: &str = "02:77:00:00:00:02";
 /// What a guest does first. Neighbours are not asked whether an address is theirs already: that takes a second.
 const UP: &str = "ip link set lo up; echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_dad; ip link set eth0 up; \
     ip addr add 10.77.0.2/24 dev eth0; ip addr add fd77::2/64 dev eth0; echo up";
 /// Bytes of the long transfers.
-const LONG: usize = 48 << 20;
+pub(super) const LONG: usize = 48 << 20;
 
 /// Enters a network namespace with a tap `tap0` in it. None, and said so, where that is not allowed.
 #[track_caller]
-fn tap(mtu: u32) -> Option<()> {
+pub(super) fn tap(mtu: u32) -> Option<()> {
+    tap_with(mtu, "")
+}
+
+/// As [`tap`], made with these flags of `ip tuntap` as well.
+#[track_caller]
+pub(super) fn tap_with(mtu: u32, flags: &str) -> Option<()> {
     if !is_root() {
         skip("taps are made by root");
         return None;
@@ -36,7 +42,7 @@ fn tap(mtu: u32) -> Option<()> {
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     for words in [
         "link set dev lo up".to_owned(),
-        "tuntap add dev tap0 mode tap vnet_hdr".to_owned(),
+        format!("tuntap add dev tap0 mode tap{flags} vnet_hdr"),
         format!("link set dev tap0 mtu {mtu} up"),
         format!("address add {HOST}/24 dev tap0"),
         format!("address add {HOST6}/64 dev tap0 nodad"),
@@ -48,11 +54,37 @@ fn tap(mtu: u32) -> Option<()> {
 }
 
 /// A guest on `tap0` that runs `script` when its address is there.
-fn boot(dir: &Path, transport: &str, mtu: u32, script: &str) -> Option<Running> {
+#[track_caller]
+pub(super) fn boot(dir: &Path, transport: &str, mtu: u32, script: &str) -> Option<Running> {
+    let interface = json!({"guest_mac": MAC, "mtu": mtu});
+    prepared(dir, transport, interface, script).map(Vm::boot)
+}
+
+/// The same with this interface, not started yet.
+#[track_caller]
+pub(super) fn prepared(
+    dir: &Path,
+    transport: &str,
+    interface: serde_json::Value,
+    script: &str,
+) -> Option<Vm> {
+    prepared_with(dir, transport, interface, script, |_| {})
+}
+
+/// The same, with what `add` puts into its root.
+#[track_caller]
+pub(super) fn prepared_with(
+    dir: &Path,
+    transport: &str,
+    interface: serde_json::Value,
+    script: &str,
+    add: impl FnOnce(&Path),
+) -> Option<Vm> {
     let vm = Vm::any()?;
     let root = root_files(dir, &format!("dmesg -n 1\n{UP}\n{script}"));
+    add(&root);
     let image = dir.join("root.ext4");
-    if !ext4(&image, &root, 16) {
+    if !ext4(&image, &root, 32) {
         return None;
     }
     let vm = vm
@@ -60,17 +92,16 @@ fn boot(dir: &Path, transport: &str, mtu: u32, script: &str) -> Option<Running> 
             &image,
             json!({"is_root_device": true, "is_read_only": true}),
         )
-        .tap("tap0", json!({"guest_mac": MAC, "mtu": mtu}));
-    let vm = if transport == "pci" {
+        .tap("tap0", interface);
+    Some(if transport == "pci" {
         vm.option("--enable-pci")
     } else {
         vm
-    };
-    Some(vm.boot())
+    })
 }
 
 /// A pattern in which no piece is like another.
-fn pattern(len: usize) -> Vec<u8> {
+pub(super) fn pattern(len: usize) -> Vec<u8> {
     let mut state = 88_172_645_463_325_252_u64;
     let mut bytes = Vec::with_capacity(len);
     while bytes.len() < len {
@@ -83,7 +114,7 @@ fn pattern(len: usize) -> Vec<u8> {
     bytes
 }
 
-fn sha256(bytes: &[u8], dir: &Path) -> String {
+pub(super) fn sha256(bytes: &[u8], dir: &Path) -> String {
     let file = dir.join("sum");
     std::fs::write(&file, bytes).unwrap();
     let said = output("sha256sum", &[file.to_str().unwrap()]);
@@ -91,7 +122,7 @@ fn sha256(bytes: &[u8], dir: &Path) -> String {
 }
 
 /// Connects as soon as the guest listens.
-fn connect(addr: &str) -> TcpStream {
+pub(super) fn connect(addr: &str) -> TcpStream {
     let until = Instant::now() + patience(30);
     loop {
         match TcpStream::connect_timeout(&addr.parse().unwrap(), Duration::from_secs(2)) {

@@ -80,6 +80,20 @@ pub(crate) fn root_files(dir: &Path, script: &str) -> PathBuf {
     root
 }
 
+/// Puts a program of the host's below `root`, with the libraries that it names.
+pub(crate) fn add_program(root: &Path, program: &str) {
+    let libraries = output("ldd", &[program]);
+    let files = libraries
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+        .chain([program]);
+    for file in files {
+        let copy = root.join(file.trim_start_matches('/'));
+        fs::create_dir_all(copy.parent().unwrap()).unwrap();
+        fs::copy(file, copy).unwrap();
+    }
+}
+
 /// Makes `image` a file system of `mib` MiB that holds what is below `root`.
 #[track_caller]
 pub(crate) fn ext4(image: &Path, root: &Path, mib: u64) -> bool {
@@ -179,16 +193,7 @@ pub(crate) fn fio_root() -> Option<&'static Path> {
             "dmesg -n 1\nfor disk in /sys/block/vd*; do \
              [ \"$(head -c 9 /dev/${disk##*/})\" != '#!/bin/sh' ] || sh /dev/${disk##*/}; done",
         );
-        let libraries = output("ldd", &[fio]);
-        let files = libraries
-            .split_whitespace()
-            .filter(|word| word.starts_with('/'))
-            .chain([fio]);
-        for file in files {
-            let copy = root.join(file.trim_start_matches('/'));
-            fs::create_dir_all(copy.parent().unwrap()).unwrap();
-            fs::copy(file, copy).unwrap();
-        }
+        add_program(&root, fio);
         // Where cargo keeps what tests make: nothing is left elsewhere, and the next run writes over it.
         let image = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fio-root.ext4");
         let new = image.with_extension(std::process::id().to_string());

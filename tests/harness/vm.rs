@@ -37,7 +37,11 @@ pub(crate) struct Vm {
     drives: Vec<serde_json::Value>,
     interfaces: Vec<serde_json::Value>,
     vsock: Option<PathBuf>,
+    inherits: Option<(u8, PathBuf)>,
     by_nobody: bool,
+    /// The words for `alveole run`, if it is started by that.
+    by_alveole: Option<Vec<String>>,
+    takes_commands: bool,
 }
 
 impl Vm {
@@ -72,7 +76,10 @@ impl Vm {
                 drives: Vec::new(),
                 interfaces: Vec::new(),
                 vsock: None,
+                inherits: None,
                 by_nobody: false,
+                by_alveole: None,
+                takes_commands: false,
             }),
             Err(why) => {
                 skip(&why);
@@ -150,6 +157,12 @@ impl Vm {
         self
     }
 
+    /// The monitor is started with `path` open as this descriptor.
+    pub(crate) fn inherits(mut self, fd: u8, path: &Path) -> Self {
+        self.inherits = Some((fd, path.into()));
+        self
+    }
+
     pub(crate) fn kernel(mut self, path: &Path) -> Self {
         self.source.kernel = path.into();
         self
@@ -173,6 +186,18 @@ impl Vm {
     pub(crate) fn run_by_nobody(mut self) -> Self {
         self.by_nobody = true;
         self
+    }
+
+    /// Starts it as people do, by `alveole run` and these words.
+    pub(crate) fn by_alveole(mut self, words: &[&str]) -> Self {
+        self.by_alveole = Some(words.iter().map(|word| (*word).to_owned()).collect());
+        self
+    }
+
+    /// Lets the guest do what [`Running::ask`] says; it powers off with the word `exit`.
+    pub(crate) fn takes_commands(mut self) -> Self {
+        self.takes_commands = true;
+        self.init_does("run:/commands")
     }
 
     /// Starts it.
@@ -235,8 +260,19 @@ impl Vm {
         let mut kernel = self.source.kernel.clone();
         let mut initrd = self.source.initrd.clone();
         let mut monitor = PathBuf::from(env!("CARGO_BIN_EXE_alveole-vmm"));
+        // Of another package: built with the whole workspace.
+        let mut alveole = monitor.with_file_name("alveole");
+        if self.takes_commands {
+            let with = dir.join("kept-initrd-of-commands");
+            fs::write(
+                &with,
+                add_file(&fs::read(&initrd).unwrap(), "commands", COMMANDS),
+            )
+            .unwrap();
+            initrd = with;
+        }
         if self.by_nobody {
-            for path in [&mut kernel, &mut initrd, &mut monitor] {
+            for path in [&mut kernel, &mut initrd, &mut monitor, &mut alveole] {
                 let name = path.file_name().unwrap().display();
                 let copy = dir.join(format!("kept-{name}"));
                 fs::copy(&path, &copy).unwrap();
@@ -244,6 +280,17 @@ impl Vm {
                 *path = copy;
             }
             fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        if let Some(words) = &self.by_alveole {
+            let mut command = Command::new(alveole);
+            command.args(["run", "--no-probe", "--kernel"]).arg(kernel);
+            command.arg("--initrd").arg(initrd);
+            let line = format!("{} {}", self.source.words, self.words);
+            command.args(["--cmdline", line.trim()]);
+            command.args(["--cpus", &self.cpus.to_string()]);
+            command.args(["--memory", &self.memory_mib.to_string()]);
+            command.args(words).env("ALVEOLE_VMM", monitor);
+            return self.as_its_user(command);
         }
         let mut description = json!({
             "boot-source": {
@@ -264,7 +311,15 @@ impl Vm {
         let file = dir.join("vm.json");
         fs::write(&file, description.to_string()).unwrap();
 
-        let mut command = Command::new(monitor);
+        let mut command = match &self.inherits {
+            None => Command::new(monitor),
+            Some((fd, path)) => {
+                let mut shell = Command::new("sh");
+                let words = format!("exec {fd}<>\"$0\"; exec \"$@\"");
+                shell.arg("-c").arg(words).arg(path).arg(monitor);
+                shell
+            }
+        };
         command.arg("--config-file").arg(&file).arg("--no-api");
         let at = |name: &str| dir.join(name).display().to_string();
         match self.console {
@@ -279,13 +334,52 @@ impl Vm {
         if !self.by_nobody {
             command.args(["--metrics-path".into(), at("metrics")]);
         }
-        command.args(&self.options).process_group(0);
+        command.args(&self.options);
+        self.as_its_user(command)
+    }
+
+    fn as_its_user(&self, mut command: Command) -> Command {
+        command.process_group(0);
         if self.by_nobody && is_root() {
             // For root this also gives up the groups.
             command.uid(NOBODY).gid(NOBODY);
         }
         command
     }
+}
+
+/// What a guest that takes commands runs; its console shows what each says and then its exit status.
+const COMMANDS: &str = "#!/bin/sh
+dmesg -n 1
+stty -echo
+echo takes-commands
+while read -r line; do
+    eval \"$line\"
+    echo \"=$?=\"
+done
+";
+
+/// An initramfs with one more file, executable, at its top: archives may follow each other
+/// (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
+fn add_file(initramfs: &[u8], name: &str, content: &str) -> Vec<u8> {
+    let mut all = initramfs.to_vec();
+    let mut add = |name: &str, mode: u32, content: &str| {
+        all.resize(all.len().next_multiple_of(4), 0);
+        // inode, mode, owner, group, links, time, size, four device numbers, length of the name, checksum.
+        let [size, name_len] = [content.len(), name.len() + 1];
+        let fields = [1, mode as usize, 0, 0, 1, 0, size, 0, 0, 0, 0, name_len, 0];
+        all.extend_from_slice(b"070701");
+        for field in fields {
+            all.extend_from_slice(format!("{field:08x}").as_bytes());
+        }
+        all.extend_from_slice(name.as_bytes());
+        all.push(0);
+        all.resize(all.len().next_multiple_of(4), 0);
+        all.extend_from_slice(content.as_bytes());
+    };
+    add(name, 0o100_755, content);
+    add("TRAILER!!!", 0, "");
+    all
 }
 
 /// How a monitor ended.
@@ -402,6 +496,38 @@ impl Running {
     pub(crate) fn wait_for(&mut self, text: &str) {
         let output = self.output.clone();
         self.seen = self.wait_in(&output, self.seen, text);
+    }
+
+    /// Waits until a guest that takes commands does.
+    #[track_caller]
+    pub(crate) fn wait_for_commands(&mut self) {
+        self.wait_for("takes-commands\n");
+    }
+
+    /// Has a guest that takes commands do something; its exit status and what it said.
+    #[track_caller]
+    pub(crate) fn ask(&mut self, command: &str) -> (i32, String) {
+        let start = self.seen;
+        self.type_in(&format!("{command}\n"));
+        loop {
+            let line_start = self.seen;
+            self.wait_for("\n");
+            let output = self.output.text();
+            let line = output[line_start..self.seen - 1].strip_suffix('=');
+            if let Some((rest, status)) = line.and_then(|line| line.rsplit_once('='))
+                && let Ok(status) = status.parse()
+            {
+                let said = &output[start..line_start + rest.len()];
+                return (status, said.trim().to_owned());
+            }
+        }
+    }
+
+    /// Ends a guest that takes commands.
+    #[track_caller]
+    pub(crate) fn leave(mut self) -> End {
+        self.type_in("exit 0\n");
+        self.wait()
     }
 
     /// Waits until the console has shown `text`, wherever.

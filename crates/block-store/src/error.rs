@@ -83,6 +83,8 @@ pub enum OpenError {
         access: &'static str,
         /// Who uses it and how.
         holder: String,
+        /// This process is among them.
+        by_us: bool,
     },
     /// It is no image of the format that it should have, or a damaged one.
     #[error("cannot open {} as qcow2: {source}", path.display())]

@@ -136,7 +136,7 @@ impl HostFile {
                     .max(geometry.block_size_bytes),
                 ..geometry
             },
-            identity: format!("{}{}{}", facts.dev(), facts.rdev(), facts.ino()),
+            identity: identity_of(&facts),
             file,
             gate: Gate::default(),
         })
@@ -306,6 +306,19 @@ impl Drop for HostFile {
 
 fn bit(mode: i32) -> u8 {
     if mode == PUNCH_HOLE { 1 } else { 2 }
+}
+
+/// What names a file or device for as long as it exists.
+fn identity_of(facts: &fs::Metadata) -> String {
+    format!("{}{}{}", facts.dev(), facts.rdev(), facts.ino())
+}
+
+/// What [`crate::BlockStore::identity`] would be of a store that is opened at `path`; nothing is opened.
+///
+/// # Errors
+/// There is nothing, or it cannot be looked at.
+pub fn identity_at(path: &Path) -> io::Result<String> {
+    fs::metadata(path).map(|facts| identity_of(&facts))
 }
 
 fn file_geometry(file: &File, facts: &fs::Metadata, size: u64, write: bool) -> Geometry {

@@ -36,6 +36,7 @@ pub mod tools;
 mod uring;
 
 pub use error::{OpenError, StoreError};
+pub use host_file::identity_at;
 pub(crate) use open::engine_name;
 pub use open::open;
 pub use options::{Backing, Cache, Engine, Format, OpenOptions};

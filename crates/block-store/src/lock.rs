@@ -50,9 +50,11 @@ pub(crate) fn lock(file: &File, path: &Path, write: bool) -> Result<(), OpenErro
         return Err(OpenError::Locked {
             path: path.to_owned(),
             access: if write { "writing" } else { "reading" },
-            holder: error.unwrap_or_else(|| {
-                "it is in use by a process that cannot be seen from here".to_owned()
-            }),
+            by_us: error.as_ref().is_some_and(|holders| holders.by_us),
+            holder: error.map_or_else(
+                || "it is in use by a process that cannot be seen from here".to_owned(),
+                |holders| holders.told,
+            ),
         });
     }
 }
@@ -97,11 +99,18 @@ fn cannot(path: &Path, error: &io::Error) -> Result<(), Conflict> {
     Ok(())
 }
 
+/// Who holds locks of a file.
+struct Holders {
+    told: String,
+    /// This process is among them.
+    by_us: bool,
+}
+
 /// Who holds locks of the file besides this open file, from what /proc says of the files of each process:
 /// locks of open files name nobody.
-fn holders(file: &File) -> Option<String> {
+fn holders(file: &File) -> Option<Holders> {
     let inode = &kernel_name(file)?;
-    let mut found = Vec::new();
+    let (mut found, mut by_us) = (Vec::new(), false);
     for process in fs::read_dir("/proc").ok()?.flatten().take(MAX_PROCESSES) {
         let name = process.file_name();
         let Some(pid) = name.to_str().and_then(|n| n.parse::<u32>().ok()) else {
@@ -122,6 +131,7 @@ fn holders(file: &File) -> Option<String> {
         });
         if let Some(writes) = writes.reduce(|a, b| a || b) {
             let command = fs::read_to_string(folder.join("comm")).unwrap_or_default();
+            by_us |= mine;
             let (command, how) = (command.trim(), if writes { "write" } else { "read" });
             let this = if mine { ", this process itself" } else { "" };
             found.push(format!(
@@ -129,7 +139,10 @@ fn holders(file: &File) -> Option<String> {
             ));
         }
     }
-    (!found.is_empty()).then(|| found.join(", "))
+    (!found.is_empty()).then(|| Holders {
+        told: found.join(", "),
+        by_us,
+    })
 }
 
 /// Device and inode as the kernel prints them with locks: `fe:00:131`. Where a file system lies over others (overlayfs,

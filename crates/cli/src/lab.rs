@@ -83,6 +83,11 @@ fn options(args: &RunArgs, streams: Streams, host_cpus: usize) -> anyhow::Result
              beside the guest (tools/lab run -- ...)"
         );
     }
+    if let Some(why) = args.network.refused_in_lab() {
+        bail!(
+            "{why}; leave it out with --lab, or name a network, which is then made in the lab (sudo alveole net create)"
+        );
+    }
     for image in args.disk.iter().filter_map(Disk::written) {
         if interactive {
             bail!(

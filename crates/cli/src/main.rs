@@ -9,6 +9,7 @@ mod console;
 mod disk;
 mod doctor;
 mod images;
+mod interfaces;
 mod lab;
 mod net;
 mod run;

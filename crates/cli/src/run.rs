@@ -17,6 +17,7 @@ use rustix::io::FdFlags;
 
 use crate::console::Console;
 use crate::disk::{self, Disk};
+use crate::interfaces::{self, NetworkArgs, Plugged};
 use crate::lab;
 use crate::size::MemorySize;
 
@@ -73,6 +74,9 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "CID:PATH")]
     pub(crate) vsock: Option<Vsock>,
 
+    #[command(flatten)]
+    pub(crate) network: NetworkArgs,
+
     /// Serial console: stdio, file:PATH, unix:PATH or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub(crate) console: Console,
@@ -120,13 +124,16 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<Infallible> {
     if args.lab && !in_lab() {
         return lab::enter(args);
     }
+    // The lab leads nowhere.
+    let network = args.network.begin(!in_lab())?;
     if !args.no_probe {
         let probed = doctor::probe_kvm();
         if !probed.capable {
             bail!("{}", refusal(&probed.text, in_lab()));
         }
     }
-    let description = hand_over(&describe(args))?;
+    let plugged = network.finish()?;
+    let description = hand_over(&describe(args, &plugged))?;
     let mut command = Command::new(&vmm);
     command
         .arg("--config-file")
@@ -139,6 +146,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<Infallible> {
     if args.boot_timer {
         command.arg("--boot-timer");
     }
+    interfaces::keep_over_exec(&plugged.descriptors)?;
     Err(command.exec()).with_context(|| format!("cannot start {}", vmm.display()))
 }
 
@@ -151,12 +159,12 @@ fn refusal(why: &str, in_lab: bool) -> String {
     format!("cannot run a guest here: {why}; {cure}, --no-probe tries anyway")
 }
 
-fn describe(args: &RunArgs) -> VmConfig {
+fn describe(args: &RunArgs, plugged: &Plugged) -> VmConfig {
     VmConfig {
         boot_source: BootSource {
             kernel_image_path: args.kernel.clone(),
             initrd_path: args.initrd.clone(),
-            boot_args: Some(cmdline(args)),
+            boot_args: Some(cmdline(args, &plugged.words)),
         },
         machine_config: MachineConfig {
             vcpu_count: args.cpus,
@@ -164,19 +172,22 @@ fn describe(args: &RunArgs) -> VmConfig {
             ..MachineConfig::default()
         },
         drives: disk::drives(&args.disk),
+        network_interfaces: plugged.interfaces.clone(),
         vsock: args.vsock.as_ref().map(|vsock| vsock.0.clone()),
         entropy: Some(Entropy::default()),
         ..VmConfig::default()
     }
 }
 
-fn cmdline(args: &RunArgs) -> String {
+/// `told`: what the guest is to set up, which follows whatever else is said.
+fn cmdline(args: &RunArgs, told: &str) -> String {
     let mut parts = match &args.cmdline {
         Some(text) => vec![text.as_str()],
         None if args.console == Console::None => vec![CMDLINE],
         None => vec![CMDLINE_CONSOLE, CMDLINE],
     };
     parts.extend(args.append.iter().map(String::as_str));
+    parts.push(told);
     parts.retain(|part| !part.is_empty());
     parts.join(" ")
 }
@@ -227,26 +238,30 @@ pub(crate) mod tests {
 
     #[test]
     fn the_default_command_line_shows_the_boot() {
-        assert_eq!(cmdline(&parse(&[])), "console=ttyS0 reboot=k panic=-1");
+        assert_eq!(cmdline(&parse(&[]), ""), "console=ttyS0 reboot=k panic=-1");
         assert_eq!(
-            cmdline(&parse(&["--console", "file:x"])),
+            cmdline(&parse(&["--console", "file:x"]), ""),
             "console=ttyS0 reboot=k panic=-1"
         );
-        assert_eq!(cmdline(&parse(&["--console", "none"])), "reboot=k panic=-1");
+        assert_eq!(
+            cmdline(&parse(&["--console", "none"]), ""),
+            "reboot=k panic=-1"
+        );
     }
 
     #[test]
     fn cmdline_replaces_and_append_adds() {
-        assert_eq!(cmdline(&parse(&["--cmdline", "a"])), "a");
-        assert_eq!(cmdline(&parse(&["--cmdline", ""])), "");
-        assert_eq!(cmdline(&parse(&["--cmdline", "", "--append", "b"])), "b");
+        assert_eq!(cmdline(&parse(&["--cmdline", "a"]), ""), "a");
+        assert_eq!(cmdline(&parse(&["--cmdline", ""]), ""), "");
         assert_eq!(
-            cmdline(&parse(&[
-                "--append",
-                "quiet",
-                "--cmdline-append",
-                "rdinit=/bin/sh"
-            ])),
+            cmdline(&parse(&["--cmdline", "", "--append", "b"]), ""),
+            "b"
+        );
+        assert_eq!(
+            cmdline(
+                &parse(&["--append", "quiet", "--cmdline-append", "rdinit=/bin/sh"]),
+                ""
+            ),
             "console=ttyS0 reboot=k panic=-1 quiet rdinit=/bin/sh"
         );
     }
@@ -261,7 +276,10 @@ pub(crate) mod tests {
 
     #[test]
     fn the_description_cannot_be_changed_and_can_be_opened_again() {
-        let config = describe(&parse(&["--cpus", "2", "--memory", "1G"]));
+        let config = describe(
+            &parse(&["--cpus", "2", "--memory", "1G"]),
+            &Plugged::default(),
+        );
         let mut file = hand_over(&config).unwrap();
         assert!(file.write_all(b"x").is_err());
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());

@@ -9,6 +9,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// A number that only grows, raised from any thread. It wraps after 2^64 events.
 #[derive(Debug, Default)]
@@ -39,16 +40,90 @@ impl Counter {
     }
 }
 
+/// How long something took, as counts by powers of two. Raised from any thread by two atomic additions.
+#[derive(Debug, Default)]
+pub struct Histogram {
+    buckets: [AtomicU64; BUCKETS],
+    sum_ns: AtomicU64,
+}
+
+/// A histogram counts up to 2^10 ns (1 us), 2^11 ns and so on up to 2^31 ns (2.1 s), and what took longer.
+const FIRST_BUCKET_BITS: u32 = 10;
+const BUCKETS: usize = 23;
+
+/// What a histogram has seen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Observed {
+    /// Upper bounds in nanoseconds, ascending, and how many took no longer than each of them.
+    pub upto: Vec<(u64, u64)>,
+    /// How many there were.
+    pub count: u64,
+    /// How long they took together, in nanoseconds.
+    pub sum_ns: u64,
+}
+
+impl Histogram {
+    /// A histogram that has seen nothing.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Something took so long.
+    pub fn observe(&self, time: Duration) {
+        self.observe_many(time, 1);
+    }
+
+    /// So many took so long each.
+    pub fn observe_many(&self, time: Duration, count: u64) {
+        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        // Of 2^n and less, but more than 2^(n-1): n.
+        let bits = u64::BITS.saturating_sub(ns.saturating_sub(1).leading_zeros());
+        let at = usize::try_from(bits.saturating_sub(FIRST_BUCKET_BITS)).unwrap_or(BUCKETS);
+        let bucket = self.buckets.get(at).or(self.buckets.last());
+        if let Some(bucket) = bucket {
+            bucket.fetch_add(count, Ordering::Relaxed);
+        }
+        self.sum_ns
+            .fetch_add(ns.saturating_mul(count), Ordering::Relaxed);
+    }
+
+    /// What was seen so far. Each number is read on its own.
+    #[must_use]
+    pub fn observed(&self) -> Observed {
+        let mut count = 0u64;
+        let mut upto = Vec::with_capacity(BUCKETS);
+        for (at, bucket) in (FIRST_BUCKET_BITS..).zip(&self.buckets) {
+            count = count.saturating_add(bucket.load(Ordering::Relaxed));
+            upto.push((1u64.checked_shl(at).unwrap_or(u64::MAX), count));
+        }
+        // The last one is for whatever took longer.
+        upto.pop();
+        Observed {
+            upto,
+            count,
+            sum_ns: self.sum_ns.load(Ordering::Relaxed),
+        }
+    }
+}
+
 /// The counters of one component.
 pub trait CounterSet {
     /// Name of the component, unique in its machine: `"serial"`, `"vcpu 0"`.
     fn name(&self) -> &str;
     /// Calls `f` with the name and count of each counter, always in the same order.
     fn visit(&self, f: &mut dyn FnMut(&str, u64));
+    /// Calls `f` with the name of each histogram and what it has seen, always in the same order.
+    fn visit_histograms(&self, f: &mut dyn FnMut(&str, Observed)) {
+        let _ = f;
+    }
 }
 
 /// What was gathered from one component: its name, then each counter by name.
 pub type Gathered = (String, Vec<(String, u64)>);
+
+/// What was gathered from the histograms of one component.
+pub type GatheredHistograms = (String, Vec<(String, Observed)>);
 
 /// The counter sets of one machine. Filled while it is built, then only read.
 #[derive(Default)]
@@ -88,6 +163,19 @@ impl Registry {
                 (set.name().to_owned(), counts)
             })
             .collect()
+    }
+}
+
+impl Registry {
+    /// Reads every histogram, as [`Self::gather`] does; sets without any are left out.
+    #[must_use]
+    pub fn gather_histograms(&self) -> Vec<GatheredHistograms> {
+        let sets = self.sets.iter().map(|set| {
+            let mut seen = Vec::new();
+            set.visit_histograms(&mut |name, observed| seen.push((name.to_owned(), observed)));
+            (set.name().to_owned(), seen)
+        });
+        sets.filter(|(_, seen)| !seen.is_empty()).collect()
     }
 }
 
@@ -132,6 +220,22 @@ mod tests {
             f("bytes", bytes.get());
             f("dropped", dropped.get());
         }
+    }
+
+    #[test]
+    fn a_histogram_counts_by_powers_of_two() {
+        let histogram = Histogram::new();
+        for ns in [0, 1, 1024, 1025, 2048, 1 << 31, (1 << 31) + 1] {
+            histogram.observe(Duration::from_nanos(ns));
+        }
+        histogram.observe_many(Duration::MAX, 2);
+        let seen = histogram.observed();
+        assert_eq!(seen.upto.first(), Some(&(1024, 3)));
+        assert_eq!(seen.upto.get(1), Some(&(2048, 5)));
+        assert_eq!(seen.upto.get(2), Some(&(4096, 5)));
+        assert_eq!(seen.upto.last(), Some(&(1 << 31, 6)));
+        assert_eq!(seen.count, 9);
+        assert!(seen.upto.is_sorted_by_key(|(bound, _)| *bound));
     }
 
     #[test]

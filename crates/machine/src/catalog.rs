@@ -25,8 +25,9 @@ use alveole_virtio_vsock::VsockHandle;
 use crate::build::{BuildError, Options};
 use crate::layout;
 
+pub(crate) use carriers::SharedTransport;
 pub(crate) use threads::{Running, Threads};
-pub(crate) use virtio::VirtioDevices;
+pub(crate) use virtio::{VirtioDevices, drive_name, interface_name, try_drive, try_interface};
 
 /// What the console adds to the system calls of a thread (`resources/seccomp/<arch>/devices.d`).
 const SERIAL_SANDBOX: &str = "serial";
@@ -58,6 +59,8 @@ pub(crate) struct Devices {
     pub(crate) cmdline_without_acpi: Vec<String>,
     /// The PCI bus, if there is one.
     pub(crate) pci: Option<PciRoot>,
+    /// The owner's handles on virtio devices behind their transports, in the order of their places.
+    pub(crate) transports: Vec<SharedTransport>,
 }
 
 /// Places every device.
@@ -148,6 +151,7 @@ pub(crate) fn place(
         cmdline: placed.cmdline,
         cmdline_without_acpi: placed.cmdline_without_acpi,
         pci: placed.pci,
+        transports: placed.transports,
     })
 }
 

@@ -3,6 +3,9 @@
 //! Everybody else (processors, console, signals) sends [`Event`]s and waits for nothing. Waiting goes one
 //! way only: control waits for processors and for the devices loop, never the other way round.
 
+mod requests;
+
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -19,9 +22,11 @@ use alveole_virtio_blk::BlkHandle;
 use alveole_virtio_net::NetHandle;
 use alveole_virtio_vsock::VsockHandle;
 
-use crate::catalog::Running;
-use crate::lifecycle::{Command, Lifecycle, permit};
-use crate::{End, build::Options};
+use alveole_vm_control::Request;
+
+use crate::catalog::{Running, SharedTransport};
+use crate::lifecycle::{Change, Lifecycle, next};
+use crate::{Desk, End, Files, Opened, build::Options};
 
 /// How long a guest may go on after its kernel has said that it panicked: time for a crash dump's first
 /// words and for `panic=` to reset the machine. A kernel told not to reboot would spin for ever.
@@ -39,9 +44,16 @@ pub enum Event {
     Console(ConsoleEvent),
     /// A signal to this process.
     Signal(i32),
-    /// The devices loop is gone, and why.
+    /// The devices loop, or the thread that opens files, or serves the API, is gone, and why.
     LoopEnded(String),
+    /// A client asks for something.
+    Request(Request),
+    /// What a client wants to be put into a drive is open, or cannot be opened.
+    Opened(Box<Opened>),
 }
+
+/// What is called now and then while the guest runs; the reason where it could not do its work.
+pub type Tick<'a> = dyn FnMut(&Machine) -> Result<(), String> + 'a;
 
 /// Where events are sent. Sending never blocks.
 #[derive(Debug, Clone)]
@@ -74,7 +86,6 @@ pub struct Milestones {
 pub struct Machine {
     pub(crate) state: Lifecycle,
     pub(crate) vcpus: Vec<VcpuHandle>,
-    pub(crate) events: Receiver<Event>,
     pub(crate) console: ConsoleHandle,
     pub(crate) power_button: PowerButton,
     /// What the devices add to the system calls of threads.
@@ -82,6 +93,14 @@ pub struct Machine {
     pub(crate) disks: Vec<BlkHandle>,
     pub(crate) interfaces: Vec<NetHandle>,
     pub(crate) vsock: Option<VsockHandle>,
+    /// Virtio devices behind their transports, in the order of their places.
+    pub(crate) transports: Vec<SharedTransport>,
+    /// What clients have said and are told; none: nobody can ask.
+    pub(crate) desk: Option<Desk>,
+    /// The thread that opens files for clients.
+    pub(crate) files: Option<Files>,
+    /// What clients asked for while processors were being paused.
+    pub(crate) deferred: VecDeque<Request>,
     /// The event loops of devices.
     pub(crate) threads: Running,
     pub(crate) registry: Arc<Registry>,
@@ -129,23 +148,31 @@ impl Machine {
         }
     }
 
-    /// Confines the calling thread to the control role, lets the guest run and drives it until it ends.
+    /// Lets clients ask: requests that arrive as events are answered from now on. `files` opens what they put into
+    /// drives; without it none can be changed.
+    pub fn answer_clients(&mut self, desk: Desk, files: Option<Files>) {
+        self.desk = Some(desk);
+        self.files = files;
+    }
+
+    /// Confines the calling thread to the control role, lets the guest run and drives it until it ends. `events` is
+    /// the other end of the mailbox that the machine was built with.
     ///
-    /// `tick` is called every `period`, and once when the guest has ended (for counters), and when the
-    /// guest has said that its init runs.
-    pub fn run(&mut self, period: Duration, tick: &mut dyn FnMut(&Self)) -> End {
+    /// `tick` is called every `period`, and once when the guest has ended (for counters), when the guest has said
+    /// that its init runs, and when a client asks for it.
+    pub fn run(&mut self, events: &Receiver<Event>, period: Duration, tick: &mut Tick<'_>) -> End {
         let end = match alveole_thread_sandbox::enter_with(Role::Control, "control", &self.sandbox)
         {
-            Ok(()) => self.drive(period, tick),
+            Ok(()) => self.drive(events, period, tick),
             Err(e) => End::HostError(e.to_string()),
         };
         self.wind_down();
-        tick(self);
+        say_if_failed(tick(self));
         end
     }
 
-    fn drive(&mut self, period: Duration, tick: &mut dyn FnMut(&Self)) -> End {
-        if let Err(why) = self.change(Command::Start) {
+    fn drive(&mut self, events: &Receiver<Event>, period: Duration, tick: &mut Tick<'_>) -> End {
+        if let Err(why) = self.change(Change::Start) {
             return End::HostError(why.into());
         }
         for vcpu in &self.vcpus {
@@ -153,21 +180,24 @@ impl Machine {
         }
         let mut next_tick = Instant::now() + period;
         loop {
+            if let Some(request) = self.deferred.pop_front() {
+                if let Some(end) = self.handle_request(request, events, tick) {
+                    return end;
+                }
+                continue;
+            }
             let deadline = match &self.panicked {
                 Some((at, ..)) => next_tick.min(*at + PANIC_GRACE),
                 None => next_tick,
             };
-            match self
-                .events
-                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
-            {
+            match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(event) => {
                     let was_booted = self.booted;
-                    if let Some(end) = self.handle(event) {
+                    if let Some(end) = self.handle(event, events, tick) {
                         return end;
                     }
                     if was_booted.is_none() && self.booted.is_some() {
-                        tick(self);
+                        say_if_failed(tick(self));
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {
@@ -176,7 +206,7 @@ impl Machine {
                     {
                         return self.panic(*cpu, position.clone());
                     }
-                    tick(self);
+                    say_if_failed(tick(self));
                     next_tick = Instant::now() + period;
                 }
                 Err(RecvTimeoutError::Disconnected) => {
@@ -186,7 +216,12 @@ impl Machine {
         }
     }
 
-    fn handle(&mut self, event: Event) -> Option<End> {
+    fn handle(
+        &mut self,
+        event: Event,
+        events: &Receiver<Event>,
+        tick: &mut Tick<'_>,
+    ) -> Option<End> {
         match event {
             Event::Vcpu(report) => self.handle_report(*report),
             Event::Console(ConsoleEvent::Quit) => Some(End::Quit),
@@ -199,6 +234,11 @@ impl Machine {
             }
             Event::Signal(number) => self.handle_signal(number),
             Event::LoopEnded(why) => Some(End::HostError(why)),
+            Event::Request(request) => self.handle_request(request, events, tick),
+            Event::Opened(opened) => {
+                self.put_in(*opened);
+                None
+            }
         }
     }
 
@@ -215,7 +255,7 @@ impl Machine {
     }
 
     fn press_power_button(&mut self) {
-        match self.change(Command::PressPowerButton) {
+        match self.change(Change::PressPowerButton) {
             Ok(()) => self.power_button.press(),
             Err(why) => log::warn!("the power button does nothing: {why}"),
         }
@@ -273,14 +313,14 @@ impl Machine {
         }
     }
 
-    fn change(&mut self, command: Command) -> Result<(), &'static str> {
-        self.state = permit(self.state, command)?;
+    fn change(&mut self, change: Change) -> Result<(), &'static str> {
+        self.state = next(self.state, change)?;
         Ok(())
     }
 
     /// Processors first, then the devices: nobody works for a guest that does not run.
     fn wind_down(&mut self) {
-        let _ = self.change(Command::Stop);
+        let _ = self.change(Change::Stop);
         for vcpu in &mut self.vcpus {
             vcpu.stop();
         }
@@ -292,6 +332,13 @@ impl Machine {
         if let Some(vsock) = &self.vsock {
             vsock.remove_socket();
         }
+    }
+}
+
+/// What was written now and then could not be: the guest goes on.
+fn say_if_failed(told: Result<(), String>) {
+    if let Err(why) = told {
+        log::warn!("{why}");
     }
 }
 

@@ -10,7 +10,9 @@
 mod build;
 mod catalog;
 mod control;
+mod desk;
 mod end;
+mod files;
 mod layout;
 mod lifecycle;
 mod resources;
@@ -18,9 +20,11 @@ mod validate;
 
 pub use alveole_virtio_blk::BlkHandle;
 pub use build::{BuildError, DiskThreads, Options, Placement, Transport, build};
-pub use control::{Event, Machine, Mailbox, Milestones};
+pub use control::{Event, Machine, Mailbox, Milestones, Tick};
+pub use desk::{Desk, Identity};
 pub use end::End;
-pub use lifecycle::{Command, Lifecycle, permit};
+pub use files::{Files, FilesError, Opened};
+pub use lifecycle::{Change, Lifecycle, next};
 pub use resources::{HostResources, ResourceError};
 pub use validate::{
     Invalid, MAX_CPUS, MAX_DRIVES, MAX_QUEUES, MIN_MEMORY_MIB, ValidConfig, validate,

@@ -1,4 +1,4 @@
-//! The life of a machine, and what may be asked of it when: a pure table.
+//! The life of a machine, and which changes it can go through when: a pure table.
 //!
 //! ```text
 //! Built ──Start──▶ Running ⇄ Paused        any but Stopped ──Stop──▶ Stopped
@@ -17,9 +17,9 @@ pub enum Lifecycle {
     Stopped,
 }
 
-/// What may be asked of a machine.
+/// What changes a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Command {
+pub enum Change {
     /// Run the guest for the first time.
     Start,
     /// Pause all processors.
@@ -32,14 +32,14 @@ pub enum Command {
     Stop,
 }
 
-/// Whether `command` is permitted in `state`: the next state, or why not, in words for whoever asked.
+/// Whether `change` is possible in `state`: the next state, or why not, in words for whoever asked.
 ///
 /// # Errors
-/// The command makes no sense in this state.
-pub fn permit(state: Lifecycle, command: Command) -> Result<Lifecycle, &'static str> {
-    use Command::{Pause, PressPowerButton, Resume, Start, Stop};
+/// The change makes no sense in this state.
+pub fn next(state: Lifecycle, change: Change) -> Result<Lifecycle, &'static str> {
+    use Change::{Pause, PressPowerButton, Resume, Start, Stop};
     use Lifecycle::{Built, Paused, Running, Stopped};
-    match (state, command) {
+    match (state, change) {
         (Stopped, Stop) | (Built | Running | Paused, Stop) => Ok(Stopped),
         (Stopped, _) => Err("the machine has ended"),
         (Built, Start) => Ok(Running),
@@ -50,14 +50,15 @@ pub fn permit(state: Lifecycle, command: Command) -> Result<Lifecycle, &'static 
         (Paused, Resume) => Ok(Running),
         (Running, Resume) => Err("the machine is running already"),
         (Running, PressPowerButton) => Ok(Running),
-        (Paused, PressPowerButton) => Err("the machine is paused: resume it first"),
+        // The interrupt waits until the processors run again.
+        (Paused, PressPowerButton) => Ok(Paused),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Command::{Pause, PressPowerButton, Resume, Start, Stop};
+    use Change::{Pause, PressPowerButton, Resume, Start, Stop};
     use Lifecycle::{Built, Paused, Running, Stopped};
 
     #[test]
@@ -68,16 +69,19 @@ mod tests {
                 Running,
                 [None, Some(Paused), None, Some(Running), Some(Stopped)],
             ),
-            (Paused, [None, None, Some(Running), None, Some(Stopped)]),
+            (
+                Paused,
+                [None, None, Some(Running), Some(Paused), Some(Stopped)],
+            ),
             (Stopped, [None, None, None, None, Some(Stopped)]),
         ];
         for (state, row) in table {
-            for (command, want) in [Start, Pause, Resume, PressPowerButton, Stop]
+            for (change, want) in [Start, Pause, Resume, PressPowerButton, Stop]
                 .into_iter()
                 .zip(row)
             {
-                let got = permit(state, command);
-                assert_eq!(got.ok(), want, "{state:?} + {command:?}");
+                let got = next(state, change);
+                assert_eq!(got.ok(), want, "{state:?} + {change:?}");
                 if let Err(why) = got {
                     assert!(why.starts_with("the machine"), "{why}");
                 }

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use alveole_vm_config::BootSource;
+
 use crate::ValidConfig;
 use crate::catalog::VirtioDevices;
 
@@ -72,17 +74,8 @@ impl HostResources {
     /// # Errors
     /// A file is missing, not readable, or not a file; a disk cannot be used as it is described.
     pub fn open(config: &ValidConfig) -> Result<Self, ResourceError> {
-        let kernel = open("kernel", &config.kernel_path)?;
-        let initrd = match &config.initrd_path {
-            Some(path) => Some((open("initrd", path)?, path.clone())),
-            None => None,
-        };
         Ok(Self {
-            boot: BootFiles {
-                kernel,
-                kernel_path: config.kernel_path.clone(),
-                initrd,
-            },
+            boot: BootFiles::open(&config.kernel_path, config.initrd_path.as_deref())?,
             virtio: VirtioDevices::open(config)?,
         })
     }
@@ -90,6 +83,25 @@ impl HostResources {
     pub(crate) fn into_parts(self) -> (BootFiles, VirtioDevices) {
         (self.boot, self.virtio)
     }
+}
+
+impl BootFiles {
+    fn open(kernel_path: &Path, initrd_path: Option<&Path>) -> Result<Self, ResourceError> {
+        let initrd = match initrd_path {
+            Some(path) => Some((open("initrd", path)?, path.to_owned())),
+            None => None,
+        };
+        Ok(Self {
+            kernel: open("kernel", kernel_path)?,
+            kernel_path: kernel_path.to_owned(),
+            initrd,
+        })
+    }
+}
+
+/// Looks whether kernel and initrd can be opened.
+pub(crate) fn try_boot_files(source: &BootSource) -> Result<(), ResourceError> {
+    BootFiles::open(&source.kernel_image_path, source.initrd_path.as_deref()).map(drop)
 }
 
 fn cure(source: &io::Error) -> &'static str {

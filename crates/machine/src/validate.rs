@@ -12,8 +12,8 @@ use alveole_rate_limiter::Limits;
 use alveole_virtio_vsock::{MAX_GUEST_CID, MAX_PATH_BYTES, MIN_GUEST_CID, VsockConfig};
 use alveole_vm_config::VmConfig;
 
-pub(crate) use drives::ValidDrive;
 pub use drives::{MAX_DRIVES, MAX_QUEUES};
+pub(crate) use drives::{ValidDrive, limits};
 pub(crate) use interfaces::ValidInterface;
 
 /// Most processors of one guest: the machine tables are tested up to here.
@@ -48,6 +48,16 @@ impl ValidConfig {
     #[must_use]
     pub fn cpus(&self) -> u32 {
         self.cpus
+    }
+
+    /// The drive of this name.
+    pub(crate) fn drive(&self, id: &str) -> Option<&ValidDrive> {
+        self.drives.iter().find(|drive| drive.id == id)
+    }
+
+    /// The network interface of this name.
+    pub(crate) fn interface(&self, id: &str) -> Option<&ValidInterface> {
+        self.interfaces.iter().find(|interface| interface.id == id)
     }
 
     /// Size of guest RAM, in bytes.
@@ -193,6 +203,29 @@ pub enum Invalid {
         id: String,
         /// What was asked for.
         mtu: u64,
+    },
+    /// What the host's kernel does not do.
+    #[error(
+        "network interface {id:?} has vhost and {field}: with vhost the host's kernel serves the queues, and {why}; leave \
+         {field} or vhost out"
+    )]
+    Vhost {
+        /// The interface.
+        id: String,
+        /// What does not go with it.
+        field: &'static str,
+        /// Why not.
+        why: &'static str,
+    },
+    /// Descriptors of vhost-net that cannot be.
+    #[error("network interface {id:?} has vhost_fds {fds:?}: {why}")]
+    VhostFds {
+        /// The interface.
+        id: String,
+        /// What was given.
+        fds: String,
+        /// What is wrong, and what to do.
+        why: &'static str,
     },
     /// An impossible number of queues.
     #[error("network interface {id:?} has num_queue_pairs {pairs}: give it 1 to {MAX_CPUS}")]

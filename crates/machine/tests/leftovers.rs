@@ -40,15 +40,15 @@ fn no_thread_and_no_file_is_left() {
     let refused = |cpu| FakePartition::new(Vec::new()).refusing_cpu(cpu);
     for cpu in [0, 1, 7] {
         let dir = TempDir::new().unwrap();
-        let (mailbox, events) = Mailbox::new();
-        assert!(machine(&dir, 8, refused(cpu), mailbox, events).is_err());
+        let (mailbox, _events) = Mailbox::new();
+        assert!(machine(&dir, 8, refused(cpu), &mailbox).is_err());
         assert_back_at(before, "a refused processor");
     }
     {
         let dir = TempDir::new().unwrap();
-        let (mailbox, events) = Mailbox::new();
+        let (mailbox, _events) = Mailbox::new();
         let partition = FakePartition::new(Vec::new());
-        drop(machine(&dir, 8, partition, mailbox, events).unwrap());
+        drop(machine(&dir, 8, partition, &mailbox).unwrap());
     }
     assert_back_at(before, "a machine that never ran");
     for step in [

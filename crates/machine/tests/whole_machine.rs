@@ -145,7 +145,7 @@ fn cmdline_of(args: &str) -> String {
             ..Drive::default()
         }
     });
-    let machine = machine_with(&dir, 1, partition.clone(), Mailbox::new(), |config| {
+    let machine = machine_with(&dir, 1, partition.clone(), &Mailbox::new().0, |config| {
         config.boot_source.boot_args = Some(args.into());
         config.drives = drives.into();
         config.entropy = Some(Entropy::default());
@@ -313,8 +313,8 @@ fn the_milestones_of_a_boot_are_kept() {
 fn a_machine_that_cannot_be_built_leaves_nothing() {
     let dir = TempDir::new().unwrap();
     let attempt = |cpus, partition: FakePartition| {
-        let (mailbox, events) = Mailbox::new();
-        machine(&dir, cpus, partition, mailbox, events)
+        let (mailbox, _events) = Mailbox::new();
+        machine(&dir, cpus, partition, &mailbox)
             .err()
             .unwrap()
             .to_string()
@@ -335,8 +335,8 @@ fn a_machine_that_is_never_run_can_be_dropped() {
     let (tell, told) = mpsc::channel();
     std::thread::spawn(move || {
         let dir = TempDir::new().unwrap();
-        let (mailbox, events) = Mailbox::new();
-        drop(machine(&dir, 8, FakePartition::new(Vec::new()), mailbox, events).unwrap());
+        let (mailbox, _events) = Mailbox::new();
+        drop(machine(&dir, 8, FakePartition::new(Vec::new()), &mailbox).unwrap());
         tell.send(()).unwrap();
     });
     told.recv_timeout(PATIENCE).expect("dropping it hangs");

@@ -113,6 +113,45 @@ pub enum LinkError {
         /// How many were asked for.
         pairs: u16,
     },
+    /// A link that vhost cannot have.
+    #[error(
+        "{link}: the host's kernel serves the queues of taps and macvtaps only (vhost); leave vhost out"
+    )]
+    NoVhost {
+        /// What it is.
+        link: String,
+    },
+    /// Another number of descriptors than queues.
+    #[error(
+        "{link} has {pairs} pair(s) of queues and {has} descriptor(s) of vhost-net; hand over one for each pair"
+    )]
+    VhostFds {
+        /// What it is.
+        link: String,
+        /// How many descriptors there are.
+        has: usize,
+        /// How many pairs there are.
+        pairs: usize,
+    },
+    /// A vhost device that lacks what every driver may use.
+    #[error(
+        "descriptor {fd}: this vhost lacks features {lacks:#x}; is it of /dev/vhost-net, and the kernel not older than \
+         3.19? Leave vhost out otherwise"
+    )]
+    VhostFeatures {
+        /// Its number.
+        fd: i32,
+        /// What is missing.
+        lacks: u64,
+    },
+    /// A vhost device that was used before.
+    #[error(
+        "descriptor {fd}: vhost-net is another process's already; open /dev/vhost-net anew for each pair of queues"
+    )]
+    VhostOwned {
+        /// Its number.
+        fd: i32,
+    },
     /// Another step failed.
     #[error("{link}: cannot {what}: {source}")]
     Step {

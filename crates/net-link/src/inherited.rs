@@ -12,10 +12,7 @@ impl LinkSpec {
     /// # Errors
     /// What is no number, no open descriptor, or a socket of another kind.
     pub fn inherited(numbers: &str) -> Result<Self, LinkError> {
-        let fds = numbers
-            .split(',')
-            .map(duplicate)
-            .collect::<Result<Vec<_>, _>>()?;
+        let fds = duplicate_all(numbers)?;
         let Some(first) = fds.first() else {
             return Err(not_inherited(numbers));
         };
@@ -31,6 +28,11 @@ impl LinkSpec {
             }
         }
     }
+}
+
+/// Copies of all descriptors whose numbers stand there, with commas between them.
+pub(crate) fn duplicate_all(numbers: &str) -> Result<Vec<OwnedFd>, LinkError> {
+    numbers.split(',').map(duplicate).collect()
 }
 
 fn not_inherited(numbers: &str) -> LinkError {

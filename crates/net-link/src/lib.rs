@@ -28,10 +28,12 @@ mod tap;
     reason = "a test that cannot go on says where"
 )]
 pub mod testing;
+mod vhost;
 
 pub use error::LinkError;
 pub use link::{Frame, LinkFacts, LinkQueue, NetLink, Offloads, Received, Sent};
 pub use spec::LinkSpec;
+pub use vhost::{Ring, RingPlan, VhostNet, VhostSpec};
 
 /// Length of `virtio_net_hdr_v1` (virtio 1.3, section 5.1.6), in bytes.
 pub const HEADER_BYTES: usize = 12;
@@ -60,5 +62,24 @@ pub fn open(spec: LinkSpec, pairs: u16) -> Result<NetLink, LinkError> {
             pairs,
         });
     }
+    Ok(link)
+}
+
+/// As [`open`], for queues that the host's kernel is to serve (vhost-net): that of taps and macvtaps.
+///
+/// # Errors
+/// As [`open`]; or the host has no vhost-net, it is another process's, or the link is of another kind.
+pub fn open_with_vhost(spec: LinkSpec, pairs: u16, vhost: VhostSpec) -> Result<NetLink, LinkError> {
+    let is_a_tap = matches!(
+        spec,
+        LinkSpec::Tap { .. } | LinkSpec::TapFds(_) | LinkSpec::Macvtap { .. }
+    );
+    let mut link = open(spec, pairs)?;
+    if !is_a_tap {
+        return Err(LinkError::NoVhost {
+            link: link.facts.name,
+        });
+    }
+    link.vhost = vhost::open(vhost, &link.facts.name, &link.queues)?;
     Ok(link)
 }

@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use alveole_guest_memory::GuestBuffers;
 
-use crate::HEADER_BYTES;
+use crate::{HEADER_BYTES, VhostNet};
 
 /// Work on frames that one side leaves to the other. A link with a header on each frame can hand it on in both
 /// directions; a link without cannot at all.
@@ -71,6 +71,8 @@ pub struct NetLink {
     pub facts: LinkFacts,
     /// One for each pair of queues. All but the first are inactive where the host spreads frames over active ones.
     pub queues: Vec<Box<dyn LinkQueue>>,
+    /// One for each pair of queues where the host's kernel is to serve them ([`crate::open_with_vhost`]); else none.
+    pub vhost: Vec<VhostNet>,
 }
 
 /// A frame for the link.

@@ -95,6 +95,7 @@ fn one_queue(name: String, offloads: Offloads, queue: Box<dyn LinkQueue>) -> Net
             mac: None,
         },
         queues: vec![queue],
+        vhost: Vec::new(),
     }
 }
 

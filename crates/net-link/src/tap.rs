@@ -250,6 +250,7 @@ fn finish(
             mac,
         },
         queues,
+        vhost: Vec::new(),
     })
 }
 
@@ -369,6 +370,16 @@ fn open_node(path: &Path, cure: &'static str) -> Result<File, LinkError> {
     })
 }
 
+/// Whether frames of this tap or macvtap go behind a header.
+pub(crate) fn has_header(fd: BorrowedFd<'_>) -> bool {
+    let mut request = empty_request();
+    if ioctl(fd, TUNGETIFF, &raw mut request).is_err() {
+        return false;
+    }
+    // SAFETY: TUNGETIFF fills the flags; all bits of them are a number.
+    i32::from(unsafe { request.ifr_ifru.ifru_flags }) & IFF_VNET_HDR != 0
+}
+
 /// A request that names nothing.
 fn empty_request() -> libc::ifreq {
     // SAFETY: all zeroes is a request without a name, whose union holds numbers in all its forms that are used.
@@ -461,7 +472,11 @@ fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 /// An ioctl whose argument is of the type that the request takes.
-fn ioctl<T>(fd: BorrowedFd<'_>, what: libc::c_ulong, argument: *mut T) -> io::Result<()> {
+pub(crate) fn ioctl<T>(
+    fd: BorrowedFd<'_>,
+    what: libc::c_ulong,
+    argument: *mut T,
+) -> io::Result<()> {
     // SAFETY: every caller passes a pointer to a live value of the type that its request reads and fills.
     if unsafe { libc::ioctl(fd.as_raw_fd(), what as _, argument) } < 0 {
         return Err(io::Error::last_os_error());

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use ipnet::IpNet;
 
 use crate::Error;
+use crate::file::names_known;
 use crate::guest_config::DeviceConfig;
 use crate::lease::{self, Lease, Port, Process};
 use crate::networks::{Networks, Session};
@@ -184,12 +185,17 @@ impl Session {
             })
         });
         let process = process.transpose()?;
+        names_known(&attach.rules, |n| self.networks.contains_key(n))?;
         let network = self
             .networks
             .get_mut(name)
             .ok_or_else(|| Error::NoSuchNetwork(name.to_string()))?;
         let spec = network.spec.clone();
         spec.check_rules(&attach.rules)?;
+        if let Some(rule) = attach.rules.iter().find(|r| r.vm.is_some()) {
+            let why = format!("it is of VM '{vm}' anyway: leave vm= out");
+            return Err(Error::word("rule", &rule.to_string(), why));
+        }
         if network
             .leases
             .iter()

@@ -16,7 +16,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use crate::Error;
-use crate::policy::Destination;
+use crate::policy::{Destination, Rule};
 use crate::spec::{NetworkRequest, NetworkSpec, overlaps};
 use crate::words::NetworkName;
 
@@ -112,10 +112,10 @@ pub(crate) fn go_together(spec: &NetworkSpec, other: &NetworkSpec) -> Result<(),
 
 /// Whether each network that rules name is there.
 pub(crate) fn names_known(
-    spec: &NetworkSpec,
+    rules: &[Rule],
     known: impl Fn(&NetworkName) -> bool,
 ) -> Result<(), Error> {
-    for rule in &spec.rules {
+    for rule in rules {
         if let Destination::Network(name) = &rule.to
             && !known(name)
         {

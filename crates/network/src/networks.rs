@@ -81,7 +81,9 @@ impl Networks {
             }
         } else {
             session.choose(&mut spec)?;
-            names_known(&spec, |n| n == name || session.networks.contains_key(n))?;
+            names_known(&spec.rules, |n| {
+                n == name || session.networks.contains_key(n)
+            })?;
             for other in session.networks.values() {
                 go_together(&spec, &other.spec)?;
             }
@@ -122,7 +124,7 @@ impl Networks {
             } else {
                 session.choose(&mut spec)?;
             }
-            names_known(&spec, |n| {
+            names_known(&spec.rules, |n| {
                 file.networks.contains_key(n) || session.networks.contains_key(n)
             })?;
             specs.push(spec);

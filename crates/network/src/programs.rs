@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::{Signal, set_parent_process_death_signal};
 use rustix::thread::{CapabilitySet, remove_capability_from_bounding_set, set_no_new_privs};
 
 /// What a server on a bridge needs: to become another user, to make raw packets and set up addresses in its
@@ -69,6 +70,19 @@ pub(crate) fn inherit(command: &mut Command, fd: RawFd) {
         Ok(())
     };
     // SAFETY: between fork and exec, `prepare` only makes system calls: it neither allocates nor takes a lock.
+    unsafe {
+        command.pre_exec(prepare);
+    }
+}
+
+/// Has the program killed when the thread that starts it ends, whatever it does then; not if it changes its user
+/// (prctl(2), PR_SET_PDEATHSIG).
+pub(crate) fn end_with_parent(command: &mut Command) {
+    let prepare = || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec, `prepare` only makes a system call: it neither allocates nor takes a lock.
     unsafe {
         command.pre_exec(prepare);
     }

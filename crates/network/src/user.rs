@@ -6,21 +6,29 @@
 //! A frame and its length are to be sent by one call: versions of 2023 lose their place in the stream when they read the
 //! length alone. We
 //! hand it one end of a pair, so that there is no name for anybody else to connect to; it ends with the other
-//! end, which is the VMM's. It hands out by DHCP, DHCPv6 and router advertisements what
+//! end, which is the VMM's, and is killed with the thread that started it: versions of 2023 can be led into a loop in which they
+//! see no end (a guest that ends its half of a connection from outside while more is coming). It hands out by DHCP, DHCPv6 and router advertisements what
 //! [`UserNetwork::guest`] says.
+//!
+//! Names are asked of this host's own resolvers, whose addresses the guest is told. Where this host's is on its
+//! loopback (systemd-resolved), the guest is told an address that `passt` takes there, by UDP alone; `passt` of
+//! 2023 does not hand that one out by DHCP.
+//!
+//! `passt` filters nothing: a guest in user mode may talk to whatever its user may.
 
 use std::fmt;
-use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::fs;
+use std::io::{self, PipeReader, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use rustix::fs::{OFlags, fcntl_setfl};
 
 use crate::Error;
 use crate::guest_config::DeviceConfig;
@@ -32,17 +40,24 @@ pub const MOST_PUBLISHED: usize = 256;
 /// The guest's addresses, the same for each VM as nobody else sees them.
 const GUEST4: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 const GATEWAY4: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
-/// Where the guest asks for names; `passt` passes that on to this host's resolver.
+/// Where the guest asks for names that `passt` takes to a resolver on this host's loopback.
 const DNS4: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 const LENGTH4: u8 = 24;
 const GUEST6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 2, 0, 0, 0, 15);
 const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
-const DNS6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 2, 0, 0, 0, 3);
+/// Most resolvers that are used (MAXNS of resolv.conf(5)).
+const MOST_RESOLVERS: usize = 3;
 const LENGTH6: u8 = 64;
+/// The user `nobody` and its group, as `passt` has them.
+const NOBODY: u32 = 65_534;
+/// Ports below it are bound by root alone, if nobody has changed that.
+const FIRST_FREE_PORT: u16 = 1024;
 /// How long `passt` may take to be ready.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Most that is shown of what it said.
-const MOST_SAID: u64 = 2000;
+/// How often it is looked at meanwhile: all of it takes some 15 ms.
+const POLL: Duration = Duration::from_millis(1);
+/// Most that is shown of what it said, in bytes.
+const MOST_SAID: usize = 4096;
 
 /// What a published port speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,14 +139,18 @@ impl fmt::Display for Transport {
 pub struct UserRequest {
     /// Its ports on this host.
     pub published: Vec<Published>,
-    /// Its MTU, in bytes. `passt` gains much by a large one: 65520 is the most.
+    /// Its MTU, in bytes.
     pub mtu: u32,
     /// Its hardware address; else one is made of the name.
     pub mac: Option<Mac>,
 }
 
-/// Usual MTU in user mode: a frame of 64 KiB costs `passt` hardly more than one of 1500 bytes.
-pub const USUAL_MTU: u32 = 65_520;
+/// Largest MTU in user mode.
+pub const LARGEST_MTU: u32 = 65_520;
+/// Usual MTU in user mode. Larger frames are hardly any faster, and with them `passt` of 2023 waits for two seconds
+/// whenever the guest's window is smaller than a segment: measured, one transfer of a megabyte in two with 16384 bytes, none
+/// with 9000.
+pub const USUAL_MTU: u32 = 9000;
 
 /// A running `passt`. Dropping this ends it, too; so does the end of whoever holds the other end of the socket.
 #[derive(Debug)]
@@ -140,18 +159,21 @@ pub struct UserNetwork {
     child: Option<Child>,
     socket: Option<OwnedFd>,
     guest: DeviceConfig,
+    /// What it says.
+    log: PipeReader,
+    vm: VmName,
 }
 
 impl UserNetwork {
-    /// Starts `passt` for one VM. `folder` is the VM's own, where its log lies.
+    /// Starts `passt` for one VM; it ends at the latest with the calling thread. Whatever it cannot do, [`UserNetwork::wait_until_ready`] says.
     ///
     /// # Errors
     ///
-    /// [`Error::PortTaken`] naming the port; [`Error::NoProgram`] naming the package; [`Error::Program`] with what
-    /// `passt` said; [`Error::Word`] for an MTU or too many ports.
-    pub fn start(folder: &Path, vm: &VmName, request: &UserRequest) -> Result<Self, Error> {
-        if !(1280..=USUAL_MTU).contains(&request.mtu) {
-            let why = format!("in user mode it is 1280 to {USUAL_MTU}");
+    /// [`Error::PortTaken`] naming the port; [`Error::NoProgram`] naming the package; [`Error::Program`] if it cannot
+    /// be started; [`Error::Word`] for an MTU or too many ports.
+    pub fn start(vm: &VmName, request: &UserRequest) -> Result<Self, Error> {
+        if !(1280..=LARGEST_MTU).contains(&request.mtu) {
+            let why = format!("in user mode it is 1280 to {LARGEST_MTU}");
             return Err(Error::word("MTU", &request.mtu.to_string(), why));
         }
         if request.published.len() > MOST_PUBLISHED {
@@ -188,30 +210,46 @@ impl UserNetwork {
             said: e.to_string(),
         };
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-        let log_path = folder.join("passt.log");
-        let log = File::create(&log_path).map_err(|e| Error::file("make", &log_path, e))?;
+        let resolvers = Resolvers::of_this_host(has6);
+        // What it says is kept by a pipe, whose reading end it has itself: a guest that makes it say more than fits
+        // neither fills the host nor stops it.
+        let (log, said) = io::pipe().map_err(failed)?;
+        for end in [log.as_fd(), said.as_fd()] {
+            fcntl_setfl(end, OFlags::NONBLOCK).map_err(|e| failed(e.into()))?;
+        }
         let mut command = Command::new(program);
         command
-            .args(arguments(request, has6))
+            .args(arguments(request, has6, &resolvers))
             .arg("--fd")
             .arg(theirs.as_raw_fd().to_string())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().map_err(failed)?)
-            .stderr(log)
+            .stdin(log.try_clone().map_err(failed)?)
+            .stdout(Stdio::null())
+            .stderr(said)
+            // What a terminal sends is for the VMM.
+            .process_group(0)
             .current_dir("/");
         programs::inherit(&mut command, theirs.as_raw_fd());
+        programs::end_with_parent(&mut command);
+        // It would give up root's rights by itself, but with them the end with its parent.
+        let low = request
+            .published
+            .iter()
+            .any(|p| p.host.port() < FIRST_FREE_PORT);
+        if rustix::process::geteuid().is_root() && programs::helper_user() == "nobody" && !low {
+            command.gid(NOBODY).uid(NOBODY);
+        }
         let child = command.spawn().map_err(failed)?;
         drop(theirs);
         let mac = request
             .mac
             .unwrap_or_else(|| Mac::of("user", vm.as_str(), 0));
-        let mut network = Self {
+        Ok(Self {
             child: Some(child),
             socket: Some(ours.into()),
-            guest: guest(mac, request.mtu, has6),
-        };
-        network.wait_until_ready(&log_path, vm)?;
-        Ok(network)
+            guest: guest(mac, request.mtu, has6, &resolvers),
+            log,
+            vm: vm.clone(),
+        })
     }
 
     /// What the guest is to set up; `passt` hands out the same by DHCP.
@@ -237,16 +275,16 @@ impl UserNetwork {
         self.socket.take()
     }
 
-    /// It listens on published ports before it shuts itself in; being its own sandbox is what ready means.
-    fn wait_until_ready(&mut self, log: &Path, vm: &VmName) -> Result<(), Error> {
+    /// Waits until it listens on published ports and has shut itself in.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Program`] with what it said, if it ends instead or takes too long.
+    pub fn wait_until_ready(&mut self) -> Result<(), Error> {
         let began = Instant::now();
         while let Some(child) = &mut self.child {
             if let Ok(Some(status)) = child.try_wait() {
-                return Err(Error::Program {
-                    program: "passt",
-                    act: format!("serve VM '{vm}'"),
-                    said: format!("it ended ({status}): {}", said(log)),
-                });
+                return Err(self.failed("serve", format!("it ended ({status}): ")));
             }
             let status =
                 fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
@@ -258,15 +296,20 @@ impl UserNetwork {
                 return Ok(());
             }
             if began.elapsed() > PATIENCE {
-                return Err(Error::Program {
-                    program: "passt",
-                    act: format!("get ready for VM '{vm}' within {} s", PATIENCE.as_secs()),
-                    said: said(log),
-                });
+                let why = format!("it took longer than {} s: ", PATIENCE.as_secs());
+                return Err(self.failed("get ready for", why));
             }
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(POLL);
         }
         Ok(())
+    }
+
+    fn failed(&mut self, act: &str, why: String) -> Error {
+        Error::Program {
+            program: "passt",
+            act: format!("{act} VM '{}'", self.vm),
+            said: why + &said(&mut self.log),
+        }
     }
 }
 
@@ -279,30 +322,73 @@ impl Drop for UserNetwork {
     }
 }
 
-fn said(log: &Path) -> String {
-    let read = || -> io::Result<String> {
-        let mut file = File::open(log)?;
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(MOST_SAID)))?;
-        let mut text = Vec::new();
-        file.read_to_end(&mut text)?;
-        let text = String::from_utf8_lossy(&text).into_owned();
-        // It complains about root, whose rights it drops, and where no system log is.
-        let noise = |l: &&str| {
-            l.is_empty() || l.starts_with("Don't run as root") || l.ends_with("bytes to syslog")
-        };
-        let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !noise(l)).collect();
-        let nowhere = lines
-            .iter()
-            .any(|l| l.contains("No external routable interface"));
-        let hint = if nowhere {
-            " (this host has no default route, and so nowhere to take a guest's packets)"
-        } else {
-            ""
-        };
-        Ok(lines.join("; ") + hint)
+fn said(log: &mut PipeReader) -> String {
+    let mut bytes = vec![0; MOST_SAID];
+    // Nothing is not an end here, but an error.
+    let length = log.read(&mut bytes).unwrap_or(0);
+    let text = String::from_utf8_lossy(&bytes[..length]).into_owned();
+    // It complains about root, whose rights it drops, and where no system log is.
+    let noise = |l: &&str| {
+        l.is_empty() || l.starts_with("Don't run as root") || l.ends_with("bytes to syslog")
     };
-    read().unwrap_or_else(|e| format!("(its log {} cannot be read: {e})", log.display()))
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !noise(l)).collect();
+    let nowhere = lines
+        .iter()
+        .any(|l| l.contains("No external routable interface"));
+    let hint = if nowhere {
+        " (this host has no default route, and so nowhere to take a guest's packets)"
+    } else {
+        ""
+    };
+    lines.join("; ") + hint
+}
+
+/// Who answers a guest's questions for names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Resolvers {
+    /// Those that the guest asks itself.
+    direct: Vec<IpAddr>,
+    /// Whether this host's is on its loopback, where only `passt` can ask it.
+    on_loopback: bool,
+}
+
+impl Resolvers {
+    fn of_this_host(has6: bool) -> Self {
+        Self::read(
+            &fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+            has6,
+        )
+    }
+
+    fn read(text: &str, has6: bool) -> Self {
+        let all: Vec<IpAddr> = text
+            .lines()
+            .filter_map(|l| {
+                let mut words = l.split_whitespace();
+                words.next().filter(|w| *w == "nameserver")?;
+                words.next()?.parse().ok()
+            })
+            .collect();
+        let of_this_host = |a: &IpAddr| a.is_loopback() || a.is_unspecified();
+        let direct: Vec<IpAddr> = all
+            .iter()
+            .filter(|a| !of_this_host(a) && (a.is_ipv4() || has6))
+            .take(MOST_RESOLVERS)
+            .copied()
+            .collect();
+        Self {
+            on_loopback: direct.is_empty() && all.iter().any(|a| a.is_ipv4() && of_this_host(a)),
+            direct,
+        }
+    }
+
+    fn for_guest(&self) -> Vec<IpAddr> {
+        if self.on_loopback {
+            vec![DNS4.into()]
+        } else {
+            self.direct.clone()
+        }
+    }
 }
 
 /// Asks for the port and gives it back: `passt` would only say that it could not have some port.
@@ -333,12 +419,12 @@ fn has_global_ipv6() -> bool {
     address && default
 }
 
-fn guest(mac: Mac, mtu: u32, has6: bool) -> DeviceConfig {
+fn guest(mac: Mac, mtu: u32, has6: bool, resolvers: &Resolvers) -> DeviceConfig {
     let mut guest = DeviceConfig {
         mac,
         addresses: vec![IpNet::V4(Ipv4Net::new_assert(GUEST4, LENGTH4))],
         gateways: vec![GATEWAY4.into()],
-        dns: vec![DNS4.into()],
+        dns: resolvers.for_guest(),
         search: None,
         mtu: Some(mtu),
     };
@@ -351,7 +437,7 @@ fn guest(mac: Mac, mtu: u32, has6: bool) -> DeviceConfig {
     guest
 }
 
-fn arguments(request: &UserRequest, has6: bool) -> Vec<String> {
+fn arguments(request: &UserRequest, has6: bool, resolvers: &Resolvers) -> Vec<String> {
     let mut words: Vec<String> = ["--foreground", "--quiet", "--stderr", "--one-off"]
         .map(String::from)
         .to_vec();
@@ -360,12 +446,18 @@ fn arguments(request: &UserRequest, has6: bool) -> Vec<String> {
     say("--address", GUEST4.to_string());
     say("--netmask", LENGTH4.to_string());
     say("--gateway", GATEWAY4.to_string());
-    say("--dns-forward", DNS4.to_string());
     if has6 {
         say("--address", GUEST6.to_string());
         say("--gateway", GATEWAY6.to_string());
-        say("--dns-forward", DNS6.to_string());
     }
+    for resolver in &resolvers.direct {
+        say("--dns", resolver.to_string());
+    }
+    if resolvers.on_loopback {
+        say("--dns-forward", DNS4.to_string());
+    }
+    // By DHCP the guest is to learn what it is told, which has no search list.
+    say("--search", "none".into());
     for port in &request.published {
         let option = match port.transport {
             Transport::Tcp => "--tcp-ports",
@@ -441,20 +533,37 @@ mod tests {
             mtu: USUAL_MTU,
             mac: None,
         };
-        let folder = tempfile::tempdir().unwrap();
         let vm = "vm".parse().unwrap();
-        let said = UserNetwork::start(folder.path(), &vm, &request)
-            .unwrap_err()
-            .to_string();
+        let said = UserNetwork::start(&vm, &request).unwrap_err().to_string();
         assert!(said.contains(&host.to_string()), "{said}");
         drop(taken);
         let twice = UserRequest {
             published: vec![port.clone(), port],
             ..request
         };
-        let said = UserNetwork::start(folder.path(), &vm, &twice)
-            .unwrap_err()
-            .to_string();
+        let said = UserNetwork::start(&vm, &twice).unwrap_err().to_string();
         assert!(said.contains("twice"), "{said}");
+    }
+
+    #[test]
+    fn resolvers_are_asked_by_whoever_reaches_them() {
+        let read = |text: &str| Resolvers::read(text, false);
+        let far =
+            read("# dns\nnameserver 192.0.2.53\nnameserver 127.0.0.53\nnameserver fd00::53\n");
+        let addresses: [IpAddr; 1] = ["192.0.2.53".parse().unwrap()];
+        assert_eq!(
+            (far.for_guest(), far.on_loopback),
+            (addresses.to_vec(), false)
+        );
+        let both = Resolvers::read("nameserver fd00::53\nnameserver 192.0.2.53", true);
+        assert_eq!(both.for_guest().len(), 2);
+        for near in ["nameserver 127.0.0.53\noptions edns0", "nameserver 0.0.0.0"] {
+            assert_eq!(read(near).for_guest(), [IpAddr::V4(DNS4)], "{near}");
+        }
+        assert_eq!(read("").for_guest(), [] as [IpAddr; 0]);
+        assert_eq!(
+            read(&"nameserver 192.0.2.1\n".repeat(9)).direct.len(),
+            MOST_RESOLVERS
+        );
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use alveole_interrupts::{MsiMessage, MsiVector};
+use alveole_interrupts::{IrqLine, MsiMessage, MsiVector};
 use alveole_io_bus::Outcome;
 
 use crate::{ConfigSpace, MsixEntryStateV1, MsixStateV1, PciError, PciRestoreError};
@@ -57,6 +57,15 @@ impl MsixSender {
         if waits.is_err() {
             gate.vector.signal();
         }
+    }
+
+    /// The line that sends message `vector`, while messages of it pass: enabled, not masked. Who signals by it must ask
+    /// again after each change that the guest makes.
+    #[must_use]
+    pub fn open_line(&self, vector: u16) -> Option<IrqLine> {
+        let gate = self.0.gates.get(usize::from(vector))?;
+        let is_open = self.is_enabled() && gate.state.load(Ordering::Acquire) & CLOSED == 0;
+        is_open.then(|| gate.vector.line().clone())
     }
 
     /// Whether the guest has enabled MSI-X.

@@ -54,11 +54,19 @@ pub enum Role {
     Vcpu,
     /// Serves the API socket.
     Api,
+    /// Opens files for a running machine, where clients can ask for that.
+    Files,
 }
 
 impl Role {
     /// All roles.
-    pub const ALL: [Self; 4] = [Self::Control, Self::Devices, Self::Vcpu, Self::Api];
+    pub const ALL: [Self; 5] = [
+        Self::Control,
+        Self::Devices,
+        Self::Vcpu,
+        Self::Api,
+        Self::Files,
+    ];
 
     /// The name that messages and policy files use.
     #[must_use]
@@ -68,6 +76,7 @@ impl Role {
             Self::Devices => "devices",
             Self::Vcpu => "vcpu",
             Self::Api => "api",
+            Self::Files => "files",
         }
     }
 }

@@ -1,6 +1,10 @@
 //! What a disk counts.
 
-use alveole_counters::{Counter, CounterSet};
+use std::time::Duration;
+
+use alveole_counters::{Counter, CounterSet, Histogram, Observed};
+
+use crate::Kind;
 
 /// Counters of one disk.
 #[derive(Debug, Default)]
@@ -30,6 +34,12 @@ pub struct BlkCounters {
     pub found: Counter,
     /// Times the next request came before the driver was told of the last one.
     pub gathered: Counter,
+    /// How long reads took, from the round in which they were taken to that in which they were found complete.
+    pub read_latency: Histogram,
+    /// The same of writes.
+    pub write_latency: Histogram,
+    /// The same of flushes.
+    pub flush_latency: Histogram,
 }
 
 impl BlkCounters {
@@ -37,6 +47,16 @@ impl BlkCounters {
         Self {
             name,
             ..Self::default()
+        }
+    }
+
+    /// A request that the host has worked on took so long.
+    pub(crate) fn took(&self, kind: Kind, time: Duration) {
+        match kind {
+            Kind::Read => self.read_latency.observe(time),
+            Kind::Write => self.write_latency.observe(time),
+            Kind::Flush => self.flush_latency.observe(time),
+            Kind::Discard | Kind::WriteZeroes | Kind::GetId => {}
         }
     }
 }
@@ -61,6 +81,9 @@ impl CounterSet for BlkCounters {
             batches,
             found,
             gathered,
+            read_latency: _,
+            write_latency: _,
+            flush_latency: _,
         } = self;
         f("reads", reads.get());
         f("writes", writes.get());
@@ -74,5 +97,11 @@ impl CounterSet for BlkCounters {
         f("batches", batches.get());
         f("found", found.get());
         f("gathered", gathered.get());
+    }
+
+    fn visit_histograms(&self, f: &mut dyn FnMut(&str, Observed)) {
+        f("read", self.read_latency.observed());
+        f("write", self.write_latency.observed());
+        f("flush", self.flush_latency.observed());
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use alveole_block_store::{BlockStore, Cache, Geometry, StoreError};
+use alveole_block_store::{BlockStore, Cache, Geometry, StoreError, StoreQueue};
 use alveole_rate_limiter::{Limits, RateLimiter};
 use alveole_virtio::{
     ConfigIrq, Identity, QueueWorker, RestoreError, SavedState, StartError, StartKit, VirtioDevice,
@@ -182,6 +182,13 @@ pub struct VirtioBlk {
     honours_flush: bool,
 }
 
+/// A medium that is ready to be put in.
+pub struct Medium {
+    store: Arc<dyn BlockStore>,
+    queues: Vec<Box<dyn StoreQueue>>,
+    geometry: Geometry,
+}
+
 /// The owner's handle on a disk that a machine has. Clones share it.
 #[derive(Clone)]
 pub struct BlkHandle {
@@ -216,6 +223,7 @@ impl VirtioBlk {
                 Ok(Arc::new(Mutex::new(Lane {
                     store,
                     next_store: None,
+                    served: false,
                     timer,
                     flights: Flights::default(),
                     scratch: Scratch::default(),
@@ -303,12 +311,29 @@ impl BlkHandle {
         Ok(geometry)
     }
 
+    /// What names the file or device behind the disk for as long as it does.
+    #[must_use]
+    pub fn medium_identity(&self) -> String {
+        lock(&self.shared.store).identity()
+    }
+
     /// Puts another medium in. Requests in flight are finished on the old one; the guest is told of the new
     /// size.
     ///
     /// # Errors
     /// The new store gives no queues, or one is read-only and the other is not.
     pub fn change_medium(&self, store: Arc<dyn BlockStore>) -> Result<(), BlkError> {
+        let medium = self.prepare_medium(store)?;
+        self.put_in(medium);
+        Ok(())
+    }
+
+    /// The first half of [`Self::change_medium`]: everything that needs the host. Another thread may do this, which
+    /// may do more than the one that owns the machine.
+    ///
+    /// # Errors
+    /// As of [`Self::change_medium`].
+    pub fn prepare_medium(&self, store: Arc<dyn BlockStore>) -> Result<Medium, BlkError> {
         let kind = |read_only| if read_only { "read-only" } else { "writable" };
         let geometry = store.geometry();
         let old = self.geometry().read_only;
@@ -321,14 +346,33 @@ impl BlkHandle {
         }
         let name = self.shared.counters_name();
         let queues = open_queues(name, &store, self.lanes.len(), self.queue_size)?;
+        Ok(Medium {
+            store,
+            queues,
+            geometry,
+        })
+    }
+
+    /// The second half of [`Self::change_medium`]: swaps a few values. `medium` is one that this disk prepared.
+    pub fn put_in(&self, medium: Medium) {
+        let Medium {
+            store,
+            queues,
+            geometry,
+        } = medium;
         for (lane, queue) in self.lanes.iter().zip(queues) {
-            lock(lane).next_store = Some(queue);
+            let mut lane = lock(lane);
+            if lane.served {
+                lane.next_store = Some(queue);
+            } else {
+                // Nothing is in flight. The old medium is let go of now, and not at a start that may never come.
+                lane.store = queue;
+            }
         }
         *lock(&self.shared.id) = id_bytes(&store.identity());
         *lock(&self.shared.store) = store;
         self.shared.take_geometry(geometry);
         self.wake();
-        Ok(())
     }
 
     fn changed(&self, geometry: Geometry) {
@@ -359,7 +403,7 @@ fn open_queues(
     store: &Arc<dyn BlockStore>,
     count: usize,
     size: u16,
-) -> Result<Vec<Box<dyn alveole_block_store::StoreQueue>>, BlkError> {
+) -> Result<Vec<Box<dyn StoreQueue>>, BlkError> {
     store
         .open_queues(count, u32::from(size))
         .map_err(|source| BlkError::Store {

@@ -1,5 +1,7 @@
 //! What outlives a stop of one queue: its way to the store, its timer, and memory that is used again.
 
+use std::time::Instant;
+
 use alveole_block_store::{Completion, StoreQueue};
 use alveole_guest_memory::GuestBuffers;
 use alveole_virtio::Chain;
@@ -12,6 +14,8 @@ pub(crate) struct Lane {
     pub(crate) store: Box<dyn StoreQueue>,
     /// Takes its place as soon as nothing is in flight.
     pub(crate) next_store: Option<Box<dyn StoreQueue>>,
+    /// A worker serves it: only that one may change the store.
+    pub(crate) served: bool,
     /// When the rate limiter grants the next request.
     pub(crate) timer: TimerFd,
     pub(crate) flights: Flights,
@@ -34,6 +38,8 @@ pub(crate) struct Flight {
     pub(crate) status_addr: u64,
     pub(crate) kind: crate::Kind,
     pub(crate) len: u64,
+    /// When the round began in which it was taken.
+    pub(crate) since: Instant,
     /// Parts of it that the host has not given back.
     pub(crate) parts: u32,
     pub(crate) failed: bool,

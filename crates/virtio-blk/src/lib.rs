@@ -31,7 +31,7 @@ mod state;
 mod worker;
 
 pub use counters::BlkCounters;
-pub use device::{BlkConfig, BlkError, BlkHandle, VirtioBlk};
+pub use device::{BlkConfig, BlkError, BlkHandle, Medium, VirtioBlk};
 pub use request::{BadRequest, Kind, ParsedRequest, Range, fuzz_parse};
 
 /// Most data segments of a request (`seg_max`): with header and status byte a chain of 256, which drivers

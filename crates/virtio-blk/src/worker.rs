@@ -44,6 +44,8 @@ pub(crate) struct BlkWorker {
     /// Looking for that too, and for what the host has in flight.
     host_wait: BusyWait,
     gather: Gather,
+    /// When this round of taking requests began: the clock is read for many at once.
+    taken: Instant,
 }
 
 /// Why a round ended.
@@ -75,6 +77,7 @@ impl BlkWorker {
             driver_wait: BusyWait::new(longest_look),
             host_wait: BusyWait::new(longest_look.saturating_mul(HOST_LOOK)),
             gather: Gather::new(),
+            taken: Instant::now(),
         }
     }
 
@@ -211,6 +214,7 @@ impl BlkWorker {
     /// Takes what is available, as long as it may.
     fn take_requests(&mut self, lane: &mut Lane, budget: &mut u32) -> Result<Pause, BrokenRing> {
         self.queue.stop_doorbell()?;
+        self.taken = Instant::now();
         loop {
             if self.is_full(lane) {
                 return Ok(Pause::Full);
@@ -275,6 +279,7 @@ impl BlkWorker {
             status_addr: request.status_addr,
             kind: request.kind,
             len: request.len,
+            since: self.taken,
             parts: 1,
             failed: false,
         };
@@ -367,6 +372,10 @@ impl BlkWorker {
         let Lane {
             flights, scratch, ..
         } = lane;
+        if scratch.done.is_empty() {
+            return Ok(());
+        }
+        let done = Instant::now();
         for completion in scratch.done.drain(..) {
             if let Err(e) = &completion.result {
                 self.shared.say(e);
@@ -374,6 +383,8 @@ impl BlkWorker {
             scratch.spare.push(completion.buffers);
             let failed = completion.result.is_err();
             if let Some(flight) = flights.part_done(completion.tag, failed) {
+                let took = done.saturating_duration_since(flight.since);
+                self.shared.counters.took(flight.kind, took);
                 self.finish(&flight)?;
             }
         }
@@ -478,9 +489,7 @@ impl Worker for BlkWorker {
             Interest::READABLE | Interest::EDGE,
         )?;
         ops.watch(&lane.timer, TIMER, Interest::READABLE | Interest::EDGE)?;
-        if let Some(next) = lane.next_store.take() {
-            lane.store = next;
-        }
+        lane.served = true;
         self.watch_store(&lane, ops)
     }
 
@@ -524,6 +533,10 @@ impl QueueWorker for BlkWorker {
         lane.scratch.done.clear();
         lane.flights = Default::default();
         lane.scratch.spare.clear();
+        lane.served = false;
+        if let Some(next) = lane.next_store.take() {
+            lane.store = next;
+        }
         let _ = lane.timer.clear();
         vec![self.queue.stop()]
     }

@@ -146,6 +146,14 @@ fn reads_and_writes_reach_the_store() {
     let counted =
         ["reads", "writes", "flushes", "bytes_read", "bytes_written"].map(|n| disk.count(n));
     assert_eq!(counted, [1, 1, 1, 1024, 512]);
+    let mut seen = Vec::new();
+    let handle = &disk.handle;
+    handle.counters().visit_histograms(&mut |name, observed| {
+        assert!(observed.sum_ns > 0, "{name}");
+        seen.push((name.to_owned(), observed.count));
+    });
+    let one_each = ["read", "write", "flush"].map(|name| (name.to_owned(), 1));
+    assert_eq!(seen, one_each);
 }
 
 #[test]

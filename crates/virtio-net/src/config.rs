@@ -4,7 +4,7 @@ use std::io;
 
 use alveole_rate_limiter::Limits;
 
-use crate::{MAX_PAIRS, QUEUE_SIZE};
+use crate::{MAX_PAIRS, QUEUE_SIZE, RX_QUEUE_SIZE};
 
 /// How a network device is to be.
 #[derive(Debug, Clone)]
@@ -15,7 +15,9 @@ pub struct NetConfig {
     pub mac: Option<[u8; 6]>,
     /// What the guest is told about the largest payload of a frame, in bytes; none: the link's.
     pub mtu: Option<u16>,
-    /// Size of each queue; a power of two.
+    /// Size of each queue that receives; a power of two.
+    pub rx_queue_size: u16,
+    /// Size of each other queue; a power of two.
     pub queue_size: u16,
     /// Bounds on what the guest receives.
     pub rx_limits: Limits,
@@ -33,6 +35,7 @@ impl NetConfig {
             name: name.to_owned(),
             mac: None,
             mtu: None,
+            rx_queue_size: RX_QUEUE_SIZE,
             queue_size: QUEUE_SIZE,
             rx_limits: Limits::default(),
             tx_limits: Limits::default(),
@@ -46,7 +49,7 @@ impl NetConfig {
 pub enum NetError {
     /// The host.
     #[error(
-        "network {name}: cannot make a timer: {source}; raise the limit on open files (ulimit -n)"
+        "network {name}: cannot make a timer or an event: {source}; raise the limit on open files (ulimit -n)"
     )]
     Timer {
         /// Which device.
@@ -105,6 +108,31 @@ pub enum NetError {
         name: String,
         /// What was asked for.
         mtu: u16,
+    },
+    /// What the host's kernel does not do.
+    #[error(
+        "network {name}: the host's kernel serves its queues (vhost), and does not do {what}; leave that or vhost out"
+    )]
+    Vhost {
+        /// Which device.
+        name: String,
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// Frames may come that the guest does not expect.
+    #[error(
+        "network {name}: an MTU of {mtu} bytes, and the host's kernel, which serves its queues (vhost), passes all that \
+         {link} has: {link_mtu}; give the link the same (ip link set dev NAME mtu {mtu}), or leave vhost out"
+    )]
+    VhostMtu {
+        /// Which device.
+        name: String,
+        /// What was asked for.
+        mtu: u16,
+        /// The link.
+        link: String,
+        /// What it has.
+        link_mtu: u16,
     },
     /// No address could be made up.
     #[error("network {name}: cannot make up an address: {why}; give it one")]

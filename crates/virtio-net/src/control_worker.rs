@@ -111,7 +111,12 @@ impl ControlWorker {
         self.shared.set_pairs(pairs);
         for (pair, lane) in (0u16..).zip(&self.lanes) {
             let mut lane = lock(lane);
-            if let Err(e) = lane.link.set_active(pair < pairs) {
+            let taken_back = match &mut lane.vhost {
+                // Its worker lends what is in use.
+                Some(vhost) if pair >= pairs => vhost.stop(),
+                _ => Ok(()),
+            };
+            if let Err(e) = taken_back.and_then(|()| lane.link.set_active(pair < pairs)) {
                 self.shared
                     .say("a queue of the link cannot be switched", &e);
                 self.shared.set_pairs(before);

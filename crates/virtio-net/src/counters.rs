@@ -42,6 +42,10 @@ pub struct NetCounters {
     pub batches: Counter,
     /// Times there was more to do when it was looked for, without a doorbell.
     pub found: Counter,
+    /// Times the host's kernel took a queue over. What it moves is counted by the host's interface alone.
+    pub vhost_starts: Counter,
+    /// Its interrupts that went by way of the device's thread.
+    pub vhost_interrupts: Counter,
     /// Control commands done.
     pub commands: Counter,
     /// Control commands answered with an error.
@@ -83,6 +87,8 @@ impl CounterSet for NetCounters {
             tx_errors,
             batches,
             found,
+            vhost_starts,
+            vhost_interrupts,
             commands,
             commands_refused,
         } = self;
@@ -104,6 +110,8 @@ impl CounterSet for NetCounters {
         f("tx_errors", tx_errors.get());
         f("batches", batches.get());
         f("found", found.get());
+        f("vhost_starts", vhost_starts.get());
+        f("vhost_interrupts", vhost_interrupts.get());
         f("commands", commands.get());
         f("commands_refused", commands_refused.get());
     }

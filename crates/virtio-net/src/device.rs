@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use alveole_net_link::{LinkFacts, NetLink};
+use alveole_rate_limiter::Limits;
 use alveole_virtio::{
     ConfigIrq, Identity, LiveQueue, QueueWorker, RestoreError, SavedState, StartError, StartKit,
     VirtioDevice,
@@ -18,6 +19,7 @@ use crate::receive::Rx;
 use crate::shared::{Shared, lock};
 use crate::state::{KIND, NetStateV1, VERSION};
 use crate::transmit::Tx;
+use crate::vhost::{Vhost, VhostWorker};
 use crate::worker::PairWorker;
 use crate::{MAX_PAIRS, NetConfig, NetCounters, NetError, NetHandle};
 
@@ -30,6 +32,7 @@ const LEAST_MTU: u16 = 68;
 pub struct VirtioNet {
     shared: Arc<Shared>,
     lanes: Vec<Arc<Mutex<Lane>>>,
+    rx_queue_size: u16,
     queue_size: u16,
     /// The link, or the owner's filter, passes no other address.
     mac_is_fixed: bool,
@@ -45,23 +48,27 @@ impl VirtioNet {
             name,
             mac,
             mtu,
+            rx_queue_size,
             queue_size,
             rx_limits,
             tx_limits,
             source_mac_filter,
         } = config;
-        let NetLink { facts, queues } = link;
+        let NetLink {
+            facts,
+            queues,
+            vhost,
+        } = link;
         let pairs = u16::try_from(queues.len()).unwrap_or(u16::MAX);
-        if pairs == 0
-            || pairs > MAX_PAIRS
-            || *queue_size < 2
-            || !queue_size.is_power_of_two()
-            || *queue_size > alveole_virtio::MAX_QUEUE_SIZE
-        {
+        let sizes = [*rx_queue_size, *queue_size];
+        let wrong = sizes.into_iter().find(|size| {
+            *size < 2 || !size.is_power_of_two() || *size > alveole_virtio::MAX_QUEUE_SIZE
+        });
+        if pairs == 0 || pairs > MAX_PAIRS || wrong.is_some() {
             return Err(NetError::Queues {
                 name: name.clone(),
                 pairs: queues.len(),
-                size: *queue_size,
+                size: wrong.unwrap_or(*queue_size),
             });
         }
         let mac_is_fixed = facts.mac.is_some() || *source_mac_filter && mac.is_some();
@@ -73,20 +80,24 @@ impl VirtioNet {
                 mtu,
             });
         }
+        if !vhost.is_empty() {
+            check_vhost(config, &facts)?;
+        }
+        let mut vhost = vhost.into_iter();
         let lanes = queues
             .into_iter()
             .map(|link| {
-                let timer = || {
-                    TimerFd::new().map_err(|e| NetError::Timer {
-                        name: name.clone(),
-                        source: e.into(),
-                    })
+                let failed = |source| NetError::Timer {
+                    name: name.clone(),
+                    source,
                 };
+                let timer = || TimerFd::new().map_err(|e| failed(e.into()));
                 Ok(Arc::new(Mutex::new(Lane {
                     link,
                     rx_timer: timer()?,
                     tx_timer: timer()?,
                     kept: Kept::default(),
+                    vhost: vhost.next().map(Vhost::new).transpose().map_err(failed)?,
                 })))
             })
             .collect::<Result<Vec<_>, NetError>>()?;
@@ -107,6 +118,7 @@ impl VirtioNet {
                 counters,
             )),
             lanes,
+            rx_queue_size: *rx_queue_size,
             queue_size: *queue_size,
             mac_is_fixed,
         })
@@ -129,6 +141,32 @@ impl VirtioNet {
             1
         };
         (features & CTRL_VQ != 0).then_some(known.saturating_mul(2))
+    }
+}
+
+/// What the device does with each frame, the host's kernel does not.
+fn check_vhost(config: &NetConfig, facts: &LinkFacts) -> Result<(), NetError> {
+    let is_bound = [config.rx_limits, config.tx_limits] != [Limits::default(); 2];
+    for (asked, what) in [
+        (is_bound, "rate limiting"),
+        (config.source_mac_filter, "filtering by address"),
+    ] {
+        if asked {
+            return Err(NetError::Vhost {
+                name: config.name.clone(),
+                what,
+            });
+        }
+    }
+    // Section 5.1.4.1: what is not to be cut is not longer than what the driver was told.
+    match (config.mtu, facts.mtu) {
+        (Some(mtu), Some(link_mtu)) if mtu < link_mtu => Err(NetError::VhostMtu {
+            name: config.name.clone(),
+            mtu,
+            link: facts.name.clone(),
+            link_mtu,
+        }),
+        _ => Ok(()),
     }
 }
 
@@ -174,12 +212,13 @@ struct Halves {
 
 impl VirtioDevice for VirtioNet {
     fn identity(&self) -> Identity {
-        let count = self.lanes.len().saturating_mul(2).saturating_add(1);
+        let pair = [self.rx_queue_size, self.queue_size];
+        let pairs = self.lanes.iter().flat_map(|_| pair);
         Identity {
             name: "virtio-net",
             device_id: DEVICE_ID,
             features: self.shared.abilities.features(),
-            queue_sizes: vec![self.queue_size; count],
+            queue_sizes: pairs.chain([self.queue_size]).collect(),
             config_len: config_space::LEN,
         }
     }
@@ -236,6 +275,17 @@ impl VirtioDevice for VirtioNet {
             if halves.rx.is_none() && halves.tx.is_none() {
                 continue;
             }
+            if lock(lane).vhost.is_some() {
+                workers.push(Box::new(VhostWorker::new(
+                    pair,
+                    kit.features,
+                    (halves.rx, halves.tx),
+                    lane.clone(),
+                    self.lanes.clone(),
+                    shared.clone(),
+                )));
+                continue;
+            }
             let mtu = shared.abilities.mtu;
             let rx = halves.rx.map(|queue| Rx::new(queue, kit.features, mtu));
             let tx = halves.tx.map(|queue| Tx::new(queue, kit.features, source));
@@ -255,6 +305,7 @@ impl VirtioDevice for VirtioNet {
         let Self {
             shared,
             lanes,
+            rx_queue_size: _,
             queue_size: _,
             mac_is_fixed: _,
         } = self;

@@ -8,7 +8,7 @@ use alveole_rate_limiter::Limits;
 use crate::NetCounters;
 use crate::config_space::GUEST_ANNOUNCE;
 use crate::lane::Lane;
-use crate::shared::{Shared, lock};
+use crate::shared::{Limit, Shared, lock};
 
 /// The owner's handle on a network device that a machine has. Clones share it.
 #[derive(Clone)]
@@ -24,23 +24,48 @@ impl NetHandle {
         &self.shared.counters
     }
 
-    /// Bounds what the guest receives anew. What is not named stays; a frame that waits is looked at again.
-    pub fn change_rx_limits(&self, limits: Limits) {
-        self.shared.rx_limit.change(limits);
-        self.wake();
+    /// Bounds what the guest receives anew. What is not named stays; a frame that waits is looked at again. False: the
+    /// host's kernel serves the queues, and bounds nothing.
+    pub fn change_rx_limits(&self, limits: Limits) -> bool {
+        self.change(&self.shared.rx_limit, limits)
     }
 
-    /// Bounds what the guest sends anew. What is not named stays; a frame that waits is looked at again.
-    pub fn change_tx_limits(&self, limits: Limits) {
-        self.shared.tx_limit.change(limits);
+    /// Bounds what the guest sends anew, otherwise as [`Self::change_rx_limits`].
+    pub fn change_tx_limits(&self, limits: Limits) -> bool {
+        self.change(&self.shared.tx_limit, limits)
+    }
+
+    fn change(&self, limit: &Limit, limits: Limits) -> bool {
+        if self.is_served_by_host() {
+            return false;
+        }
+        limit.change(limits);
         self.wake();
+        true
+    }
+
+    /// Whether the host's kernel serves the queues (vhost).
+    #[must_use]
+    pub fn is_served_by_host(&self) -> bool {
+        self.lanes.iter().any(|lane| lock(lane).vhost.is_some())
     }
 
     /// Plugs the cable in or out: the guest is told, and frames of either side are lost while it is out.
     pub fn set_link(&self, up: bool) {
-        if self.shared.set_link(up) {
-            self.wake();
+        if !self.shared.set_link(up) {
+            return;
         }
+        if !up {
+            // No frame passes any more when this returns; the workers see why.
+            for lane in &self.lanes {
+                if let Some(vhost) = &mut lock(lane).vhost
+                    && let Err(e) = vhost.stop()
+                {
+                    self.shared.say("vhost does not give a queue back", &e);
+                }
+            }
+        }
+        self.wake();
     }
 
     /// Whether the cable is in. It is out, too, once the other side of a stream is gone.

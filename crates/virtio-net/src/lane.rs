@@ -3,6 +3,8 @@
 use alveole_net_link::{HEADER_BYTES, LinkQueue, MAX_FRAME_BYTES};
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::vhost::Vhost;
+
 /// One pair's share of the device, lent to its worker.
 pub(crate) struct Lane {
     pub(crate) link: Box<dyn LinkQueue>,
@@ -11,6 +13,8 @@ pub(crate) struct Lane {
     /// When the rate limiter grants the next frame of the guest.
     pub(crate) tx_timer: TimerFd,
     pub(crate) kept: Kept,
+    /// What serves the pair in place of a worker of ours.
+    pub(crate) vhost: Option<Vhost>,
 }
 
 /// A frame for which the guest has too few buffers at the moment. One for each pair, whatever comes.

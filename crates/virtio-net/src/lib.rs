@@ -32,6 +32,7 @@ mod receive;
 mod shared;
 mod state;
 mod transmit;
+mod vhost;
 mod worker;
 
 pub use config::{NetConfig, NetError};
@@ -41,14 +42,20 @@ pub use device::VirtioNet;
 pub use frame::{BadFrame, FrameRules, ParsedFrame, fuzz_frame};
 pub use handle::NetHandle;
 
-/// Default size of each queue.
+/// Default size of the queues that send, and of the control queue.
 pub const QUEUE_SIZE: u16 = 256;
+/// Default size of the queues that receive. A long frame takes 17 buffers of the size that Linux gives, so that 256
+/// of them hold no more than 15 frames, and the link waits for the guest again and again.
+pub const RX_QUEUE_SIZE: u16 = 512;
 /// Most pairs of queues: as many as a machine has processors.
 pub const MAX_PAIRS: u16 = 64;
-/// Most frames in one direction before a pair looks at the other direction and tells the driver. Abused by a guest, or
-/// its network, that keeps one direction busy. A long frame counts for several: what it answers must not wait for as many
+/// Most frames of the guest before a pair looks at the other direction and tells the driver. Abused by a guest that
+/// keeps one direction busy. A long frame counts for several: what it answers must not wait for as many
 /// of them as of short ones.
-pub const FRAMES_PER_BURST: u32 = 32;
+pub const TX_FRAMES_PER_BURST: u32 = 32;
+/// The same for frames to the guest, abused by its network. More, as an interrupt for few of them leaves a guest that
+/// goes to sleep in between.
+pub const RX_FRAMES_PER_BURST: u32 = 128;
 /// Most frames of one pair before other workers of the same loop have their turn, counted alike. Abused by a guest that
 /// keeps one pair busy on a shared loop.
 pub const FRAMES_PER_TURN: u32 = 1024;

@@ -12,7 +12,7 @@ use crate::lane::Lane;
 use crate::receive::{Rx, RxPause};
 use crate::shared::{Shared, lock};
 use crate::transmit::{Tx, TxPause};
-use crate::{FRAMES_PER_BURST, FRAMES_PER_TURN};
+use crate::{FRAMES_PER_TURN, RX_FRAMES_PER_BURST, TX_FRAMES_PER_BURST};
 
 const RX_BELL: Token = Token(0);
 const TX_BELL: Token = Token(1);
@@ -22,7 +22,7 @@ const READABLE: Token = Token(4);
 const WRITABLE: Token = Token(5);
 
 /// Most frames thrown away when a link goes up: more than a tap's queue holds.
-const MOST_STALE: u32 = 4096;
+pub(crate) const MOST_STALE: u32 = 4096;
 
 /// The worker of one pair, or of the half of it that the driver has enabled. Each descriptor belongs to one half, so
 /// that two workers may serve a pair after one of its queues was reset.
@@ -105,7 +105,7 @@ impl PairWorker {
 
     /// A burst in each direction, and what the driver is told of it.
     fn round(&mut self, lane: &mut Lane) -> Result<Round, Broken> {
-        let (mut rx_budget, mut tx_budget) = (FRAMES_PER_BURST, FRAMES_PER_BURST);
+        let (mut rx_budget, mut tx_budget) = (RX_FRAMES_PER_BURST, TX_FRAMES_PER_BURST);
         let mut round = Round {
             rx: None,
             tx: None,
@@ -119,8 +119,8 @@ impl PairWorker {
             let pause = half.work(self.pair, lane, &self.shared, &mut rx_budget);
             round.rx = Some(told(&mut half.queue, pause)?);
         }
-        round.moved = FRAMES_PER_BURST
-            .saturating_mul(2)
+        round.moved = RX_FRAMES_PER_BURST
+            .saturating_add(TX_FRAMES_PER_BURST)
             .saturating_sub(rx_budget)
             .saturating_sub(tx_budget);
         Ok(round)
@@ -142,7 +142,8 @@ impl PairWorker {
         Ok(more)
     }
 
-    /// Looks for the next frame of either side instead of sleeping, where that is worth it.
+    /// Looks for the next frame of either side, or for buffers where the guest has none, instead of sleeping, where
+    /// that is worth it.
     fn look_for_more(
         &mut self,
         lane: &mut Lane,
@@ -157,7 +158,10 @@ impl PairWorker {
             wait,
             ..
         } = self;
-        let mut rx = rx.as_mut().filter(|_| rx_pause == Some(RxPause::Idle));
+        let is_starved = matches!(rx_pause, Some(RxPause::Starved | RxPause::Waits(_)));
+        let mut rx = rx
+            .as_mut()
+            .filter(|_| is_starved || rx_pause == Some(RxPause::Idle));
         let tx = tx.as_ref().filter(|_| tx_pause == Some(TxPause::Idle));
         if !wait.may_look() || rx.is_none() && tx.is_none() {
             return Ok(false);
@@ -170,6 +174,9 @@ impl PairWorker {
             let Some(half) = rx.as_mut() else {
                 return false;
             };
+            if is_starved {
+                return half.queue.has_more();
+            }
             let mut one = 1;
             let pause = half.work(*pair, lane, shared, &mut one);
             // The driver does not wait for the next look.
@@ -237,22 +244,18 @@ impl PairWorker {
             Err(e) => log::error!("{}: {e}", self.shared.name()),
         }
     }
+}
 
-    /// What the link must know of the driver: it may be another one than before.
-    fn set_up_link(&self, lane: &mut Lane) {
-        let shared = &self.shared;
-        if self.pair > 0 {
-            return;
-        }
-        if let Err(e) = lane.link.set_guest_offloads(shared.guest_offloads()) {
-            shared.say("the link cannot be told what the guest can do", &e);
-        }
-        // The first pair is always active.
-        for (pair, other) in (1u16..).zip(self.lanes.iter().skip(1)) {
-            let active = shared.is_active(pair);
-            if let Err(e) = lock(other).link.set_active(active) {
-                shared.say("a queue of the link cannot be switched", &e);
-            }
+/// What the link must know of the driver, which may be another one than before. On the first pair's behalf; `lane` is its.
+pub(crate) fn set_up_link(lane: &mut Lane, lanes: &[Arc<Mutex<Lane>>], shared: &Shared) {
+    if let Err(e) = lane.link.set_guest_offloads(shared.guest_offloads()) {
+        shared.say("the link cannot be told what the guest can do", &e);
+    }
+    // The first pair is always active.
+    for (pair, other) in (1u16..).zip(lanes.iter().skip(1)) {
+        let active = shared.is_active(pair);
+        if let Err(e) = lock(other).link.set_active(active) {
+            shared.say("a queue of the link cannot be switched", &e);
         }
     }
 }
@@ -301,7 +304,9 @@ impl Worker for PairWorker {
     fn start(&mut self, ops: &mut Ops<'_>) -> Result<(), EventLoopError> {
         let lane = self.lane.clone();
         let mut lane = lock(&lane);
-        self.set_up_link(&mut lane);
+        if self.pair == 0 {
+            set_up_link(&mut lane, &self.lanes, &self.shared);
+        }
         if let Some(rx) = &self.rx {
             edge(ops, rx.queue.doorbell().event_fd(), RX_BELL)?;
             edge(ops, &lane.rx_timer, RX_TIMER)?;

@@ -292,15 +292,14 @@ fn a_description_that_cannot_be_says_what_to_do() {
         e.contains("02:00:00:00:00:09") && e.contains("02:00:00:00:00:07"),
         "{e}"
     );
-    for queue_size in [0, 1, 3, 2048] {
-        let e = error(
-            NetConfig {
-                queue_size,
-                ..config()
-            },
-            loopback(1),
-        );
-        assert!(e.contains(&format!("of {queue_size}:")), "{e}");
+    for size in [0, 1, 3, 2048] {
+        let (mut rx, mut others) = (config(), config());
+        rx.rx_queue_size = size;
+        others.queue_size = size;
+        for wrong in [rx, others] {
+            let e = error(wrong, loopback(1));
+            assert!(e.contains(&format!("of {size}:")), "{e}");
+        }
     }
     let e = error(
         NetConfig {

@@ -134,6 +134,7 @@ pub(crate) fn write(core: &mut TransportCore, routes: &Routes, register: Registe
         Register::QueueSize => core.set_queue_size(word),
         Register::QueueMsixVector if core.queue_max_size() != 0 => {
             routes.set_queue_vector(core.queue_select(), word);
+            core.signals().routes_changed();
         }
         Register::QueueEnable if word == 1 => core.enable_queue(),
         Register::AddrLow(part) => {

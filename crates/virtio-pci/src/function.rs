@@ -225,7 +225,11 @@ impl PciTransport {
                 }
                 _ => return Outcome::Refused,
             },
-            Some((Part::MsixTable, at)) => return self.msix.write_table(at, from),
+            Some((Part::MsixTable, at)) => {
+                let outcome = self.msix.write_table(at, from);
+                self.core.signals().routes_changed();
+                return outcome;
+            }
             // Read-only.
             Some((Part::Isr | Part::MsixPending, _)) => {}
             None => return Outcome::Refused,
@@ -322,6 +326,7 @@ impl Function for PciTransport {
     fn write_config(&mut self, offset: u16, from: &[u8]) {
         self.space.write(offset, from);
         self.msix.follow(&self.space);
+        self.core.signals().routes_changed();
         if self.touches_window_data(offset, from.len())
             && let Some((target, len)) = self.window_target()
         {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
+use alveole_interrupts::IrqLine;
 use alveole_pci::MsixSender;
 use alveole_virtio::Wires;
 
@@ -142,6 +143,11 @@ impl Wires for PciWires {
         } else {
             routes.isr.fetch_or(QUEUE_INTERRUPT, Ordering::AcqRel);
         }
+    }
+
+    fn direct(&self, queue: u16) -> Option<IrqLine> {
+        let routes = &self.0;
+        routes.sender.open_line(routes.queue_vector(queue))
     }
 
     fn config(&self) {

@@ -42,8 +42,8 @@ pub use busy_wait::BusyWait;
 pub use chain::{Chain, MAX_CHAIN_SEGMENTS, Segment};
 pub use device::{Identity, QueueWorker, StartError, StartKit, VirtioDevice};
 pub use hosting::Hosting;
-pub use queue::{BrokenRing, LiveQueue, Progress};
-pub use signals::{ConfigIrq, MAX_TROUBLE_LINES, Signals, Wires};
+pub use queue::{BrokenRing, LiveQueue, Progress, RingParts};
+pub use signals::{ConfigIrq, MAX_TROUBLE_LINES, RouteWatch, Signals, Wires};
 pub use state::{QueueStateV1, SavedState, TransportStateV1};
 pub use transport_core::{QueuePart, RestoreError, TransportControl, TransportCore};
 

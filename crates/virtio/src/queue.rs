@@ -5,10 +5,10 @@ use std::sync::atomic::{Ordering, fence};
 
 use alveole_guest_memory::GuestRam;
 use alveole_guest_memory::vm_memory::{Bytes, GuestAddress};
-use alveole_interrupts::Doorbell;
+use alveole_interrupts::{Doorbell, IrqLine};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
-use crate::{Chain, Signals};
+use crate::{Chain, RouteWatch, Signals};
 
 /// What a driver did to its ring that no driver may do. The device goes quiet until it is reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -51,6 +51,26 @@ pub enum BrokenRing {
     /// The rings cannot be accessed.
     #[error("the ring itself is not in guest memory")]
     NoMemory,
+    /// Who serves the ring in our place has given it up, and does not say why.
+    #[error(
+        "the host's kernel, which serves it, gave it up: the driver broke the ring, or the link is gone"
+    )]
+    GivenUp,
+}
+
+/// Where a queue lies in guest memory and how far it came, for who is to serve it in our place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RingParts {
+    /// Number of descriptors.
+    pub size: u16,
+    /// Guest address of the descriptor table.
+    pub descriptors_addr: u64,
+    /// Guest address of the available ring.
+    pub available_addr: u64,
+    /// Guest address of the used ring.
+    pub used_addr: u64,
+    /// Next entry of the available ring.
+    pub next_avail: u16,
 }
 
 /// How far a queue came: what a stop gives back and a start takes.
@@ -122,6 +142,62 @@ impl LiveQueue {
         &self.ram
     }
 
+    /// Looks whether the available index can be one, as [`LiveQueue::pop`] does, and takes nothing.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_index(&mut self) -> Result<(), BrokenRing> {
+        let available = self.queue.iter(self.ram.as_vm_memory());
+        available.map(|_| ()).map_err(|e| no_index(&e))
+    }
+
+    /// What somebody else needs to serve the queue; [`LiveQueue::served_up_to`] takes it back.
+    #[must_use]
+    pub fn parts(&self) -> RingParts {
+        RingParts {
+            size: self.queue.size(),
+            descriptors_addr: self.queue.desc_table(),
+            available_addr: self.queue.avail_ring(),
+            used_addr: self.queue.used_ring(),
+            next_avail: self.queue.next_avail(),
+        }
+    }
+
+    /// Somebody else has served the queue up to entry `next_avail` of the available ring; how far it used entries stands in
+    /// the used ring.
+    ///
+    /// # Errors
+    /// The ring is not in memory.
+    pub fn served_up_to(&mut self, next_avail: u16) -> Result<(), BrokenRing> {
+        // Section 2.7.8: the index lies behind the flags.
+        let index_addr = GuestAddress(self.queue.used_ring().saturating_add(2));
+        let used: u16 = self
+            .ram
+            .as_vm_memory()
+            .load(index_addr, Ordering::Acquire)
+            .map_err(|_| BrokenRing::NoMemory)?;
+        self.queue.set_next_avail(next_avail);
+        self.queue.set_next_used(u16::from_le(used));
+        Ok(())
+    }
+
+    /// Interrupts the driver for what somebody else has completed, who has looked whether it wants to be.
+    pub fn interrupt(&self) {
+        self.signals.queue(self.index);
+    }
+
+    /// A line by which somebody else can interrupt the driver ([`crate::Wires::direct`]).
+    #[must_use]
+    pub fn direct(&self) -> Option<IrqLine> {
+        self.signals.direct(self.index)
+    }
+
+    /// Has `watch` called with what [`LiveQueue::direct`] would say, on the thread that writes registers, until the queue
+    /// stops.
+    pub fn watch_route(&self, watch: RouteWatch) {
+        self.signals.watch_route(self.index, watch);
+    }
+
     /// Whether [`LiveQueue::fail`] was called.
     #[must_use]
     pub fn is_broken(&self) -> bool {
@@ -134,10 +210,7 @@ impl LiveQueue {
     /// The driver has broken the ring; hand it to [`LiveQueue::fail`].
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, BrokenRing> {
         let ram = self.ram.as_vm_memory();
-        let mut available = self.queue.iter(ram).map_err(|e| match e {
-            virtio_queue::Error::InvalidAvailRingIndex => BrokenRing::IndexJump,
-            _ => BrokenRing::NoMemory,
-        })?;
+        let mut available = self.queue.iter(ram).map_err(|e| no_index(&e))?;
         match available.next() {
             Some(descriptors) => chain.fill(descriptors).map(|()| true),
             None => Ok(false),
@@ -306,11 +379,20 @@ impl LiveQueue {
     /// Ends service.
     #[must_use]
     pub fn stop(self) -> Progress {
+        self.signals.forget_route(self.index);
         Progress {
             queue: self.index,
             next_avail: self.queue.next_avail(),
             next_used: self.queue.next_used(),
         }
+    }
+}
+
+/// Why a ring cannot be looked into.
+fn no_index(why: &virtio_queue::Error) -> BrokenRing {
+    match why {
+        virtio_queue::Error::InvalidAvailRingIndex => BrokenRing::IndexJump,
+        _ => BrokenRing::NoMemory,
     }
 }
 
@@ -411,6 +493,48 @@ mod tests {
             queue.notify().unwrap();
             assert_eq!(told.load(Ordering::SeqCst), wanted);
         }
+    }
+
+    #[test]
+    fn what_another_has_served_is_taken_over() {
+        let (mut queue, ram, _) = queue();
+        for at in 0..4u64 {
+            ram.write(AVAILABLE + 4 + 2 * at, &(at as u16).to_le_bytes())
+                .unwrap();
+            ram.write(0x1000 + 16 * at + 8, &[1]).unwrap();
+        }
+        ram.write(AVAILABLE + 2, &4u16.to_le_bytes()).unwrap();
+        let parts = queue.parts();
+        assert_eq!((parts.size, parts.next_avail), (SIZE, 0));
+        assert_eq!((parts.available_addr, parts.used_addr), (AVAILABLE, USED));
+        // Three were used elsewhere.
+        ram.write(USED + 2, &3u16.to_le_bytes()).unwrap();
+        queue.served_up_to(3).unwrap();
+        let mut chain = Chain::new();
+        assert!(queue.pop(&mut chain).unwrap());
+        assert_eq!(chain.head(), 3);
+        queue.complete(3, 77).unwrap();
+        assert_eq!(entry(&ram, 3), (3, 77));
+        assert_eq!(used_index(&ram), 4);
+        let progress = queue.stop();
+        assert_eq!((progress.next_avail, progress.next_used), (4, 4));
+    }
+
+    #[test]
+    fn who_watches_a_route_hears_of_it_until_the_queue_stops() {
+        let (queue, _, _) = queue();
+        let heard = Arc::new(AtomicU32::new(0));
+        let count = heard.clone();
+        queue.watch_route(Arc::new(move |line| {
+            assert!(line.is_none(), "these wires have no direct line");
+            count.fetch_add(1, Ordering::SeqCst);
+        }));
+        let signals = queue.signals.clone();
+        signals.routes_changed();
+        assert_eq!(heard.load(Ordering::SeqCst), 1);
+        let _ = queue.stop();
+        signals.routes_changed();
+        assert_eq!(heard.load(Ordering::SeqCst), 1);
     }
 
     #[test]

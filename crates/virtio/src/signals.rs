@@ -3,14 +3,25 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use alveole_interrupts::IrqLine;
+
 /// Most log lines about broken rings and refused starts of one device. Abused by a guest that breaks its
 /// ring and resets the device in a loop.
 pub const MAX_TROUBLE_LINES: u32 = 10;
+
+/// Called with the line by which a queue interrupts directly from now on; none: through [`Wires::queue`] only.
+pub type RouteWatch = Arc<dyn Fn(Option<IrqLine>) + Send + Sync>;
 
 /// How a transport tells the driver something. Supplied by the transport, called from any thread.
 pub trait Wires: Send + Sync {
     /// Queue `queue` has used buffers.
     fn queue(&self, queue: u16);
+    /// A line on which an edge does all that [`Self::queue`] does, for who cannot call: the host's kernel. None: there
+    /// is more to it at the moment. The transport says when this changes ([`Signals::routes_changed`]).
+    fn direct(&self, queue: u16) -> Option<IrqLine> {
+        let _ = queue;
+        None
+    }
     /// The configuration, or the status, has changed.
     fn config(&self);
     /// The device was reset: nothing that was told before counts any more.
@@ -24,6 +35,8 @@ pub struct Signals {
     generation: AtomicU32,
     listener: Mutex<Listener>,
     trouble: AtomicU32,
+    /// By queue: who wants to know how it interrupts.
+    watches: Mutex<Vec<(u16, RouteWatch)>>,
 }
 
 /// Whether changes of the configuration are told: from DRIVER_OK on (section 2.4.1).
@@ -44,12 +57,39 @@ impl Signals {
             generation: AtomicU32::new(0),
             listener: Mutex::default(),
             trouble: AtomicU32::new(0),
+            watches: Mutex::default(),
         })
     }
 
     /// Tells the driver that `queue` has used buffers.
     pub(crate) fn queue(&self, queue: u16) {
         self.wires.queue(queue);
+    }
+
+    pub(crate) fn direct(&self, queue: u16) -> Option<IrqLine> {
+        self.wires.direct(queue)
+    }
+
+    fn watches(&self) -> MutexGuard<'_, Vec<(u16, RouteWatch)>> {
+        self.watches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn watch_route(&self, queue: u16, watch: RouteWatch) {
+        self.watches().push((queue, watch));
+    }
+
+    pub(crate) fn forget_route(&self, queue: u16) {
+        self.watches().retain(|(other, _)| *other != queue);
+    }
+
+    /// To be called by the transport, with its registers locked, when [`Wires::direct`] may answer otherwise than before.
+    /// What the driver has masked when this returns sends nothing any more.
+    pub fn routes_changed(&self) {
+        // They may wait for a worker, which may be about to look here.
+        let watches = self.watches().clone();
+        for (queue, watch) in watches {
+            watch(self.wires.direct(queue));
+        }
     }
 
     fn listener(&self) -> MutexGuard<'_, Listener> {

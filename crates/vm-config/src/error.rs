@@ -28,7 +28,7 @@ pub enum ConfigError {
         file: String,
     },
     /// Not text.
-    #[error("{file}:{line}:{column}: the machine description is not UTF-8 text from here on")]
+    #[error("{file}:{line}:{column}: this is not UTF-8 text from here on")]
     NotUtf8 {
         /// Name of the file.
         file: String,
@@ -38,7 +38,7 @@ pub enum ConfigError {
         column: usize,
     },
     /// Not JSON.
-    #[error("{file}:{line}:{column}: the machine description is not JSON: {what}")]
+    #[error("{file}:{line}:{column}: this is not JSON: {what}")]
     NotJson {
         /// Name of the file.
         file: String,

@@ -10,11 +10,16 @@
 mod error;
 mod object;
 mod read;
+mod requests;
 #[cfg(test)]
 mod tests;
 mod types;
 
 pub use error::{ConfigError, Problem, Problems};
+pub use requests::{
+    Action, Body, DriveUpdate, MachineConfigUpdate, MmdsConfig, MmdsVersion,
+    NetworkInterfaceUpdate, StateChange,
+};
 pub use types::{
     BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages,
     IoEngine, LinkKind, LogLevel, Logger, MachineConfig, Metrics, NetworkInterface, RateLimiter,
@@ -44,16 +49,21 @@ impl VmConfig {
     /// # Errors
     /// As [`VmConfig::from_json`]; or the bytes are not UTF-8.
     pub fn from_json_bytes(bytes: &[u8], file_name: &str) -> Result<Self, ConfigError> {
-        object::check_size(bytes.len(), file_name)?;
-        let text = std::str::from_utf8(bytes).map_err(|e| {
-            let valid = bytes.get(..e.valid_up_to()).unwrap_or_default();
-            let (line, column) = object::position_after(&String::from_utf8_lossy(valid));
-            ConfigError::NotUtf8 {
-                file: file_name.to_owned(),
-                line,
-                column,
-            }
-        })?;
+        let text = text_of(bytes, file_name)?;
         Self::from_json(text, file_name)
     }
+}
+
+/// The text that `bytes` are.
+fn text_of<'a>(bytes: &'a [u8], file_name: &str) -> Result<&'a str, ConfigError> {
+    object::check_size(bytes.len(), file_name)?;
+    std::str::from_utf8(bytes).map_err(|e| {
+        let valid = bytes.get(..e.valid_up_to()).unwrap_or_default();
+        let (line, column) = object::position_after(&String::from_utf8_lossy(valid));
+        ConfigError::NotUtf8 {
+            file: file_name.to_owned(),
+            line,
+            column,
+        }
+    })
 }

@@ -33,7 +33,7 @@ pub(crate) fn vm_config(top: &mut Object<'_>) -> VmConfig {
     config
 }
 
-fn boot_source(section: &mut Object<'_>) -> BootSource {
+pub(crate) fn boot_source(section: &mut Object<'_>) -> BootSource {
     BootSource {
         kernel_image_path: section.required("kernel_image_path"),
         initrd_path: section.optional("initrd_path"),
@@ -41,59 +41,56 @@ fn boot_source(section: &mut Object<'_>) -> BootSource {
     }
 }
 
-fn machine_config(section: &mut Object<'_>) -> MachineConfig {
+pub(crate) fn machine_config(section: &mut Object<'_>) -> MachineConfig {
     MachineConfig {
         vcpu_count: section.required("vcpu_count"),
         mem_size_mib: section.required("mem_size_mib"),
-        smt: only_false(
-            section,
-            "smt",
-            "the guest sees one thread per core; threads that share a core are",
-        ),
-        track_dirty_pages: only_false(
-            section,
-            "track_dirty_pages",
-            "diff snapshots, for which pages are tracked, are",
-        ),
-        cpu_template: template(section),
-        huge_pages: huge_pages(section),
+        smt: smt(section).unwrap_or_default(),
+        track_dirty_pages: track_dirty_pages(section).unwrap_or_default(),
+        cpu_template: template(section).unwrap_or_default(),
+        huge_pages: huge_pages(section).unwrap_or_default(),
     }
 }
 
+pub(crate) fn smt(section: &mut Object<'_>) -> Option<bool> {
+    let what = "the guest sees one thread per core; threads that share a core are";
+    only_false(section, "smt", what)
+}
+
+pub(crate) fn track_dirty_pages(section: &mut Object<'_>) -> Option<bool> {
+    let what = "diff snapshots, for which pages are tracked, are";
+    only_false(section, "track_dirty_pages", what)
+}
+
 /// A switch of Firecracker's that cannot be switched on here. `what` says what is not built.
-fn only_false(section: &mut Object<'_>, name: &'static str, what: &str) -> bool {
-    let Some(value) = section.take(name) else {
-        return false;
-    };
+fn only_false(section: &mut Object<'_>, name: &'static str, what: &str) -> Option<bool> {
+    let value = section.take(name)?;
     let on = value.read().unwrap_or_default();
     if on {
         value.wrong(format_args!(
             "true cannot be had: {what} not built yet; set it to false"
         ));
     }
-    on
+    Some(on)
 }
 
-fn template(section: &mut Object<'_>) -> CpuTemplate {
+pub(crate) fn template(section: &mut Object<'_>) -> Option<CpuTemplate> {
     const KNOWN: &[&str] = &["C3", "T2", "T2S", "T2CL", "T2A", "V1N1"];
     // Firecracker takes null here, unlike for huge_pages.
     let value = section.take("cpu_template").filter(|v| !v.is_null());
-    only_none(value, KNOWN, "CPU templates are", "CPU template");
-    CpuTemplate::None
+    only_none(&value?, KNOWN, "CPU templates are", "CPU template");
+    Some(CpuTemplate::None)
 }
 
-fn huge_pages(section: &mut Object<'_>) -> HugePages {
+pub(crate) fn huge_pages(section: &mut Object<'_>) -> Option<HugePages> {
     const KNOWN: &[&str] = &["Transparent", "2M"];
     let value = section.take("huge_pages");
-    only_none(value, KNOWN, "huge pages are", "kind of huge pages");
-    HugePages::None
+    only_none(&value?, KNOWN, "huge pages are", "kind of huge pages");
+    Some(HugePages::None)
 }
 
 /// A choice of Firecracker's of which only "None" can be had here.
-fn only_none(value: Option<Value<'_>>, known: &[&str], what: &str, kind: &str) {
-    let Some(value) = value else {
-        return;
-    };
+fn only_none(value: &Value<'_>, known: &[&str], what: &str, kind: &str) {
     let Some(chosen) = value.read::<String>() else {
         return;
     };
@@ -110,7 +107,7 @@ fn only_none(value: Option<Value<'_>>, known: &[&str], what: &str, kind: &str) {
     }
 }
 
-fn logger(section: &mut Object<'_>) -> Logger {
+pub(crate) fn logger(section: &mut Object<'_>) -> Logger {
     Logger {
         log_path: section.optional("log_path"),
         level: section.optional("level"),
@@ -137,7 +134,7 @@ impl Leaf for LogLevel {
     }
 }
 
-fn drive(section: &mut Object<'_>) -> Drive {
+pub(crate) fn drive(section: &mut Object<'_>) -> Drive {
     section.not_built("socket", "disks served over vhost-user are");
     Drive {
         drive_id: section.required("drive_id"),
@@ -154,7 +151,7 @@ fn drive(section: &mut Object<'_>) -> Drive {
     }
 }
 
-fn network_interface(section: &mut Object<'_>) -> NetworkInterface {
+pub(crate) fn network_interface(section: &mut Object<'_>) -> NetworkInterface {
     NetworkInterface {
         iface_id: section.required("iface_id"),
         host_dev_name: section.required("host_dev_name"),
@@ -165,10 +162,12 @@ fn network_interface(section: &mut Object<'_>) -> NetworkInterface {
         link: section.optional("link").unwrap_or_default(),
         num_queue_pairs: section.optional("num_queue_pairs"),
         anti_spoofing: section.optional("anti_spoofing").unwrap_or_default(),
+        vhost: section.optional("vhost").unwrap_or_default(),
+        vhost_fds: section.optional("vhost_fds"),
     }
 }
 
-fn vsock(section: &mut Object<'_>) -> Vsock {
+pub(crate) fn vsock(section: &mut Object<'_>) -> Vsock {
     Vsock {
         guest_cid: section.required("guest_cid"),
         uds_path: section.required("uds_path"),
@@ -176,13 +175,13 @@ fn vsock(section: &mut Object<'_>) -> Vsock {
     }
 }
 
-fn entropy(section: &mut Object<'_>) -> Entropy {
+pub(crate) fn entropy(section: &mut Object<'_>) -> Entropy {
     Entropy {
         rate_limiter: section.section("rate_limiter", rate_limiter),
     }
 }
 
-fn rate_limiter(section: &mut Object<'_>) -> RateLimiter {
+pub(crate) fn rate_limiter(section: &mut Object<'_>) -> RateLimiter {
     RateLimiter {
         bandwidth: section.section("bandwidth", token_bucket),
         ops: section.section("ops", token_bucket),
@@ -200,7 +199,7 @@ fn token_bucket(section: &mut Object<'_>) -> TokenBucket {
 /// A choice among words, which are read as they are written.
 macro_rules! words {
     ($type:ty, $expected:literal, $($word:literal => $value:expr,)*) => {
-        impl Leaf for $type {
+        impl $crate::object::Leaf for $type {
             const EXPECTED: &'static str = $expected;
 
             fn from_json(raw: &str) -> Option<Self> {
@@ -213,6 +212,7 @@ macro_rules! words {
         }
     };
 }
+pub(crate) use words;
 
 words! { CacheType, "one of \"Unsafe\", \"Writeback\", \"Direct\"",
 "Unsafe" => CacheType::Unsafe, "Writeback" => CacheType::Writeback, "Direct" => CacheType::Direct, }
@@ -226,7 +226,7 @@ words! { LinkKind, "one of \"tap\", \"macvtap\", \"fd\", \"stream\"",
 words! { BackingPlace, "one of \"beside\", \"anywhere\"",
 "beside" => BackingPlace::Beside, "anywhere" => BackingPlace::Anywhere, }
 
-fn metrics(section: &mut Object<'_>) -> Metrics {
+pub(crate) fn metrics(section: &mut Object<'_>) -> Metrics {
     let metrics = Metrics {
         metrics_path: section.required("metrics_path"),
     };
@@ -239,7 +239,7 @@ fn metrics(section: &mut Object<'_>) -> Metrics {
     metrics
 }
 
-fn serial(section: &mut Object<'_>) -> Serial {
+pub(crate) fn serial(section: &mut Object<'_>) -> Serial {
     let serial = Serial {
         serial_out_path: section.optional("serial_out_path"),
     };

@@ -415,25 +415,22 @@ fn what_is_no_json_is_told_with_its_place() {
             "vm.json: the machine description is empty; it needs at least {\"boot-source\": \
                   {\"kernel_image_path\": \"...\"}}",
         ),
-        (
-            "{} x",
-            "vm.json:1:4: the machine description is not JSON: trailing characters",
-        ),
+        ("{} x", "vm.json:1:4: this is not JSON: trailing characters"),
         (
             "{\n  \"a\": 1,\n}",
-            "vm.json:3:1: the machine description is not JSON: trailing comma",
+            "vm.json:3:1: this is not JSON: trailing comma",
         ),
         (
             "{\n  \"a\": [1, ]\n}",
-            "vm.json:2:12: the machine description is not JSON: trailing comma",
+            "vm.json:2:12: this is not JSON: trailing comma",
         ),
         (
             "{ 'a': 1 }",
-            "vm.json:1:3: the machine description is not JSON: key must be a string",
+            "vm.json:1:3: this is not JSON: key must be a string",
         ),
         (
             "{ \"a\": 1",
-            "vm.json:1:8: the machine description is not JSON: EOF while parsing an object",
+            "vm.json:1:8: this is not JSON: EOF while parsing an object",
         ),
     ] {
         assert_eq!(told(text), message);
@@ -442,7 +439,7 @@ fn what_is_no_json_is_told_with_its_place() {
         VmConfig::from_json_bytes(b"{\n \"\xff\": 1}", "vm.json")
             .unwrap_err()
             .to_string(),
-        "vm.json:2:3: the machine description is not UTF-8 text from here on"
+        "vm.json:2:3: this is not UTF-8 text from here on"
     );
     let long = " ".repeat(MAX_SIZE_BYTES + 1);
     assert_eq!(
@@ -577,10 +574,12 @@ prop_compose! {
         tx_rate_limiter in prop::option::of(limiter()),
         num_queue_pairs in any::<Option<u64>>(),
         anti_spoofing in any::<bool>(),
+        vhost in any::<bool>(),
+        vhost_fds in any::<Option<String>>(),
     ) -> NetworkInterface {
         NetworkInterface {
             iface_id, host_dev_name, link, guest_mac, mtu, rx_rate_limiter, tx_rate_limiter,
-            num_queue_pairs, anti_spoofing,
+            num_queue_pairs, anti_spoofing, vhost, vhost_fds,
         }
     }
 }

@@ -24,10 +24,8 @@ pub struct VmConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
     /// Disks, in the order in which the guest finds them; the root device comes first wherever it stands.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
     /// Network interfaces, in the order in which the guest finds them.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub network_interfaces: Vec<NetworkInterface>,
     /// The socket device; none: the guest has none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -255,6 +253,15 @@ pub struct NetworkInterface {
     /// Firecracker's).
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub anti_spoofing: bool,
+    /// Whether the host's kernel serves the queues, by vhost-net (not a field of Firecracker's): of taps and macvtaps,
+    /// without rate limiters and `anti_spoofing`. Where the host has none, that is an error: a description means the same
+    /// on every host.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub vhost: bool,
+    /// With `vhost`: the numbers of descriptors of `/dev/vhost-net` that this process was started with, one for each pair of
+    /// queues, with commas between them (not a field of Firecracker's); none: it is opened.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vhost_fds: Option<String>,
 }
 
 /// What carries the frames of a network interface on the host.

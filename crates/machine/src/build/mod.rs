@@ -7,8 +7,6 @@ mod memory;
 mod processors;
 mod seal;
 
-use std::sync::mpsc::Receiver;
-
 use alveole_event_loop::{EventLoopError, Worker};
 use alveole_guest_memory::MapError;
 use alveole_hypervisor::{Partition, PartitionError};
@@ -17,7 +15,7 @@ use alveole_serial::Console;
 
 pub use alveole_boot_loader::Placement;
 
-use crate::{Event, HostResources, Machine, Mailbox, ValidConfig};
+use crate::{HostResources, Machine, Mailbox, ValidConfig};
 
 /// What a machine is to do beyond its description.
 #[derive(Debug, Clone, Copy, Default)]
@@ -126,7 +124,8 @@ impl BuildError {
     }
 }
 
-/// Builds the machine that `config` describes on `partition`. `workers` run on its devices loop.
+/// Builds the machine that `config` describes on `partition`. `workers` run on its devices loop; its threads report
+/// to `mailbox`, whose other end [`Machine::run`] reads.
 ///
 /// # Errors
 /// Anything the host, the hypervisor or the files cannot give; nothing is left behind.
@@ -136,7 +135,7 @@ pub fn build(
     console: Console,
     partition: Box<dyn Partition>,
     workers: Vec<Box<dyn Worker>>,
-    (mailbox, events): (Mailbox, Receiver<Event>),
+    mailbox: &Mailbox,
     options: Options,
 ) -> Result<Machine, BuildError> {
     let (boot, virtio) = resources.into_parts();
@@ -144,6 +143,6 @@ pub fn build(
         .create_partition(config, partition)?
         .place_devices(console, virtio, options)?
         .load_boot(config, boot, options)?
-        .create_processors(config, &mailbox)?
-        .seal(workers, &mailbox, events, options)
+        .create_processors(config, mailbox)?
+        .seal(workers, mailbox, options)
 }

@@ -15,7 +15,7 @@ use alveole_virtio_vsock::VsockHandle;
 
 use crate::build::BuildError;
 use crate::build::boot::WithBoot;
-use crate::catalog::{Devices, Threads};
+use crate::catalog::{Devices, SharedTransport, Threads};
 use crate::{Event, Mailbox, ValidConfig};
 
 /// The processors exist.
@@ -31,6 +31,7 @@ pub(super) struct WithProcessors {
     pub(super) interfaces: Vec<NetHandle>,
     pub(super) vsock: Option<VsockHandle>,
     pub(super) sandbox: Vec<&'static str>,
+    pub(super) transports: Vec<SharedTransport>,
     pub(super) vcpus: Vec<Vcpu>,
 }
 
@@ -58,6 +59,7 @@ impl WithBoot {
             interfaces,
             vsock,
             sandbox,
+            transports,
             nodes: _,
             cmdline: _,
             cmdline_without_acpi: _,
@@ -103,6 +105,7 @@ impl WithBoot {
             interfaces,
             vsock,
             sandbox,
+            transports,
             vcpus,
         })
     }

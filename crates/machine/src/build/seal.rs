@@ -1,7 +1,7 @@
 //! Step 6: the threads exist and wait; nothing is left to be opened or made.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
 
 use alveole_counters::Registry;
 use alveole_event_loop::Worker;
@@ -9,14 +9,13 @@ use alveole_event_loop::Worker;
 use crate::build::processors::WithProcessors;
 use crate::build::{BuildError, Options};
 use crate::lifecycle::Lifecycle;
-use crate::{Event, Machine, Mailbox};
+use crate::{Machine, Mailbox};
 
 impl WithProcessors {
     pub(super) fn seal(
         self,
         workers: Vec<Box<dyn Worker>>,
         mailbox: &Mailbox,
-        events: Receiver<Event>,
         options: Options,
     ) -> Result<Machine, BuildError> {
         let mut threads = self.threads;
@@ -28,13 +27,16 @@ impl WithProcessors {
         let mut machine = Machine {
             state: Lifecycle::Built,
             vcpus: Vec::new(),
-            events,
             console: self.console,
             power_button: self.power_button,
             sandbox: self.sandbox,
             disks: self.disks,
             interfaces: self.interfaces,
             vsock: self.vsock,
+            transports: self.transports,
+            desk: None,
+            files: None,
+            deferred: VecDeque::new(),
             threads,
             registry: Arc::new(Registry::new()),
             options,

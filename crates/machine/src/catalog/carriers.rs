@@ -8,7 +8,7 @@ use alveole_hypervisor::{DoorbellValue, Partition};
 use alveole_interrupts::Doorbell;
 use alveole_io_bus::BusBuilder;
 use alveole_pci::{ECAM_BYTES, RootBus};
-use alveole_virtio::{Hosting, Signals, TransportCore, VirtioDevice};
+use alveole_virtio::{Hosting, Signals, TransportControl, TransportCore, VirtioDevice};
 use alveole_virtio_mmio::{MmioTransport, NOTIFY_OFFSET, SIZE_BYTES};
 use alveole_virtio_pci::{BAR_BYTES, PciTransport, notify_offset};
 
@@ -18,8 +18,16 @@ use crate::layout;
 /// What a PCI bus adds to the system calls of a processor's thread, which connects messages.
 const PCI_SANDBOX: &str = "pci";
 
+/// The owner's handle on a device behind its transport, whichever that is.
+pub(crate) type SharedTransport = Arc<Mutex<dyn TransportControl>>;
+
 /// Gives virtio devices their places, one after the other.
-pub(super) enum Carrier {
+pub(super) struct Carrier {
+    kind: Kind,
+    transports: Vec<SharedTransport>,
+}
+
+enum Kind {
     Mmio {
         next: u32,
         nodes: Vec<DeviceNode>,
@@ -41,21 +49,27 @@ pub(super) struct Carried {
     pub(super) cmdline: &'static str,
     /// Words for a kernel that reads no tables.
     pub(super) cmdline_without_acpi: Vec<String>,
+    /// In the order in which devices were placed.
+    pub(super) transports: Vec<SharedTransport>,
 }
 
 impl Carrier {
     pub(super) fn new(kind: Transport) -> Self {
-        match kind {
-            Transport::Mmio => Self::Mmio {
+        let kind = match kind {
+            Transport::Mmio => Kind::Mmio {
                 next: 0,
                 nodes: Vec::new(),
                 words: Vec::new(),
             },
-            Transport::Pci => Self::Pci {
+            Transport::Pci => Kind::Pci {
                 // The host bridge is the first.
                 next: 1,
                 bus: RootBus::new(),
             },
+        };
+        Self {
+            kind,
+            transports: Vec::new(),
         }
     }
 
@@ -67,38 +81,43 @@ impl Carrier {
         hosting: Hosting,
         memory: &mut BusBuilder,
     ) -> Result<(), BuildError> {
-        match self {
-            Self::Mmio { next, nodes, words } => {
+        let transport = match &mut self.kind {
+            Kind::Mmio { next, nodes, words } => {
                 let slot = *next;
                 *next += 1;
-                let node = by_mmio(slot, device, partition, ram, hosting, memory)?;
+                let (node, transport) = by_mmio(slot, device, partition, ram, hosting, memory)?;
                 words.extend(mmio_word(&node));
                 nodes.push(node);
+                transport
             }
-            Self::Pci { next, bus } => {
+            Kind::Pci { next, bus } => {
                 let slot = *next;
                 *next += 1;
-                by_pci(slot, bus, device, partition, ram, hosting, memory)?;
+                by_pci(slot, bus, device, partition, ram, hosting, memory)?
             }
-        }
+        };
+        self.transports.push(transport);
         Ok(())
     }
 
     /// Ends placing.
     pub(super) fn finish(self, memory: &mut BusBuilder) -> Result<Carried, BuildError> {
-        match self {
+        let transports = self.transports;
+        match self.kind {
             // A machine without a PCI bus has no table that says so, and kernels look for one through
             // ports: over two hundred accesses, each an exit.
-            Self::Mmio { nodes, words, .. } => Ok(Carried {
+            Kind::Mmio { nodes, words, .. } => Ok(Carried {
                 nodes,
+                transports,
                 cmdline_without_acpi: words,
                 cmdline: "pci=off",
                 ..Carried::default()
             }),
-            Self::Pci { bus, .. } => {
+            Kind::Pci { bus, .. } => {
                 let shared = Arc::new(Mutex::new(bus));
                 memory.place("pci", layout::ECAM_ADDR, ECAM_BYTES, shared)?;
                 Ok(Carried {
+                    transports,
                     pci: Some(PciRoot {
                         ecam_addr: layout::ECAM_ADDR,
                         buses: 1,
@@ -121,7 +140,7 @@ fn by_mmio(
     ram: &GuestRam,
     hosting: Hosting,
     memory: &mut BusBuilder,
-) -> Result<DeviceNode, BuildError> {
+) -> Result<(DeviceNode, SharedTransport), BuildError> {
     let addr = layout::VIRTIO_MMIO_ADDR + u64::from(slot) * SIZE_BYTES;
     let gsi = layout::VIRTIO_MMIO_GSI + slot;
     if gsi > layout::LAST_GSI {
@@ -137,16 +156,17 @@ fn by_mmio(
         TransportCore::new(device, ram.clone(), doorbells, Signals::new(wires), hosting)
     });
     let shared = Arc::new(Mutex::new(transport));
-    memory.place(identity.name, addr, SIZE_BYTES, shared)?;
+    memory.place(identity.name, addr, SIZE_BYTES, shared.clone())?;
     let [a, b] = [slot / 10, slot % 10].map(|digit| b'0' + u8::try_from(digit).unwrap_or(0));
-    Ok(DeviceNode {
+    let node = DeviceNode {
         name: [b'V', b'I', a, b],
         hid: "LNRO0005",
         uid: slot,
         ports: Vec::new(),
         memory: vec![(addr, SIZE_BYTES)],
         gsi: Some(gsi),
-    })
+    };
+    Ok((node, shared))
 }
 
 /// How Linux is told of a register block that it does not find in a table: length, address, interrupt (its
@@ -164,7 +184,7 @@ fn by_pci(
     ram: &GuestRam,
     hosting: Hosting,
     memory: &mut BusBuilder,
-) -> Result<(), BuildError> {
+) -> Result<SharedTransport, BuildError> {
     let addr = layout::BARS_ADDR + u64::from(slot) * BAR_BYTES;
     if addr + BAR_BYTES > layout::BARS_ADDR + layout::BARS_BYTES {
         return Err(BuildError::TooManyDevices);
@@ -184,6 +204,6 @@ fn by_pci(
     let shared = Arc::new(Mutex::new(transport));
     bus.place(slot, shared.clone())
         .map_err(|_| BuildError::TooManyDevices)?;
-    memory.place(identity.name, addr, BAR_BYTES, shared)?;
-    Ok(())
+    memory.place(identity.name, addr, BAR_BYTES, shared.clone())?;
+    Ok(shared)
 }

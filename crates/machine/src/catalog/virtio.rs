@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use alveole_acpi::{DeviceNode, PciRoot};
-use alveole_block_store::Cache;
+use alveole_block_store::{BlockStore, Cache};
 use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::Partition;
 use alveole_io_bus::BusBuilder;
-use alveole_net_link::LinkSpec;
+use alveole_net_link::{LinkSpec, NetLink, VhostSpec};
 use alveole_virtio_blk::{BlkConfig, BlkHandle, VirtioBlk};
 use alveole_virtio_net::{NetConfig, NetHandle, VirtioNet};
 use alveole_virtio_rng::VirtioRng;
@@ -18,13 +18,14 @@ use alveole_vm_config::LinkKind;
 use crate::ValidConfig;
 use crate::build::{BuildError, Options};
 use crate::catalog::Threads;
-use crate::catalog::carriers::Carrier;
+use crate::catalog::carriers::{Carrier, SharedTransport};
 use crate::resources::ResourceError;
 use crate::validate::{ValidDrive, ValidInterface};
 
 /// What each kind of device adds to the system calls of threads.
 const BLOCK_SANDBOX: &str = "virtio-block";
 const NET_SANDBOX: &str = "virtio-net";
+const VHOST_SANDBOX: &str = "virtio-net-vhost";
 const VSOCK_SANDBOX: &str = "virtio-vsock";
 const RNG_SANDBOX: &str = "virtio-rng";
 
@@ -40,6 +41,7 @@ struct Interface {
     device: VirtioNet,
     name: String,
     pairs: usize,
+    vhost: bool,
 }
 
 struct Disk {
@@ -60,6 +62,7 @@ pub(crate) struct Placed {
     pub(crate) cmdline_without_acpi: Vec<String>,
     pub(crate) pci: Option<PciRoot>,
     pub(crate) sandbox: Option<&'static str>,
+    pub(crate) transports: Vec<SharedTransport>,
 }
 
 impl VirtioDevices {
@@ -81,10 +84,12 @@ impl VirtioDevices {
     pub(crate) fn sandbox(&self) -> Vec<&'static str> {
         let block = (!self.disks.is_empty()).then_some(BLOCK_SANDBOX);
         let net = (!self.interfaces.is_empty()).then_some(NET_SANDBOX);
+        let vhost = self.interfaces.iter().any(|i| i.vhost);
+        let vhost = vhost.then_some(VHOST_SANDBOX);
         let rng = self.rng.as_ref().map(|_| RNG_SANDBOX);
         let vsock = self.vsock.as_ref().map(|_| VSOCK_SANDBOX);
-        let all = block.into_iter().chain(net).chain(vsock).chain(rng);
-        all.collect()
+        let all = [block, net, vhost, vsock, rng];
+        all.into_iter().flatten().collect()
     }
 
     /// Gives each device its place in the guest.
@@ -136,22 +141,49 @@ impl VirtioDevices {
             cmdline_without_acpi: carried.cmdline_without_acpi,
             pci: carried.pci,
             sandbox: carried.sandbox,
+            transports: carried.transports,
         })
     }
 }
 
+/// The name of a drive's device and of its counters.
+pub(crate) fn drive_name(id: &str) -> String {
+    format!("drive {id}")
+}
+
+/// The name of a network interface's device and of its counters.
+pub(crate) fn interface_name(id: &str) -> String {
+    format!("net {id}")
+}
+
+/// Looks whether what `drive` names can be opened as it says.
+pub(crate) fn try_drive(drive: &ValidDrive) -> Result<(), ResourceError> {
+    open_store(drive).map(drop)
+}
+
+/// Looks whether what carries the frames of `interface` can be opened. Only of interfaces of the host: the other side
+/// of a socket would take the look for a guest that has gone.
+pub(crate) fn try_interface(interface: &ValidInterface) -> Result<(), ResourceError> {
+    match interface.link {
+        LinkKind::Tap | LinkKind::Macvtap => open_link(interface).map(drop),
+        LinkKind::Stream | LinkKind::Fd => Ok(()),
+    }
+}
+
+fn open_store(drive: &ValidDrive) -> Result<Arc<dyn BlockStore>, ResourceError> {
+    alveole_block_store::open(&drive.path, &drive.open).map_err(|source| ResourceError::Drive {
+        id: drive.id.clone(),
+        source,
+    })
+}
+
 fn open_disk(drive: &ValidDrive) -> Result<Disk, ResourceError> {
-    let store = alveole_block_store::open(&drive.path, &drive.open).map_err(|source| {
-        ResourceError::Drive {
-            id: drive.id.clone(),
-            source,
-        }
-    })?;
+    let store = open_store(drive)?;
     let config = BlkConfig {
         queues: drive.queues,
         cache: drive.open.cache,
         limits: drive.limits,
-        ..BlkConfig::new(&format!("drive {}", drive.id))
+        ..BlkConfig::new(&drive_name(&drive.id))
     };
     log::info!(
         "drive {}: {} by {}{}",
@@ -172,7 +204,7 @@ fn open_disk(drive: &ValidDrive) -> Result<Disk, ResourceError> {
     })
 }
 
-fn open_interface(interface: &ValidInterface) -> Result<Interface, ResourceError> {
+fn open_link(interface: &ValidInterface) -> Result<NetLink, ResourceError> {
     let id = &interface.id;
     let name = interface.host_dev_name.clone();
     let failed = |source| ResourceError::Link {
@@ -185,8 +217,24 @@ fn open_interface(interface: &ValidInterface) -> Result<Interface, ResourceError
         LinkKind::Stream => LinkSpec::Stream { path: name.into() },
         LinkKind::Fd => LinkSpec::inherited(&name).map_err(failed)?,
     };
-    let link = alveole_net_link::open(spec, interface.queue_pairs).map_err(failed)?;
-    log::info!("network interface {id}: {}", link.facts.name);
+    let pairs = interface.queue_pairs;
+    let link = match &interface.vhost_fds {
+        _ if !interface.vhost => alveole_net_link::open(spec, pairs),
+        None => alveole_net_link::open_with_vhost(spec, pairs, VhostSpec::Node),
+        Some(fds) => VhostSpec::inherited(fds)
+            .and_then(|fds| alveole_net_link::open_with_vhost(spec, pairs, fds)),
+    };
+    link.map_err(failed)
+}
+
+fn open_interface(interface: &ValidInterface) -> Result<Interface, ResourceError> {
+    let id = &interface.id;
+    let link = open_link(interface)?;
+    log::info!(
+        "network interface {id}: {}{}",
+        link.facts.name,
+        if interface.vhost { " by vhost" } else { "" }
+    );
     let pairs = link.queues.len();
     let config = NetConfig {
         mac: interface.mac,
@@ -194,11 +242,12 @@ fn open_interface(interface: &ValidInterface) -> Result<Interface, ResourceError
         rx_limits: interface.rx_limits,
         tx_limits: interface.tx_limits,
         source_mac_filter: interface.anti_spoofing,
-        ..NetConfig::new(&format!("net {id}"))
+        ..NetConfig::new(&interface_name(id))
     };
     Ok(Interface {
         device: VirtioNet::new(&config, link)?,
         name: id.clone(),
         pairs,
+        vhost: interface.vhost,
     })
 }

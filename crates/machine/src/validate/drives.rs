@@ -134,7 +134,7 @@ fn format(drive: &Drive) -> Format {
     }
 }
 
-pub(super) fn limits(limiter: &RateLimiter) -> Limits {
+pub(crate) fn limits(limiter: &RateLimiter) -> Limits {
     let bucket = |bucket: TokenBucket| Bucket {
         size: bucket.size,
         one_time_burst: bucket.one_time_burst.unwrap_or(0),

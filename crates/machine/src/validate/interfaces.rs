@@ -24,6 +24,8 @@ pub(crate) struct ValidInterface {
     pub(crate) tx_limits: Limits,
     pub(crate) queue_pairs: u16,
     pub(crate) anti_spoofing: bool,
+    pub(crate) vhost: bool,
+    pub(crate) vhost_fds: Option<String>,
 }
 
 /// Checks all interfaces.
@@ -63,6 +65,7 @@ fn check(
         broken.push(Invalid::SameInterfaceId(id.clone()));
     }
     check_host_name(interface, broken);
+    check_vhost(interface, broken);
     if let Some(mtu) = interface.mtu
         && !MTU.contains(&mtu)
     {
@@ -78,6 +81,63 @@ fn check(
             id: id.clone(),
             pairs,
         });
+    }
+}
+
+/// What goes with queues that the host's kernel serves.
+fn check_vhost(interface: &NetworkInterface, broken: &mut Vec<Invalid>) {
+    let NetworkInterface {
+        iface_id: id,
+        vhost_fds: fds,
+        ..
+    } = interface;
+    let bad_fds = match fds {
+        Some(_) if !interface.vhost => Some("without vhost nobody uses them; set vhost to true"),
+        Some(fds) if fds.split(',').any(|fd| fd.parse::<u16>().is_err()) => Some(
+            "not the numbers of descriptors with commas between them: give those that this program is started with",
+        ),
+        _ => None,
+    };
+    if let Some(why) = bad_fds {
+        broken.push(Invalid::VhostFds {
+            id: id.clone(),
+            fds: fds.iter().flat_map(|fds| fds.chars()).take(128).collect(),
+            why,
+        });
+    }
+    if !interface.vhost {
+        return;
+    }
+    const NO_LIMITS: &str = "bounds nothing";
+    for (given, field, why) in [
+        (
+            interface.rx_rate_limiter.is_some(),
+            "rx_rate_limiter",
+            NO_LIMITS,
+        ),
+        (
+            interface.tx_rate_limiter.is_some(),
+            "tx_rate_limiter",
+            NO_LIMITS,
+        ),
+        (
+            interface.anti_spoofing,
+            "anti_spoofing",
+            "looks at no addresses",
+        ),
+        (
+            interface.link == LinkKind::Stream,
+            "link \"stream\"",
+            "has frames of taps and macvtaps only",
+        ),
+    ] {
+        if given {
+            broken.push(Invalid::Vhost {
+                id: id.clone(),
+                field,
+                why,
+            });
+        }
     }
 }
 
@@ -160,6 +220,8 @@ fn of(interface: &NetworkInterface, mac: Option<[u8; 6]>) -> ValidInterface {
         tx_limits: bounds(&interface.tx_rate_limiter),
         queue_pairs: pairs,
         anti_spoofing: interface.anti_spoofing,
+        vhost: interface.vhost,
+        vhost_fds: interface.vhost_fds.clone(),
     }
 }
 
@@ -187,6 +249,67 @@ mod tests {
     #[test]
     fn a_plain_interface_is_fine() {
         assert_eq!(told(vec![interface("eth0"), interface("eth1")]), [""; 0]);
+    }
+
+    #[test]
+    fn vhost_goes_with_what_the_kernel_does() {
+        use alveole_vm_config::RateLimiter;
+        let vhost = || NetworkInterface {
+            vhost: true,
+            ..interface("v")
+        };
+        let fds = |fds: &str| NetworkInterface {
+            vhost_fds: Some(fds.into()),
+            ..vhost()
+        };
+        let limiter = Some(RateLimiter::default());
+        assert_eq!(told(vec![vhost()]), [""; 0]);
+        assert_eq!(told(vec![fds("20,21")]), [""; 0]);
+        for (one, parts) in [
+            (
+                NetworkInterface {
+                    rx_rate_limiter: limiter,
+                    ..vhost()
+                },
+                ["vhost and rx_rate_limiter", "bounds nothing"],
+            ),
+            (
+                NetworkInterface {
+                    tx_rate_limiter: limiter,
+                    ..vhost()
+                },
+                ["vhost and tx_rate_limiter", "or vhost out"],
+            ),
+            (
+                NetworkInterface {
+                    anti_spoofing: true,
+                    ..vhost()
+                },
+                ["vhost and anti_spoofing", "no addresses"],
+            ),
+            (
+                NetworkInterface {
+                    link: LinkKind::Stream,
+                    ..vhost()
+                },
+                ["vhost and link \"stream\"", "taps and macvtaps"],
+            ),
+            (
+                NetworkInterface {
+                    vhost: false,
+                    ..fds("20")
+                },
+                ["vhost_fds \"20\"", "set vhost to true"],
+            ),
+            (fds("20,x"), ["vhost_fds \"20,x\"", "not the numbers"]),
+            (fds(""), ["vhost_fds \"\"", "not the numbers"]),
+        ] {
+            let lines = told(vec![one]);
+            assert_eq!(lines.len(), 1, "{lines:?}");
+            for part in parts {
+                assert!(lines[0].contains(part), "{lines:?} / {part}");
+            }
+        }
     }
 
     #[test]

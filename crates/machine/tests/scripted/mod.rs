@@ -36,11 +36,10 @@ pub(crate) fn machine(
     dir: &TempDir,
     cpus: u8,
     partition: FakePartition,
-    mailbox: Mailbox,
-    events: mpsc::Receiver<Event>,
+    mailbox: &Mailbox,
 ) -> Result<Machine, BuildError> {
     let same = |_: &mut VmConfig| ();
-    machine_with(dir, cpus, partition, (mailbox, events), same)
+    machine_with(dir, cpus, partition, mailbox, same)
 }
 
 /// The same, of another description.
@@ -48,7 +47,7 @@ pub(crate) fn machine_with(
     dir: &TempDir,
     cpus: u8,
     partition: FakePartition,
-    (mailbox, events): (Mailbox, mpsc::Receiver<Event>),
+    mailbox: &Mailbox,
     change: impl FnOnce(&mut VmConfig),
 ) -> Result<Machine, BuildError> {
     let kernel = dir.path().join("kernel");
@@ -80,7 +79,7 @@ pub(crate) fn machine_with(
         console,
         Box::new(partition),
         Vec::new(),
-        (mailbox, events),
+        mailbox,
         options,
     )
 }
@@ -92,12 +91,15 @@ pub(crate) fn run_on(cpus: u8, partition: FakePartition, sent: Vec<Event>) -> Ou
     let path = dir.path().join("console");
     let thread = std::thread::spawn(move || {
         let (mailbox, events) = Mailbox::new();
-        let mut machine = machine(&dir, cpus, partition, mailbox.clone(), events).unwrap();
+        let mut machine = machine(&dir, cpus, partition, &mailbox).unwrap();
         for event in sent {
             mailbox.send(event);
         }
         let mut ticks = 0;
-        let end = machine.run(PATIENCE, &mut |_| ticks += 1);
+        let end = machine.run(&events, PATIENCE, &mut |_| {
+            ticks += 1;
+            Ok(())
+        });
         let milestones = machine.milestones();
         drop(machine);
         tell.send((end, milestones, ticks, dir)).unwrap();

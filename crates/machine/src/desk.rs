@@ -1,0 +1,257 @@
+//! What clients have said of a machine, and are told of it: its description, from the first request to the end.
+//!
+//! Before the start the description grows here, each request checked at once: what is refused leaves no trace. After
+//! it, control changes it as it changes the machine.
+
+use alveole_vm_config::{
+    Drive, DriveUpdate, Logger, Metrics, NetworkInterface, NetworkInterfaceUpdate, RateLimiter,
+    VmConfig,
+};
+use alveole_vm_control::{Answer, Command, InstanceInfo, Refusal, State, permit};
+
+use crate::catalog;
+use crate::resources::{self, ResourceError};
+use crate::validate::{Invalid, ValidConfig, ValidDrive, validate};
+
+/// Who answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Name of the machine.
+    pub id: String,
+    /// Name of the program.
+    pub app_name: String,
+    /// Its version.
+    pub version: String,
+    /// Version of the API that is spoken.
+    pub api_version: String,
+}
+
+/// The description of a machine, and who answers for it.
+#[derive(Debug, Clone)]
+pub struct Desk {
+    identity: Identity,
+    config: VmConfig,
+}
+
+/// The metadata service, as a refusal names it.
+const METADATA: &str = "the metadata service is";
+
+impl Desk {
+    /// A desk on which lies `config`: the default where nothing has been said yet.
+    #[must_use]
+    pub fn new(identity: Identity, config: VmConfig) -> Self {
+        Self { identity, config }
+    }
+
+    /// The description so far.
+    #[must_use]
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// Notes where log lines go.
+    pub fn set_logger(&mut self, logger: Logger) {
+        self.config.logger = Some(logger);
+    }
+
+    /// Notes where counters are written.
+    pub fn set_metrics(&mut self, metrics: Metrics) {
+        self.config.metrics = Some(metrics);
+    }
+
+    /// Carries out a command that only concerns the description, or tells of it. Those that concern the program
+    /// (log, counters) or a running machine are not for here, and are refused.
+    ///
+    /// # Errors
+    /// It may not be carried out now, or makes no sense: the text says why and what to do.
+    pub fn carry_out(&mut self, state: State, command: Command) -> Result<Answer, Refusal> {
+        permit(state, &command)?;
+        let mut next = self.config.clone();
+        let what = command.to_string();
+        match command {
+            Command::GetInstance => return Ok(Answer::Instance(self.instance(state))),
+            Command::GetVersion => return Ok(Answer::Version(self.identity.api_version.clone())),
+            Command::GetConfig => return Ok(Answer::Config(Box::new(self.config.clone()))),
+            Command::GetMachineConfig => {
+                return Ok(Answer::MachineConfig(self.config.machine_config.clone()));
+            }
+            Command::GetMetadata
+            | Command::PutMetadata(_)
+            | Command::PatchMetadata(_)
+            | Command::PutMetadataConfig(_) => return Err(Refusal::NotBuilt(METADATA)),
+            Command::PutBootSource(source) => {
+                if source.kernel_image_path.as_os_str().is_empty() {
+                    return Err(told(&what, &[Invalid::NoKernel]));
+                }
+                resources::try_boot_files(&source).map_err(|e| failed(&what, &e))?;
+                next.boot_source = source;
+            }
+            Command::PutMachineConfig(config) => next.machine_config = config,
+            Command::PatchMachineConfig(update) => {
+                next.machine_config = update.applied_to(&next.machine_config);
+            }
+            Command::PutDrive(drive) => put(&mut next.drives, *drive, |d: &Drive| &d.drive_id),
+            Command::PutNetworkInterface(interface) => {
+                let all = &mut next.network_interfaces;
+                put(all, *interface, |i: &NetworkInterface| &i.iface_id);
+            }
+            Command::PutVsock(vsock) => next.vsock = Some(vsock),
+            Command::PutEntropy(entropy) => next.entropy = Some(entropy),
+            Command::PutSerial(serial) => next.serial = Some(serial),
+            Command::PutLogger(_)
+            | Command::PutMetrics(_)
+            | Command::Start
+            | Command::Pause
+            | Command::Resume
+            | Command::SendCtrlAltDel
+            | Command::FlushMetrics
+            | Command::PatchDrive(_)
+            | Command::PatchNetworkInterface(_) => {
+                return Err(Refusal::Failed(format!(
+                    "cannot {what}: this is a bug of the monitor, please report it"
+                )));
+            }
+        }
+        let valid = check(&next, &what)?;
+        self.try_new(&next, &valid).map_err(|e| failed(&what, &e))?;
+        self.config = next;
+        Ok(Answer::Done)
+    }
+
+    fn instance(&self, state: State) -> InstanceInfo {
+        InstanceInfo {
+            id: self.identity.id.clone(),
+            state,
+            vmm_version: self.identity.version.clone(),
+            app_name: self.identity.app_name.clone(),
+        }
+    }
+
+    /// Looks whether what is new in `next` is there on the host.
+    fn try_new(&self, next: &VmConfig, valid: &ValidConfig) -> Result<(), ResourceError> {
+        for drive in &next.drives {
+            if !self.config.drives.contains(drive)
+                && let Some(drive) = valid.drive(&drive.drive_id)
+            {
+                catalog::try_drive(drive)?;
+            }
+        }
+        for interface in &next.network_interfaces {
+            if !self.config.network_interfaces.contains(interface)
+                && let Some(interface) = valid.interface(&interface.iface_id)
+            {
+                catalog::try_interface(interface)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The description with another path behind a drive, and bounds of it changed; and the drive as it then is.
+    ///
+    /// # Errors
+    /// There is no such drive, or the machine's rules do not allow it.
+    pub(crate) fn changed_drive(
+        &self,
+        update: &DriveUpdate,
+        what: &str,
+    ) -> Result<(VmConfig, ValidDrive), Refusal> {
+        let mut next = self.config.clone();
+        let id = &update.drive_id;
+        let known: Vec<_> = next.drives.iter().map(|d| d.drive_id.clone()).collect();
+        let Some(drive) = next.drives.iter_mut().find(|d| d.drive_id == *id) else {
+            return Err(unknown(what, "drive", &known));
+        };
+        if let Some(path) = &update.path_on_host {
+            drive.path_on_host.clone_from(path);
+        }
+        if let Some(limiter) = &update.rate_limiter {
+            merge(&mut drive.rate_limiter, limiter);
+        }
+        let valid = validate(&next).map_err(|broken| told(what, &broken))?;
+        match valid.drive(id) {
+            Some(drive) => Ok((next, drive.clone())),
+            None => Err(unknown(what, "drive", &known)),
+        }
+    }
+
+    /// Takes bounds of a network interface over into the description.
+    ///
+    /// # Errors
+    /// There is no such interface.
+    pub(crate) fn change_interface(
+        &mut self,
+        update: &NetworkInterfaceUpdate,
+        what: &str,
+    ) -> Result<(), Refusal> {
+        let all = &mut self.config.network_interfaces;
+        let known: Vec<_> = all.iter().map(|i| i.iface_id.clone()).collect();
+        let Some(interface) = all.iter_mut().find(|i| i.iface_id == update.iface_id) else {
+            return Err(unknown(what, "network interface", &known));
+        };
+        if let Some(limiter) = &update.rx_rate_limiter {
+            merge(&mut interface.rx_rate_limiter, limiter);
+        }
+        if let Some(limiter) = &update.tx_rate_limiter {
+            merge(&mut interface.tx_rate_limiter, limiter);
+        }
+        Ok(())
+    }
+
+    /// Takes over what [`Self::changed_drive`] gave.
+    pub(crate) fn set_config(&mut self, config: VmConfig) {
+        self.config = config;
+    }
+}
+
+/// Checks a description that may lack its kernel still.
+fn check(next: &VmConfig, what: &str) -> Result<ValidConfig, Refusal> {
+    let mut whole = next.clone();
+    let kernel = &mut whole.boot_source.kernel_image_path;
+    if kernel.as_os_str().is_empty() {
+        // Any name does: the rules only ask whether there is one.
+        *kernel = "kernel".into();
+    }
+    validate(&whole).map_err(|broken| told(what, &broken))
+}
+
+/// Sets the one of this name anew in its place, or adds it.
+fn put<T>(all: &mut Vec<T>, new: T, id: impl Fn(&T) -> &String) {
+    match all.iter_mut().find(|old| id(old) == id(&new)) {
+        Some(old) => *old = new,
+        None => all.push(new),
+    }
+}
+
+/// Takes over which bounds are named. One that is nothing bounds no more.
+fn merge(limiter: &mut Option<RateLimiter>, update: &RateLimiter) {
+    let mut whole = limiter.unwrap_or_default();
+    for (bucket, new) in [
+        (&mut whole.bandwidth, update.bandwidth),
+        (&mut whole.ops, update.ops),
+    ] {
+        if let Some(new) = new {
+            *bucket = (new.size > 0 && new.refill_time > 0).then_some(new);
+        }
+    }
+    *limiter = (whole != RateLimiter::default()).then_some(whole);
+}
+
+fn unknown(what: &str, kind: &str, known: &[String]) -> Refusal {
+    let known = if known.is_empty() {
+        "none".to_owned()
+    } else {
+        known.join(", ")
+    };
+    Refusal::Failed(format!(
+        "cannot {what}: the machine has no such {kind}; it has {known}"
+    ))
+}
+
+fn failed(what: &str, why: &dyn std::error::Error) -> Refusal {
+    Refusal::Failed(format!("cannot {what}: {why}"))
+}
+
+fn told(what: &str, broken: &[Invalid]) -> Refusal {
+    let all: Vec<_> = broken.iter().map(ToString::to_string).collect();
+    Refusal::Failed(format!("cannot {what}: {}", all.join("; ")))
+}

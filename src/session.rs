@@ -1,0 +1,252 @@
+//! From a description to a machine that is built: at once, where a file describes it, or when a client of the API
+//! says so. Until then this thread answers clients; afterwards the machine does.
+
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use alveole_event_loop::Worker;
+use alveole_hypervisor_kvm::KvmPartition;
+use alveole_machine::{Desk, End, Event, HostResources, Identity, Machine, Mailbox, Options};
+use alveole_serial::{Console, ConsoleTarget};
+use alveole_vm_config::{Logger, Metrics, VmConfig};
+use alveole_vm_control::{Answer, Command, Refusal, Request, State, permit};
+
+use crate::cli::{self, Args};
+use crate::exit::{self, Failure};
+use crate::logger;
+use crate::metrics::MetricsFile;
+
+/// Name of a machine that nobody gave one; Firecracker's.
+pub(crate) const DEFAULT_ID: &str = "anonymous-instance";
+
+/// What came of waiting for a client to start the machine.
+pub(crate) enum Started {
+    /// It is built.
+    Machine(Box<Machine>),
+    /// Something ended this process before.
+    Ended(Box<End>),
+}
+
+/// A machine in the making.
+pub(crate) struct Session<'a> {
+    args: &'a Args,
+    mailbox: Mailbox,
+    desk: Desk,
+    counters: Option<MetricsFile>,
+    /// From when times of the boot are measured, and what happened then.
+    begun: (Instant, &'static str),
+    /// The times of the boot have been told, or are not wanted.
+    told: bool,
+}
+
+impl<'a> Session<'a> {
+    /// A session whose log and counters are as `args` and, where they are silent, `config` say.
+    ///
+    /// # Errors
+    /// A file cannot be opened.
+    pub(crate) fn new(
+        args: &'a Args,
+        config: VmConfig,
+        mailbox: Mailbox,
+        process_start: Instant,
+    ) -> Result<Self, Failure> {
+        let file = config.logger.clone().unwrap_or_default();
+        logger::change(&Logger {
+            log_path: args.log_path.clone().or(file.log_path),
+            level: args.level.or(file.level),
+            show_level: args.show_level.then_some(true).or(file.show_level),
+            show_log_origin: args
+                .show_log_origin
+                .then_some(true)
+                .or(file.show_log_origin),
+            module: args.module.clone().or(file.module),
+        })
+        .map_err(Failure::Host)?;
+        let path = args.metrics_path.as_ref();
+        let path = path.or(config.metrics.as_ref().map(|m| &m.metrics_path));
+        let counters = path
+            .map(|path| MetricsFile::open(path, process_start))
+            .transpose()
+            .map_err(Failure::Host)?;
+        let identity = Identity {
+            id: args.id.clone().unwrap_or_else(|| DEFAULT_ID.into()),
+            app_name: "Alveole".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            api_version: alveole_api_server::API_VERSION.into(),
+        };
+        Ok(Self {
+            args,
+            mailbox,
+            desk: Desk::new(identity, config),
+            counters,
+            begun: (process_start, "process start"),
+            told: !args.boot_timer,
+        })
+    }
+
+    /// What clients have said, for the machine to answer them.
+    pub(crate) fn desk(&self) -> Desk {
+        self.desk.clone()
+    }
+
+    /// Builds what has been described. `workers` run on the machine's loop.
+    ///
+    /// # Errors
+    /// The description is wrong, or the host does not give what it needs. Nothing is left behind.
+    pub(crate) fn build(&self, workers: Vec<Box<dyn Worker>>) -> Result<Machine, Failure> {
+        let config = self.desk.config();
+        let valid = alveole_machine::validate(config).map_err(|broken| {
+            let all: Vec<_> = broken.iter().map(ToString::to_string).collect();
+            Failure::Config(format!("this machine cannot be built: {}", all.join("; ")))
+        })?;
+        let host = |e: &dyn std::error::Error| Failure::Host(e.to_string());
+        let resources = HostResources::open(&valid).map_err(|e| Failure::Config(e.to_string()))?;
+        let partition = KvmPartition::new().map_err(|e| host(&e))?;
+        let target = self.console_target();
+        let options = Options {
+            boot_timer: self.args.boot_timer,
+            end_with_terminal: matches!(target, ConsoleTarget::Terminal),
+            placement: self.args.placement,
+            disk_threads: self.args.disk_threads,
+            transport: self.args.transport,
+        };
+        let to_control = self.mailbox.clone();
+        let console = Console::open(
+            &target,
+            Box::new(move |e| to_control.send(Event::Console(e))),
+        )
+        .map_err(|e| host(&e))?;
+        alveole_machine::build(
+            &valid,
+            resources,
+            console,
+            Box::new(partition),
+            workers,
+            &self.mailbox,
+            options,
+        )
+        .map_err(|e| match e.blames_description() {
+            true => Failure::Config(e.to_string()),
+            false => host(&e),
+        })
+    }
+
+    /// The command line wins over the description; neither: the terminal.
+    fn console_target(&self) -> ConsoleTarget {
+        let serial = self.desk.config().serial.as_ref();
+        let described = serial.and_then(|s| s.serial_out_path.clone());
+        let described = described.map(cli::file_console);
+        let said = self.args.console.clone().or(described);
+        said.unwrap_or(ConsoleTarget::Terminal)
+    }
+
+    /// Answers clients until one of them starts the machine.
+    ///
+    /// # Errors
+    /// The API does not go on.
+    pub(crate) fn wait_for_start(&mut self, events: &Receiver<Event>) -> Result<Started, Failure> {
+        loop {
+            match events.recv() {
+                Ok(Event::Request(request)) => {
+                    if let Some(machine) = self.answer(request) {
+                        return Ok(Started::Machine(Box::new(machine)));
+                    }
+                }
+                Ok(Event::Signal(number)) => {
+                    return Ok(Started::Ended(Box::new(End::Signal(number))));
+                }
+                Ok(Event::LoopEnded(why)) => return Err(Failure::Host(why)),
+                // There is no machine that could say anything.
+                Ok(Event::Vcpu(_) | Event::Console(_) | Event::Opened(_)) => {}
+                Err(_) => return Err(Failure::Host("the API is gone".into())),
+            }
+        }
+    }
+
+    /// Answers one request. The machine, if it was the one to start it and that could be done.
+    fn answer(&mut self, request: Request) -> Option<Machine> {
+        let Request { command, reply } = request;
+        let state = State::NotStarted;
+        let permitted = permit(state, &command);
+        let outcome = match (permitted, command) {
+            (Err(refusal), _) => Err(refusal),
+            (Ok(()), Command::Start) => {
+                self.begun = (Instant::now(), "InstanceStart");
+                match self.start() {
+                    Ok(machine) => {
+                        // What is asked from now on waits in the mailbox for the machine.
+                        reply.send(Ok(Answer::Done));
+                        return Some(machine);
+                    }
+                    Err(why) => Err(Refusal::Failed(format!("cannot start the guest: {why}"))),
+                }
+            }
+            (Ok(()), Command::PutLogger(wanted)) => self.set_logger(wanted),
+            (Ok(()), Command::PutMetrics(wanted)) => self.set_metrics(wanted),
+            (Ok(()), other) => self.desk.carry_out(state, other),
+        };
+        reply.send(outcome);
+        None
+    }
+
+    fn start(&self) -> Result<Machine, String> {
+        let source = &self.desk.config().boot_source;
+        if source.kernel_image_path.as_os_str().is_empty() {
+            return Err("there is nothing to boot yet; PUT /boot-source first".into());
+        }
+        self.build(Vec::new()).map_err(Failure::into_text)
+    }
+
+    fn set_logger(&mut self, wanted: Logger) -> Result<Answer, Refusal> {
+        logger::change(&wanted).map_err(|why| cannot("set the log", &why))?;
+        self.desk.set_logger(wanted);
+        Ok(Answer::Done)
+    }
+
+    fn set_metrics(&mut self, wanted: Metrics) -> Result<Answer, Refusal> {
+        let act = "set where counters are written";
+        if self.counters.is_some() {
+            let why = "they are written to a file already; that can be said once";
+            return Err(cannot(act, why));
+        }
+        let file = MetricsFile::open(&wanted.metrics_path, self.begun.0);
+        self.counters = Some(file.map_err(|why| cannot(act, &why))?);
+        self.desk.set_metrics(wanted);
+        Ok(Answer::Done)
+    }
+
+    /// Tells the times of the boot when they are known, and writes the counters out.
+    ///
+    /// # Errors
+    /// They cannot be written.
+    pub(crate) fn tick(&mut self, machine: &Machine) -> Result<(), String> {
+        self.told = self.told || self.tell_boot_time(machine);
+        match &mut self.counters {
+            Some(file) => file.write(machine),
+            None => Ok(()),
+        }
+    }
+
+    /// True when the guest's init has been seen and the times have been told.
+    fn tell_boot_time(&self, machine: &Machine) -> bool {
+        let milestones = machine.milestones();
+        let (Some(first), Some(init)) = (milestones.first_instruction, milestones.booted) else {
+            return false;
+        };
+        let (start, name) = self.begun;
+        let ms = |at: Instant| -> f64 {
+            let since: Duration = at.saturating_duration_since(start);
+            since.as_secs_f64() * 1000.0
+        };
+        exit::say(&format!(
+            "boot timer: {name} to first guest instruction {:.2} ms, to guest init {:.2} ms",
+            ms(first),
+            ms(init)
+        ));
+        true
+    }
+}
+
+fn cannot(act: &str, why: &str) -> Refusal {
+    Refusal::Failed(format!("cannot {act}: {why}"))
+}
