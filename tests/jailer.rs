@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
+mod api_client;
 #[path = "tiny_guest/code.rs"]
 mod code;
 #[expect(dead_code, unused_imports, reason = "tests/guest.rs uses the rest")]
@@ -72,7 +73,7 @@ impl Jail {
     /// A machine that sleeps for ever.
     #[track_caller]
     fn sleeping() -> Option<Self> {
-        let jail = Self::new()?;
+        let mut jail = Self::new()?;
         fs::write(
             jail.root().join("kernel"),
             code::tiny_kernel(b"\xf4\xeb\xfd"),
@@ -85,8 +86,11 @@ impl Jail {
         Some(jail.vmm(&["--console", "none"]))
     }
 
-    fn describe(&self, machine: &serde_json::Value) {
+    /// Runs the machine without an API.
+    fn describe(&mut self, machine: &serde_json::Value) {
         fs::write(self.root().join("vm.json"), machine.to_string()).unwrap();
+        let words = ["--config-file", "/vm.json", "--no-api"];
+        self.vmm_words.extend(words.map(str::to_owned));
     }
 
     fn root(&self) -> PathBuf {
@@ -133,7 +137,7 @@ impl Jail {
             .arg("--chroot-base-dir")
             .arg(self.base.path())
             .args(&self.words)
-            .args(["--", "--config-file", "/vm.json", "--no-api"])
+            .arg("--")
             .args(&self.vmm_words)
             .env("ALVEOLE_TEST_SECRET", "1")
             .stdin(Stdio::null())
@@ -237,7 +241,7 @@ impl Drop for Jail {
             for _ in 0..200 {
                 match fs::remove_dir(dir) {
                     Err(e) if e.raw_os_error() == Some(16) => {
-                        thread::sleep(Duration::from_millis(5))
+                        thread::sleep(Duration::from_millis(5));
                     }
                     _ => break,
                 }
@@ -536,7 +540,10 @@ fn in_a_cgroup_of_its_own() {
         controller("cpuset"),
         controller("memory"),
     ) else {
-        return skip("this host has no cgroups of pids, memory and cpuset");
+        {
+            skip("this host has no cgroups of pids, memory and cpuset");
+            return;
+        }
     };
     let parent = format!("alveole-test/{}", jail.id);
     let version_word = version.to_string();
@@ -590,7 +597,10 @@ fn in_a_cgroup_of_somebody_elses() {
         .map(|l| l.split(' ').collect::<Vec<_>>())
         .find(|l| l[2] == "cgroup2");
     let Some(root) = v2.map(|line| PathBuf::from(line[1])) else {
-        return skip("no cgroup2 is mounted");
+        {
+            skip("no cgroup2 is mounted");
+            return;
+        }
     };
     let name = format!("alveole-test-{}", jail.id);
     for there in [true, false] {
@@ -609,6 +619,63 @@ fn in_a_cgroup_of_somebody_elses() {
         let pid = jail.start("");
         assert_eq!(proc(pid, "cgroup").contains(&name), there);
         assert_eq!(dir.exists(), there);
+    }
+}
+
+/// A machine that is described, started and changed through the API in the jail, with disks by their descriptors.
+#[test]
+fn the_api_is_in_the_jail() {
+    let Some(jail) = Jail::new() else { return };
+    fs::write(
+        jail.root().join("kernel"),
+        code::tiny_kernel(b"\xf4\xeb\xfd"),
+    )
+    .unwrap();
+    let image = |name: &str, size: u64| {
+        let path = jail.base.path().join(name);
+        let file = File::create(&path).unwrap();
+        file.set_len(size).unwrap();
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        path.display().to_string()
+    };
+    let redirections = format!("7<>{} 8<>{}", image("one", 1 << 20), image("two", 2 << 20));
+    let jail = jail
+        .with(&["--daemonize", "--pass-fd", "7", "--pass-fd", "8"])
+        .vmm(&["--console", "none"]);
+    let status = jail.command(&redirections).status().unwrap();
+    assert!(status.success(), "{}", jail.said());
+    let pid = jail.pid();
+    // As the jail sees it: from outside, its path may be longer than a socket's can be.
+    let socket = PathBuf::from(format!("/proc/{pid}/root/run/firecracker.socket"));
+    let mut client = api_client::Client::at(&socket);
+    assert_eq!(fs::metadata(&socket).unwrap().uid(), UID);
+    client.done(
+        "PUT",
+        "/boot-source",
+        json!({"kernel_image_path": "/kernel"}),
+    );
+    let drive =
+        |path: &str| json!({"drive_id": "a", "path_on_host": path, "is_root_device": false});
+    client.done("PUT", "/drives/a", drive("/dev/fd/7"));
+    client.done("PUT", "/actions", json!({"action_type": "InstanceStart"}));
+    // The other one, the same again, one that is none, and back.
+    let change = |path: &str| json!({"drive_id": "a", "path_on_host": path});
+    client.done("PATCH", "/drives/a", change("/dev/fd/8"));
+    client.done("PATCH", "/drives/a", change("/proc/self/fd/8"));
+    let told = client.refused("PATCH", "/drives/a", change("/dev/fd/999"));
+    assert!(told.contains("descriptor 999 is not open"), "{told}");
+    let told = client.refused("PATCH", "/drives/a", change("/dev/vda"));
+    assert!(told.contains("/dev/vda"), "{told}");
+    client.done("PATCH", "/drives/a", change("/dev/fd/7"));
+    client.done("PATCH", "/vm", json!({"state": "Paused"}));
+    client.done("PATCH", "/vm", json!({"state": "Resumed"}));
+    assert_eq!(client.get("/")["state"], "Running");
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    for thread in threads.map(|t| t.unwrap().path()) {
+        let status = fs::read_to_string(thread.join("status")).unwrap();
+        let confined = fact(&status, "Seccomp") == ["2"];
+        let of_kvm = fact(&status, "Name").concat().starts_with("kvm-");
+        assert!(confined || of_kvm, "{status}");
     }
 }
 

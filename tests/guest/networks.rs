@@ -411,7 +411,8 @@ fn user_mode(nameserver: &str) {
         .write_all("0123456789abcdef\n".repeat(1 << 16).as_bytes())
         .unwrap();
     drop(client);
-    let (_, said) = guest.ask("until ! pidof nc; do sleep 0.1; done >/dev/null; sort /got | uniq -c");
+    let (_, said) =
+        guest.ask("until ! pidof nc; do sleep 0.1; done >/dev/null; sort /got | uniq -c");
     assert_eq!(said, "65536 0123456789abcdef");
     let end = guest.leave();
     end.assert_code(0);

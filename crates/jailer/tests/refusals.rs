@@ -233,6 +233,61 @@ fn programs_that_cannot_be_jailed() {
     bench.refuses(&["--exec-file", &at("script")], &words);
 }
 
+/// What is found out by starting it, when there are no rights left.
+#[test]
+fn a_program_that_does_not_start() {
+    if no_root("a_program_that_does_not_start") {
+        return;
+    }
+    let bench = Bench::new();
+    let programs = Bench::new();
+    let script = programs.at("script");
+    fs::write(&script, "#!/interpreter\n").unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let root = bench.at("script/vm/root");
+    fs::create_dir_all(&root).unwrap();
+    // It is there, but nobody may execute it.
+    fs::write(root.join("interpreter"), "").unwrap();
+    let words = ["--exec-file", script.to_str().unwrap()];
+    for more in [
+        &["--daemonize"][..],
+        &["--new-pid-ns"],
+        &["--daemonize", "--new-pid-ns"],
+    ] {
+        // There is another process, which still may.
+        let said = ["start \"/script\"", "Permission denied"];
+        bench.refuses(&[&words[..], more].concat(), &said);
+    }
+    // What is in the jail's own folders it still may remove.
+    bench.refuses(&words, &["start \"/script\"", "Permission denied"]);
+    let Some((version, root)) = controller("pids") else {
+        return;
+    };
+    let parent = format!("alveole-test-start-{}", std::process::id());
+    let version = version.to_string();
+    let cgroup = [
+        "--cgroup-version",
+        &version,
+        "--parent-cgroup",
+        &parent,
+        "--cgroup",
+        "pids.max=9",
+    ];
+    let ended = bench.run(&[&words[..], &cgroup].concat());
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    let dir = root.join(parent);
+    for word in [
+        "start \"/script\"",
+        "remove it by hand",
+        dir.to_str().unwrap(),
+    ] {
+        assert!(ended.said.contains(word), "{ended:?}");
+    }
+    assert_eq!(ended.said.lines().count(), 2, "{ended:?}");
+    fs::remove_dir(dir.join("vm")).unwrap();
+    fs::remove_dir(dir).unwrap();
+}
+
 /// The jail is called after what a link leads to, as with Firecracker's.
 #[test]
 fn a_link_to_a_program() {
@@ -538,7 +593,9 @@ fn without_roots_rights() {
     fs::set_permissions(base.path(), fs::Permissions::from_mode(0o777)).unwrap();
     fs::set_permissions(programs.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let jailer = programs.path().join("jailer");
-    fs::copy(JAILER, &jailer).unwrap();
+    // Not by this process: a descriptor for writing that another test's child has would keep it from being started.
+    let copied = Command::new("cp").arg(JAILER).arg(&jailer).status();
+    assert!(copied.unwrap().success());
     fs::set_permissions(&jailer, fs::Permissions::from_mode(0o755)).unwrap();
     for more in [&[][..], &["--daemonize"], &["--netns", "/proc/self/ns/net"]] {
         let mut command = Command::new(&jailer);
