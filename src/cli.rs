@@ -22,6 +22,8 @@ usage: alveole-vmm [--api-sock PATH] [--config-file FILE [--no-api]] [options]
   --no-api              no API socket: run what the file describes
   --http-api-max-payload-size BYTES
                         largest body that the API takes (default: 51200)
+  --metadata FILE       what the guest finds at the metadata service at first, as JSON
+  --mmds-size-limit N   most bytes of it (default: as of a body of the API)
   --console WHERE       serial console: stdio (default), file:PATH, unix:PATH, none
   --kernel-memory HOW   share: map kernel and initrd copy-on-write, one copy for all guests;
                         copy: into the guest's own huge pages; auto (default): share where
@@ -54,6 +56,8 @@ exit status: 0 the guest powered off or was ended from the console, 3 it asked f
 pub(crate) struct Args {
     pub(crate) api_sock: PathBuf,
     pub(crate) max_body_bytes: usize,
+    pub(crate) metadata: Option<PathBuf>,
+    pub(crate) metadata_limit_bytes: Option<usize>,
     pub(crate) config_file: Option<PathBuf>,
     pub(crate) no_api: bool,
     pub(crate) console: Option<ConsoleTarget>,
@@ -75,6 +79,8 @@ impl Default for Args {
         Self {
             api_sock: "/run/firecracker.socket".into(),
             max_body_bytes: DEFAULT_MAX_BODY_BYTES,
+            metadata: None,
+            metadata_limit_bytes: None,
             config_file: None,
             no_api: false,
             console: None,
@@ -103,14 +109,6 @@ const NOT_BUILT: &[(&str, &str)] = &[
         "no-seccomp",
         "filters cannot be switched off: tell us which call was refused, it is in the last line of standard \
          error; leave the option out",
-    ),
-    (
-        "metadata",
-        "the metadata service is not built yet; leave the option out",
-    ),
-    (
-        "mmds-size-limit",
-        "the metadata service is not built yet; leave the option out",
     ),
     (
         "snapshot-version",
@@ -173,6 +171,8 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "show-log-origin" => args.show_log_origin = true,
             "config-file" => args.config_file = Some(text()?.into()),
             "api-sock" => args.api_sock = text()?.into(),
+            "metadata" => args.metadata = Some(text()?.into()),
+            "mmds-size-limit" => args.metadata_limit_bytes = Some(number(&name, &text()?)?),
             "http-api-max-payload-size" => {
                 args.max_body_bytes = number(&name, &text()?)?;
             }
@@ -371,7 +371,7 @@ mod tests {
             ("--start-time-us -1", "expected a whole number"),
             ("--no-seccomp", "cannot be switched off"),
             ("--seccomp-filter f", "cannot be exchanged"),
-            ("--metadata f", "not built yet"),
+            ("--mmds-size-limit x", "expected a whole number"),
         ] {
             let e = run(line).unwrap_err();
             assert!(e.contains(want), "{line}: {e}");

@@ -15,8 +15,18 @@ use crate::exit::Failure;
 /// # Errors
 /// It cannot be read, or it is wrong: what, why and what to do.
 pub(crate) fn read(path: &Path) -> Result<VmConfig, Failure> {
+    let text = read_text(path)?;
     let name = path.display().to_string();
-    let text = read_bounded(path).map_err(|e| {
+    VmConfig::from_json_bytes(&text, &name).map_err(|e| Failure::Config(e.to_string()))
+}
+
+/// Reads the file at `path`, which is as long as a description may be.
+///
+/// # Errors
+/// It cannot be read: why and what to do.
+pub(crate) fn read_text(path: &Path) -> Result<Vec<u8>, Failure> {
+    let name = path.display().to_string();
+    read_bounded(path).map_err(|e| {
         let hint = match e.kind() {
             ErrorKind::NotFound => "; is the path right?",
             ErrorKind::PermissionDenied => "; make it readable for this user",
@@ -26,11 +36,8 @@ pub(crate) fn read(path: &Path) -> Result<VmConfig, Failure> {
             }
             _ => "",
         };
-        Failure::Config(format!(
-            "cannot read the machine description {name:?}: {e}{hint}"
-        ))
-    })?;
-    VmConfig::from_json_bytes(&text, &name).map_err(|e| Failure::Config(e.to_string()))
+        Failure::Config(format!("cannot read {name:?}: {e}{hint}"))
+    })
 }
 
 /// A whole file, or one byte more than a description may have: the reader then says so.

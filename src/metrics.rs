@@ -1,4 +1,5 @@
-//! Counters to a file: one JSON object a line, one line a minute and one at the end.
+//! Counters to a file: one JSON object a line, one line a minute and one at the end. Firecracker's groups tell what has changed
+//! since the line before; what has our own names are totals.
 
 use std::fs::File;
 use std::io::Write;
@@ -6,6 +7,7 @@ use std::path::Path;
 use std::time::{Instant, SystemTime};
 
 use alveole_machine::Machine;
+use alveole_metrics::FirecrackerLines;
 use serde_json::{Map, Value, json};
 
 /// Where counters go.
@@ -13,6 +15,7 @@ pub(crate) struct MetricsFile {
     file: File,
     /// When this process started.
     started: Instant,
+    firecracker: FirecrackerLines,
 }
 
 impl MetricsFile {
@@ -24,6 +27,7 @@ impl MetricsFile {
         Ok(Self {
             file: crate::logger::open(path)?,
             started,
+            firecracker: FirecrackerLines::default(),
         })
     }
 
@@ -48,12 +52,19 @@ impl MetricsFile {
                 "init_us": since_start(milestones.booted),
             }),
         );
-        for (set, counters) in machine.counters().gather() {
+        let all = machine.counters().gather();
+        for (set, counters) in &all {
+            let counters = counters.iter();
             let counters: Map<_, _> = counters
-                .into_iter()
-                .map(|(name, n)| (name, Value::from(n)))
+                .map(|(name, n)| (name.clone(), Value::from(*n)))
                 .collect();
-            line.insert(set, counters.into());
+            line.insert(set.clone(), counters.into());
+        }
+        for (group, fields) in self.firecracker.next(&all) {
+            match (line.get_mut(&group), fields) {
+                (Some(Value::Object(ours)), Value::Object(fields)) => ours.extend(fields),
+                (_, fields) => drop(line.insert(group, fields)),
+            }
         }
         let text = format!("{}\n", Value::Object(line));
         let written = self.file.write_all(text.as_bytes());

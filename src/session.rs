@@ -1,17 +1,20 @@
 //! From a description to a machine that is built: at once, where a file describes it, or when a client of the API
 //! says so. Until then this thread answers clients; afterwards the machine does.
 
+use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use alveole_event_loop::Worker;
 use alveole_hypervisor_kvm::KvmPartition;
 use alveole_machine::{Desk, End, Event, HostResources, Identity, Machine, Mailbox, Options};
+use alveole_mmds::Metadata;
 use alveole_serial::{Console, ConsoleTarget};
 use alveole_vm_config::{Logger, Metrics, VmConfig};
 use alveole_vm_control::{Answer, Command, Refusal, Request, State, permit};
 
 use crate::cli::{self, Args};
+use crate::description;
 use crate::exit::{self, Failure};
 use crate::logger;
 use crate::metrics::MetricsFile;
@@ -73,11 +76,12 @@ impl<'a> Session<'a> {
             app_name: "Alveole".into(),
             version: env!("CARGO_PKG_VERSION").into(),
             api_version: alveole_api_server::API_VERSION.into(),
+            began: process_start,
         };
         Ok(Self {
             args,
             mailbox,
-            desk: Desk::new(identity, config),
+            desk: Desk::new(identity, config, metadata(args)?),
             counters,
             begun: (process_start, "process start"),
             told: !args.boot_timer,
@@ -100,7 +104,8 @@ impl<'a> Session<'a> {
             Failure::Config(format!("this machine cannot be built: {}", all.join("; ")))
         })?;
         let host = |e: &dyn std::error::Error| Failure::Host(e.to_string());
-        let resources = HostResources::open(&valid).map_err(|e| Failure::Config(e.to_string()))?;
+        let resources = HostResources::open(&valid, self.desk.metadata())
+            .map_err(|e| Failure::Config(e.to_string()))?;
         let partition = KvmPartition::new().map_err(|e| host(&e))?;
         let target = self.console_target();
         let options = Options {
@@ -245,6 +250,21 @@ impl<'a> Session<'a> {
         ));
         true
     }
+}
+
+/// The metadata service, with what the command line wants to be in it.
+fn metadata(args: &Args) -> Result<Arc<Metadata>, Failure> {
+    let limit = args.metadata_limit_bytes.unwrap_or(args.max_body_bytes);
+    let metadata = Metadata::new(limit);
+    if let Some(path) = &args.metadata {
+        let name = path.display();
+        let wrong = |why: String| Failure::Config(format!("--metadata {name:?}: {why}"));
+        let text = description::read_text(path)?;
+        let data = serde_json::from_slice(&text)
+            .map_err(|e| wrong(format!("it is no JSON: {e}; mend it there")))?;
+        metadata.put(data).map_err(|e| wrong(e.to_string()))?;
+    }
+    Ok(Arc::new(metadata))
 }
 
 fn cannot(act: &str, why: &str) -> Refusal {

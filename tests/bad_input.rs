@@ -451,7 +451,6 @@ fn devices_that_are_not_built_are_refused_by_name() {
         ("balloon", r#"{"amount_mib": 1}"#),
         ("pmem", r#"[{"id": "p"}]"#),
         ("memory-hotplug", r#"{"total_size_mib": 64}"#),
-        ("mmds-config", r#"{"network_interfaces": []}"#),
         ("cpu-config", "{}"),
     ] {
         let text = format!(
@@ -570,8 +569,8 @@ fn wrong_words_on_the_command_line() {
     for (arguments, words) in [
         (&["--no-api"][..], &["add --config-file FILE", help][..]),
         (
-            &["--config-file", "vm.json", "--metadata", "m.json"],
-            &["--metadata cannot be had", "not built yet", help],
+            &["--mmds-size-limit", "much"],
+            &["--mmds-size-limit", "expected a whole number", help],
         ),
         (
             &["--no-seccomp"],

@@ -9,6 +9,8 @@
 //! Who connects says in nine bytes what is to come: a letter and a number (little endian).
 //! `s`: so many bytes follow; the answer is their checksum. `r`: answer with so many bytes and their checksum.
 //! `e`: send everything back until the end. `h`: read to the end, then answer with how many bytes there were.
+//! `t`: so many bytes follow, at which nobody looks; the answer is their number; again and again until the end.
+//! `g`: send bytes until nobody takes them.
 //!
 //! It needs nothing but the kernel: `rustc --edition 2024 -O -C target-feature=+crt-static` makes a program of it. The checksum is
 //! that of the standard library's hasher: both ends are made by the same compiler. It does not know which monitor it runs under;
@@ -158,6 +160,26 @@ fn obey(mut stream: File) -> io::Result<()> {
         b'h' => {
             let len = io::copy(&mut stream, &mut io::sink())?;
             stream.write_all(&len.to_le_bytes())
+        }
+        b't' => {
+            let mut piece = vec![0; PIECE];
+            loop {
+                let mut left = number;
+                while left > 0 {
+                    let room = left.min(PIECE as u64) as usize;
+                    let got = stream.read(&mut piece[..room])?;
+                    if got == 0 {
+                        return Ok(());
+                    }
+                    left -= got as u64;
+                }
+                stream.write_all(&number.to_le_bytes())?;
+            }
+        }
+        b'g' => {
+            let piece = vec![0x5a; PIECE];
+            while stream.write_all(&piece).is_ok() {}
+            Ok(())
         }
         other => Err(io::Error::other(format!("no such order: {other}"))),
     }

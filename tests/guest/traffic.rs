@@ -19,7 +19,7 @@ use crate::harness::{Vm, skip};
 
 /// Most segments that may be sent again, of a million. Nothing on the way loses frames: a tap holds more than a window of
 /// TCP, and the guest's ring makes it wait. Without faults none is sent again on a machine at ease (0 of two
-/// millions), and 0 to 3 in the lab; a host that is software,
+/// millions), and 0 to 40 of a few hundred thousand in the lab; a host that is software,
 /// and busy, now and then keeps a processor from running for longer than TCP waits for an answer (200 ms), and a window of
 /// a few dozen segments is sent again for nothing. One lost frame in a thousand, what a broken ring would give, is ten times this.
 const MOST_AGAIN_PPM: f64 = 100.0;

@@ -185,7 +185,7 @@ impl Conversation {
         // Checked against the limit when the head was read.
         let len = usize::try_from(head.body_bytes).ok()?;
         let body = self.input.get(..len)?;
-        let command = routes::command(&head.method, &head.path, body);
+        let command = routes::command(&head.method, &head.path, &head.accept, body);
         let waiting = Waiting {
             method: head.method.clone(),
             path: head.path.clone(),
@@ -217,7 +217,7 @@ impl Conversation {
     /// Ends the conversation with this.
     pub(crate) fn turn_away(&mut self, why: &str) {
         let body = fault(why);
-        self.write("503 Service Unavailable", Some(&body), false);
+        self.write("503 Service Unavailable", Some((JSON, &body)), false);
         self.stage = Stage::Over;
     }
 
@@ -230,8 +230,8 @@ impl Conversation {
         match outcome {
             Ok(Answer::Done) => self.write("204 No Content", None, keeps_alive),
             Ok(answer) => {
-                let body = body_of(answer);
-                self.write("200 OK", Some(&body), keeps_alive);
+                let (kind, body) = body_of(answer);
+                self.write("200 OK", Some((kind, &body)), keeps_alive);
             }
             Err(refusal) => {
                 let status = match refusal {
@@ -241,25 +241,25 @@ impl Conversation {
                     }
                 };
                 let body = fault(&refusal.to_string());
-                self.write(status, Some(&body), keeps_alive);
+                self.write(status, Some((JSON, &body)), keeps_alive);
             }
         }
     }
 
-    fn write(&mut self, status: &str, body: Option<&str>, keeps_alive: bool) {
+    fn write(&mut self, status: &str, body: Option<(&str, &str)>, keeps_alive: bool) {
         let connection = if keeps_alive { "keep-alive" } else { "close" };
         let mut head =
             format!("HTTP/1.1 {status}\r\nServer: Alveole API\r\nConnection: {connection}\r\n");
-        if let Some(body) = body {
+        if let Some((kind, body)) = body {
             let len = body.len();
             head.push_str(&format!(
-                "Content-Type: application/json\r\nContent-Length: {len}\r\n"
+                "Content-Type: {kind}\r\nContent-Length: {len}\r\n"
             ));
         }
         head.push_str("\r\n");
         self.output.extend_from_slice(head.as_bytes());
-        self.output
-            .extend_from_slice(body.unwrap_or_default().as_bytes());
+        let (_, body) = body.unwrap_or_default();
+        self.output.extend_from_slice(body.as_bytes());
     }
 
     fn drop_input(&mut self, bytes: usize) {
@@ -269,6 +269,8 @@ impl Conversation {
         }
     }
 }
+
+const JSON: &str = "application/json";
 
 fn clear(buffer: &mut Vec<u8>) {
     buffer.clear();
@@ -281,19 +283,22 @@ fn fault(text: &str) -> String {
     serde_json::json!({ "fault_message": text }).to_string()
 }
 
-fn body_of(answer: &Answer) -> String {
+/// What the answer is, as a media type, and its text.
+fn body_of(answer: &Answer) -> (&'static str, String) {
     fn json<T: Serialize>(value: &T) -> String {
         // Fails for maps whose keys are no text and for numbers that JSON has not: there are none.
         serde_json::to_string(value).unwrap_or_default()
     }
-    match answer {
+    let text = match answer {
+        Answer::Text { content_type, text } => return (content_type, text.clone()),
         Answer::Done => String::new(),
         Answer::Instance(info) => json(info),
         Answer::Version(version) => json(&serde_json::json!({ "firecracker_version": version })),
         Answer::Config(config) => json(config),
         Answer::MachineConfig(config) => json(config),
         Answer::Metadata(value) => json(value),
-    }
+    };
+    (JSON, text)
 }
 
 #[cfg(test)]

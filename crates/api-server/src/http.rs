@@ -14,6 +14,8 @@ pub(crate) struct Head {
     /// The client waits for leave to send its body (RFC 9110, section 10.1.1).
     pub(crate) expects_continue: bool,
     pub(crate) keeps_alive: bool,
+    /// What form of answer the client accepts; empty: it does not say.
+    pub(crate) accept: String,
     /// Length of the head itself.
     pub(crate) len: usize,
 }
@@ -44,6 +46,7 @@ pub(crate) fn head(input: &[u8]) -> Result<Option<Head>, String> {
     let mut keeps_alive = request.version == Some(1);
     let mut expects_continue = false;
     let mut body_bytes = None;
+    let mut accept = String::new();
     for header in request.headers.iter() {
         let value = header.value.trim_ascii();
         let has = |word: &str| {
@@ -69,6 +72,7 @@ pub(crate) fn head(input: &[u8]) -> Result<Option<Head>, String> {
                         .into(),
                 );
             }
+            "accept" => accept = String::from_utf8_lossy(value).into_owned(),
             "expect" => expects_continue = has("100-continue"),
             "connection" if has("close") => keeps_alive = false,
             "connection" if has("keep-alive") => keeps_alive = true,
@@ -81,6 +85,7 @@ pub(crate) fn head(input: &[u8]) -> Result<Option<Head>, String> {
         body_bytes: body_bytes.unwrap_or(0),
         expects_continue,
         keeps_alive,
+        accept,
         len,
     }))
 }
@@ -108,7 +113,7 @@ mod tests {
     #[test]
     fn a_head_is_read_when_it_is_complete() {
         let text = b"PUT http://localhost/drives/a HTTP/1.1\r\nHost: x\r\ncontent-LENGTH: 3\r\n\
-                     Expect: 100-Continue\r\nConnection: Keep-Alive, close\r\n\r\nabc";
+                     Expect: 100-Continue\r\nAccept: a/b\r\nConnection: Keep-Alive, close\r\n\r\nabc";
         let end = text.len() - 3;
         for len in 0..end {
             assert_eq!(head(&text[..len]), Ok(None), "{len}");
@@ -119,6 +124,7 @@ mod tests {
             body_bytes: 3,
             expects_continue: true,
             keeps_alive: false,
+            accept: "a/b".into(),
             len: end,
         };
         assert_eq!(head(&text[..end]), Ok(Some(want.clone())));

@@ -15,6 +15,8 @@ const SHOWN_CHARS: usize = 80;
 enum Take {
     /// Nothing: it has no body.
     Nothing(fn() -> Command),
+    /// Nothing but the form of answer that it accepts.
+    Accept(fn(&str) -> Command),
     /// Its body.
     Body(fn(&[u8]) -> Result<Command, Refusal>),
     /// Its body, and the name in its path.
@@ -33,7 +35,7 @@ const SNAPSHOTS: &str = "snapshots are";
 const UNPLUG: &str = "taking devices out of a running guest is";
 
 const ROUTES: &[(&str, &str, Take)] = {
-    use Take::{Body, Named, NotBuilt, Nothing};
+    use Take::{Accept, Body, Named, NotBuilt, Nothing};
     &[
         ("GET", "/", Nothing(|| Command::GetInstance)),
         ("GET", "/version", Nothing(|| Command::GetVersion)),
@@ -67,6 +69,7 @@ const ROUTES: &[(&str, &str, Take)] = {
         ("PUT", "/serial", Body(|b| of(b, Command::PutSerial))),
         ("PUT", "/logger", Body(|b| of(b, Command::PutLogger))),
         ("PUT", "/metrics", Body(|b| of(b, Command::PutMetrics))),
+        ("GET", "/metrics", Accept(metrics)),
         ("GET", "/mmds", Nothing(|| Command::GetMetadata)),
         ("PUT", "/mmds", Body(|b| value(b, Command::PutMetadata))),
         ("PATCH", "/mmds", Body(|b| value(b, Command::PatchMetadata))),
@@ -99,7 +102,12 @@ const ROUTES: &[(&str, &str, Take)] = {
 ///
 /// # Errors
 /// There is no such path or method, or the body is wrong: what, why and what to do.
-pub(crate) fn command(method: &str, path: &str, body: &[u8]) -> Result<Command, Refusal> {
+pub(crate) fn command(
+    method: &str,
+    path: &str,
+    accept: &str,
+    body: &[u8],
+) -> Result<Command, Refusal> {
     let asked: Vec<&str> = parts(path).collect();
     let mut others = Vec::new();
     for (route_method, pattern, take) in ROUTES {
@@ -113,11 +121,12 @@ pub(crate) fn command(method: &str, path: &str, body: &[u8]) -> Result<Command, 
         let has_body = !body.trim_ascii().is_empty();
         return match take {
             Take::NotBuilt(what) => Err(Refusal::NotBuilt(what)),
-            Take::Nothing(_) if has_body => failed(format!(
+            Take::Nothing(_) | Take::Accept(_) if has_body => failed(format!(
                 "{method} {}: this request has no body; send none",
                 shown(path)
             )),
             Take::Nothing(make) => Ok(make()),
+            Take::Accept(make) => Ok(make(accept)),
             Take::Body(_) | Take::Named(_) if !has_body => failed(format!(
                 "{method} {}: the body is empty; send what is to be set as JSON, with its Content-Length",
                 shown(path)
@@ -194,6 +203,13 @@ fn value(body: &[u8], make: impl FnOnce(Value) -> Command) -> Result<Command, Re
     }
 }
 
+/// Prometheus names the form of OpenMetrics first; everybody else gets the older one.
+fn metrics(accept: &str) -> Command {
+    Command::GetMetrics {
+        open_metrics: accept.contains("application/openmetrics-text"),
+    }
+}
+
 fn action(action: Action) -> Command {
     match action {
         Action::InstanceStart => Command::Start,
@@ -260,7 +276,7 @@ mod tests {
     use super::*;
 
     fn told(method: &str, path: &str, body: &str) -> String {
-        command(method, path, body.as_bytes())
+        command(method, path, "", body.as_bytes())
             .unwrap_err()
             .to_string()
     }
@@ -296,6 +312,7 @@ mod tests {
             ("PUT", "/serial", "{}"),
             ("PUT", "/logger", "{}"),
             ("PUT", "/metrics", r#"{"metrics_path":"m"}"#),
+            ("GET", "/metrics", ""),
             ("GET", "/mmds", ""),
             ("PUT", "/mmds", r#"{"a":1}"#),
             ("PATCH", "/mmds", r#"{"a":null}"#),
@@ -303,13 +320,13 @@ mod tests {
         ]
         .into_iter()
         .map(|(method, path, body)| {
-            command(method, path, body.as_bytes())
+            command(method, path, "", body.as_bytes())
                 .unwrap_or_else(|e| panic!("{method} {path}: {e}"))
         })
         .collect();
         // All there are, and `/` twice by another spelling.
         let kinds: std::collections::HashSet<_> = made.iter().map(std::mem::discriminant).collect();
-        assert_eq!((made.len(), kinds.len()), (26, 25));
+        assert_eq!((made.len(), kinds.len()), (27, 26));
     }
 
     #[test]

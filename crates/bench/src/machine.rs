@@ -33,8 +33,10 @@ pub(crate) enum Device {
     Tap {
         name: String,
         mac: String,
-        /// QEMU: the host's kernel moves the frames.
+        /// The host's kernel moves the frames.
         vhost: bool,
+        /// Where a unix socket for vsock is to be, for VMMs that make one.
+        vsock: PathBuf,
     },
 }
 
@@ -62,12 +64,23 @@ impl Device {
                 }
                 json!({ "drives": [drive] })
             }
-            Self::Tap { name, mac, .. } => json!({
-                "drives": [],
-                "network-interfaces": [
-                    { "iface_id": "bench", "host_dev_name": name, "guest_mac": mac }
-                ],
-            }),
+            Self::Tap {
+                name,
+                mac,
+                vhost,
+                vsock,
+            } => {
+                let mut interface =
+                    json!({ "iface_id": "bench", "host_dev_name": name, "guest_mac": mac });
+                if *vhost {
+                    interface["vhost"] = true.into();
+                }
+                json!({
+                    "drives": [],
+                    "network-interfaces": [interface],
+                    "vsock": { "guest_cid": 3, "uds_path": utf8(vsock)? },
+                })
+            }
         })
     }
 
@@ -78,7 +91,12 @@ impl Device {
                 utf8(path)?,
                 if *direct { "on" } else { "off" }
             ),
-            Self::Tap { name, mac, .. } => format!("--net\ntap={name},mac={mac}"),
+            Self::Tap {
+                name, mac, vsock, ..
+            } => format!(
+                "--net\ntap={name},mac={mac}\n--vsock\ncid=3,socket={}",
+                utf8(vsock)?
+            ),
         })
     }
 
@@ -96,7 +114,9 @@ impl Device {
                 utf8(path)?,
                 if *direct { "none" } else { "writeback" }
             ),
-            Self::Tap { name, mac, vhost } => format!(
+            Self::Tap {
+                name, mac, vhost, ..
+            } => format!(
                 "-netdev\ntap,id=net,ifname={name},script=no,downscript=no,vhost={}\n\
                  -device\nvirtio-net-{bus},netdev=net,mac={mac}",
                 if *vhost { "on" } else { "off" }

@@ -473,3 +473,30 @@ pub(crate) fn keep_over_exec(descriptors: &[OwnedFd]) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::run::tests::parse;
+
+    #[test]
+    fn rules_keep_the_order_in_which_they_are_given() {
+        let words = [
+            "--deny",
+            "to=10.1.0.0/16",
+            "--allow",
+            "to=10.0.0.0/8,protocol=tcp,port=443",
+            "--deny",
+            "to=any",
+        ];
+        let rules = parse(&words).network.rules.0;
+        let told: Vec<_> = rules.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            told,
+            [
+                "deny,to=10.1.0.0/16",
+                "allow,to=10.0.0.0/8,protocol=tcp,port=443",
+                "deny,to=any"
+            ]
+        );
+    }
+}

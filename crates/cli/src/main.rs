@@ -28,6 +28,7 @@ To start with:
   alveole doctor                                    what this machine can do, and what to mend
   alveole run --kernel vmlinux --initrd initrd.img  boot a guest on this terminal
   alveole run --lab --kernel …                      the same where KVM cannot run guests
+  alveole run -p 8080:80 --kernel …                 the same, with a port of this host that leads to it
   alveole disk overlay root.img guest.qcow2         a disk of its own for each guest, over a shared one
 
 alveole --help shows everything.

@@ -74,14 +74,15 @@ fn stand_in() -> PathBuf {
 
 #[test]
 fn the_vmm_takes_the_place_of_this_process() {
-    let run = Run::with(&["run", "--no-probe", "--kernel", "vmlinux"], |command| {
+    let words = ["run", "--no-probe", "--net", "none", "--kernel", "vmlinux"];
+    let run = Run::with(&words, |command| {
         command.env("FAKE_STATUS", "42");
     });
     assert_eq!(run.status(), Some(42));
     assert_eq!(run.reported("pid").unwrap().trim(), run.pid.to_string());
     assert_eq!(run.stderr(), "");
 
-    let run = Run::with(&["run", "--no-probe", "--kernel", "vmlinux"], |command| {
+    let run = Run::with(&words, |command| {
         command.env("FAKE_SIGNAL", "TERM");
     });
     assert_eq!(run.output.status.signal(), Some(15));
@@ -89,7 +90,7 @@ fn the_vmm_takes_the_place_of_this_process() {
 
 #[test]
 fn the_defaults_are_described() {
-    let run = Run::new(&["run", "--no-probe", "--kernel", "vmlinux"]);
+    let run = Run::new(&["run", "--no-probe", "--net", "none", "--kernel", "vmlinux"]);
     let args = run.args();
     assert!(args[1].starts_with("/proc/self/fd/"), "{args:?}");
     assert_eq!(args[0], "--config-file");
@@ -115,6 +116,7 @@ fn everything_asked_for_reaches_the_vmm() {
         "--initrd=sub/i",
         "--cpus=8",
         "--memory=5G",
+        "--net=none",
         "--cmdline=console=ttyS0 \"x\"",
         "--append=quiet",
         "--vsock=3:/run/a:b.sock",

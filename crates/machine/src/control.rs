@@ -15,6 +15,7 @@ use alveole_counters::Registry;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{CpuPosition, Partition};
 use alveole_io_bus::MachineRequest;
+use alveole_metrics::Process;
 use alveole_serial::{ConsoleEvent, ConsoleHandle};
 use alveole_thread_sandbox::Role;
 use alveole_vcpu::{EndReason, Order, Report, ReportKind, VcpuHandle};
@@ -28,6 +29,8 @@ use crate::catalog::{Running, SharedTransport};
 use crate::lifecycle::{Change, Lifecycle, next};
 use crate::{Desk, End, Files, Opened, build::Options};
 
+/// Of this architecture.
+const PAGE_BYTES: u64 = 4096;
 /// How long a guest may go on after its kernel has said that it panicked: time for a crash dump's first
 /// words and for `panic=` to reset the machine. A kernel told not to reboot would spin for ever.
 const PANIC_GRACE: Duration = Duration::from_secs(10);
@@ -104,6 +107,8 @@ pub struct Machine {
     /// The event loops of devices.
     pub(crate) threads: Running,
     pub(crate) registry: Arc<Registry>,
+    /// What the host's kernel knows of this process.
+    pub(crate) process: Process,
     pub(crate) options: Options,
     pub(crate) booted: Option<Instant>,
     /// When, on which processor and where the guest's kernel said that it panicked.
@@ -152,6 +157,7 @@ impl Machine {
     /// drives; without it none can be changed.
     pub fn answer_clients(&mut self, desk: Desk, files: Option<Files>) {
         self.desk = Some(desk);
+        self.process = Process::open(PAGE_BYTES);
         self.files = files;
     }
 

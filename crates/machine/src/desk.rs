@@ -3,6 +3,12 @@
 //! Before the start the description grows here, each request checked at once: what is refused leaves no trace. After
 //! it, control changes it as it changes the machine.
 
+use std::sync::Arc;
+use std::time::Instant;
+
+use alveole_counters::Registry;
+use alveole_metrics::{Form, Gauges, Process, exposition};
+use alveole_mmds::Metadata;
 use alveole_vm_config::{
     Drive, DriveUpdate, Logger, Metrics, NetworkInterface, NetworkInterfaceUpdate, RateLimiter,
     VmConfig,
@@ -24,6 +30,8 @@ pub struct Identity {
     pub version: String,
     /// Version of the API that is spoken.
     pub api_version: String,
+    /// When the process started: times of the boot are told from then.
+    pub began: Instant,
 }
 
 /// The description of a machine, and who answers for it.
@@ -31,16 +39,29 @@ pub struct Identity {
 pub struct Desk {
     identity: Identity,
     config: VmConfig,
+    metadata: Arc<Metadata>,
 }
 
-/// The metadata service, as a refusal names it.
-const METADATA: &str = "the metadata service is";
-
 impl Desk {
-    /// A desk on which lies `config`: the default where nothing has been said yet.
+    /// A desk on which lies `config`: the default where nothing has been said yet. `metadata` is what the guest reads.
     #[must_use]
-    pub fn new(identity: Identity, config: VmConfig) -> Self {
-        Self { identity, config }
+    pub fn new(identity: Identity, config: VmConfig, metadata: Arc<Metadata>) -> Self {
+        Self {
+            identity,
+            config,
+            metadata,
+        }
+    }
+
+    /// From when times of the boot are told.
+    pub(crate) fn began(&self) -> Instant {
+        self.identity.began
+    }
+
+    /// What the guest reads.
+    #[must_use]
+    pub fn metadata(&self) -> &Arc<Metadata> {
+        &self.metadata
     }
 
     /// The description so far.
@@ -75,10 +96,19 @@ impl Desk {
             Command::GetMachineConfig => {
                 return Ok(Answer::MachineConfig(self.config.machine_config.clone()));
             }
-            Command::GetMetadata
-            | Command::PutMetadata(_)
-            | Command::PatchMetadata(_)
-            | Command::PutMetadataConfig(_) => return Err(Refusal::NotBuilt(METADATA)),
+            Command::GetMetrics { open_metrics } => {
+                return Ok(self.exposition(state, open_metrics, None));
+            }
+            Command::GetMetadata => return Ok(Answer::Metadata(self.metadata.get())),
+            Command::PutMetadata(data) => {
+                let done = self.metadata.put(data);
+                return done.map(|()| Answer::Done).map_err(|e| failed(&what, &e));
+            }
+            Command::PatchMetadata(patch) => {
+                let done = self.metadata.patch(&patch);
+                return done.map(|()| Answer::Done).map_err(|e| failed(&what, &e));
+            }
+            Command::PutMetadataConfig(config) => next.mmds_config = Some(config),
             Command::PutBootSource(source) => {
                 if source.kernel_image_path.as_os_str().is_empty() {
                     return Err(told(&what, &[Invalid::NoKernel]));
@@ -116,6 +146,33 @@ impl Desk {
         self.try_new(&next, &valid).map_err(|e| failed(&what, &e))?;
         self.config = next;
         Ok(Answer::Done)
+    }
+
+    /// Counters as text; before there is a machine, what is known of it.
+    pub(crate) fn exposition(
+        &self,
+        state: State,
+        open_metrics: bool,
+        machine: Option<(&Registry, &Process, Gauges)>,
+    ) -> Answer {
+        let form = if open_metrics {
+            Form::OpenMetrics
+        } else {
+            Form::Text
+        };
+        let (mut counters, mut histograms) = (Vec::new(), Vec::new());
+        let (mut gauges, mut process) = (Gauges::default(), None);
+        if let Some((registry, files, known)) = machine {
+            (counters, histograms) = (registry.gather(), registry.gather_histograms());
+            (gauges, process) = (known, Some(files.read()));
+        }
+        gauges.id.clone_from(&self.identity.id);
+        gauges.version.clone_from(&self.identity.version);
+        gauges.state = state.to_string();
+        Answer::Text {
+            content_type: form.content_type(),
+            text: exposition(form, &gauges, &counters, &histograms, process.as_ref()),
+        }
     }
 
     fn instance(&self, state: State) -> InstanceInfo {

@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use alveole_mmds::Metadata;
 use alveole_vm_config::BootSource;
 
 use crate::ValidConfig;
@@ -57,6 +59,14 @@ pub enum ResourceError {
         /// Why not.
         source: alveole_net_link::LinkError,
     },
+    /// The metadata service.
+    #[error("network interface {id:?}: {source}")]
+    Metadata {
+        /// The name of the interface.
+        id: String,
+        /// Why not.
+        source: io::Error,
+    },
     /// A network device.
     #[error(transparent)]
     Net(#[from] alveole_virtio_net::NetError),
@@ -69,14 +79,14 @@ pub enum ResourceError {
 }
 
 impl HostResources {
-    /// Opens everything that `config` names.
+    /// Opens everything that `config` names. `metadata`: what its guest reads, if it is configured so.
     ///
     /// # Errors
     /// A file is missing, not readable, or not a file; a disk cannot be used as it is described.
-    pub fn open(config: &ValidConfig) -> Result<Self, ResourceError> {
+    pub fn open(config: &ValidConfig, metadata: &Arc<Metadata>) -> Result<Self, ResourceError> {
         Ok(Self {
             boot: BootFiles::open(&config.kernel_path, config.initrd_path.as_deref())?,
-            virtio: VirtioDevices::open(config)?,
+            virtio: VirtioDevices::open(config, metadata)?,
         })
     }
 

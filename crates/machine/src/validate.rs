@@ -3,6 +3,7 @@
 
 mod drives;
 mod interfaces;
+mod metadata;
 mod vsock;
 
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ use alveole_vm_config::VmConfig;
 pub use drives::{MAX_DRIVES, MAX_QUEUES};
 pub(crate) use drives::{ValidDrive, limits};
 pub(crate) use interfaces::ValidInterface;
+pub(crate) use metadata::ValidMetadata;
 
 /// Most processors of one guest: the machine tables are tested up to here.
 pub const MAX_CPUS: u32 = 64;
@@ -41,6 +43,7 @@ pub struct ValidConfig {
     pub(crate) interfaces: Vec<ValidInterface>,
     pub(crate) vsock: Option<VsockConfig>,
     pub(crate) entropy: Option<Limits>,
+    pub(crate) metadata: Option<ValidMetadata>,
 }
 
 impl ValidConfig {
@@ -227,6 +230,27 @@ pub enum Invalid {
         /// What is wrong, and what to do.
         why: &'static str,
     },
+    /// No interface for the metadata service.
+    #[error(
+        "mmds-config has no network_interfaces: name those through which the guest is to reach the metadata service"
+    )]
+    NoMetadataInterface,
+    /// An interface that is not there.
+    #[error(
+        "mmds-config names the network interface {id:?}; the machine has {}: add it before, or name another",
+        if known.is_empty() { "none".to_owned() } else { known.join(", ") }
+    )]
+    MetadataInterface {
+        /// What was named.
+        id: String,
+        /// What there is.
+        known: Vec<String>,
+    },
+    /// An address that is not for such services.
+    #[error(
+        "mmds-config has ipv4_address {0}: the metadata service has a link-local one, from 169.254.1.0 to 169.254.254.255"
+    )]
+    MetadataAddress(std::net::Ipv4Addr),
     /// An impossible number of queues.
     #[error("network interface {id:?} has num_queue_pairs {pairs}: give it 1 to {MAX_CPUS}")]
     QueuePairs {
@@ -280,6 +304,10 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
         .vsock
         .as_ref()
         .and_then(|v| vsock::validate(v, &mut broken));
+    let metadata = config
+        .mmds_config
+        .as_ref()
+        .map(|m| metadata::validate(m, &interfaces, &mut broken));
     let limiter = config.entropy.map(|e| e.rate_limiter.unwrap_or_default());
     match memory {
         Some(memory) if broken.is_empty() => Ok(ValidConfig {
@@ -295,6 +323,7 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
             interfaces,
             vsock,
             entropy: limiter.map(|l| drives::limits(&l)),
+            metadata,
         }),
         _ => Err(broken),
     }

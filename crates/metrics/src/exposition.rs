@@ -280,7 +280,8 @@ fn add_process(families: &mut Families, process: &ProcessFacts) {
         }
     }
     for thread in &process.threads {
-        let labels = [("thread", thread.name.as_str())];
+        let id = thread.id.to_string();
+        let labels = [("thread", thread.name.as_str()), ("tid", &id)];
         families.counter(
             "thread_cpu_seconds",
             "Processor time of a thread; that of a virtual CPU contains the guest's.",
@@ -342,6 +343,7 @@ mod tests {
                 proportional_bytes: None,
                 threads: vec![ThreadFacts {
                     name: "vcpu 0".into(),
+                    id: 7,
                     cpu_ns: 1_500_000_000,
                     waiting_ns: 1,
                 }],
@@ -363,8 +365,8 @@ mod tests {
             "alveole_vcpu_exits_total{vcpu=\"0\",reason=\"port_read\"} 7",
             "alveole_new_odd_name_total{id=\"thing\"} 1",
             "alveole_boot_first_instruction_seconds 1.234567",
-            "alveole_thread_cpu_seconds_total{thread=\"vcpu 0\"} 1.5",
-            "alveole_thread_waiting_seconds_total{thread=\"vcpu 0\"} 0.000000001",
+            "alveole_thread_cpu_seconds_total{thread=\"vcpu 0\",tid=\"7\"} 1.5",
+            "alveole_thread_waiting_seconds_total{thread=\"vcpu 0\",tid=\"7\"} 0.000000001",
             "alveole_process_resident_memory_bytes 4096",
             "alveole_drive_latency_seconds_bucket{drive=\"root\",operation=\"read\",le=\"0.000002048\"} 0",
             "alveole_drive_latency_seconds_bucket{drive=\"root\",operation=\"read\",le=\"0.000004096\"} 1",

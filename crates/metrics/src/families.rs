@@ -92,6 +92,8 @@ const ROWS: &[Row] = &[
     ("net", "tx_throttled", "net_throttled", dir("transmit")),
     ("net", "batches", "net_batches", None),
     ("net", "found", "net_polled_batches", None),
+    ("net", "vhost_starts", "net_vhost_starts", None),
+    ("net", "vhost_interrupts", "net_vhost_interrupts", None),
     ("net", "commands", "net_commands", None),
     ("net", "commands_refused", "net_refused_commands", None),
     ("serial", "bytes_out", "serial_bytes", dir("out")),
@@ -273,6 +275,14 @@ const HELP: &[(&str, &str)] = &[
     (
         "net_polled_batches",
         "Rounds that looking brought, without a doorbell.",
+    ),
+    (
+        "net_vhost_starts",
+        "Times the host's kernel took a queue over, to count what it moves itself.",
+    ),
+    (
+        "net_vhost_interrupts",
+        "Interrupts of the host's kernel that went by way of the device's thread.",
     ),
     (
         "net_commands",

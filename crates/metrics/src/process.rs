@@ -1,19 +1,28 @@
 //! What the host's kernel knows of this process: opened before the sandbox closes, read afterwards.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// Longest file that is read: `smaps_rollup` has some 30 lines.
-const MOST_BYTES: u64 = 8192;
+const MOST_BYTES: usize = 8192;
 
 /// Files of `/proc` about this process and its threads. Where there is no `/proc`, as in a jail, there are none.
 #[derive(Debug, Default)]
 pub struct Process {
     statm: Option<File>,
     smaps_rollup: Option<File>,
-    threads: Vec<(String, File)>,
+    threads: Vec<Thread>,
     page_bytes: u64,
+}
+
+#[derive(Debug)]
+struct Thread {
+    id: u32,
+    /// A thread that was just made has not given itself a name yet.
+    name: File,
+    times: File,
 }
 
 /// What is known.
@@ -32,6 +41,8 @@ pub struct ProcessFacts {
 pub struct ThreadFacts {
     /// Its name.
     pub name: String,
+    /// Its number, as names may be given twice.
+    pub id: u32,
     /// Time that it has run, in nanoseconds.
     pub cpu_ns: u64,
     /// Time that it was ready to run and did not, in nanoseconds.
@@ -43,7 +54,7 @@ impl Process {
     #[must_use]
     pub fn open(page_bytes: u64) -> Self {
         let own = Path::new("/proc/self");
-        let mut threads: Vec<(u32, String, File)> = Vec::new();
+        let mut threads = Vec::new();
         for entry in fs::read_dir(own.join("task"))
             .into_iter()
             .flatten()
@@ -51,33 +62,31 @@ impl Process {
         {
             let at = entry.path();
             let id = entry.file_name().to_str().and_then(|id| id.parse().ok());
-            let name = fs::read_to_string(at.join("comm"));
-            if let (Some(id), Ok(name), Ok(file)) = (id, name, File::open(at.join("schedstat"))) {
-                threads.push((id, name.trim_end().to_owned(), file));
+            let open = |name| File::open(at.join(name));
+            if let (Some(id), Ok(name), Ok(times)) = (id, open("comm"), open("schedstat")) {
+                threads.push(Thread { id, name, times });
             }
         }
-        threads.sort_by_key(|(id, _, _)| *id);
+        threads.sort_by_key(|thread| thread.id);
         Self {
             statm: File::open(own.join("statm")).ok(),
             smaps_rollup: File::open(own.join("smaps_rollup")).ok(),
-            threads: threads
-                .into_iter()
-                .map(|(_, name, file)| (name, file))
-                .collect(),
+            threads,
             page_bytes,
         }
     }
 
-    /// Reads them. Needs no right but `lseek` and `read`.
+    /// Reads them. Needs no system call but `pread64`.
     #[must_use]
     pub fn read(&self) -> ProcessFacts {
         let statm = self.statm.as_ref().and_then(|file| text(file).ok());
         let rollup = self.smaps_rollup.as_ref().and_then(|file| text(file).ok());
-        let threads = self.threads.iter().filter_map(|(name, file)| {
-            let text = text(file).ok()?;
-            let mut numbers = text.split_whitespace().map_while(|n| n.parse().ok());
+        let threads = self.threads.iter().filter_map(|thread| {
+            let times = text(&thread.times).ok()?;
+            let mut numbers = times.split_whitespace().map_while(|n| n.parse().ok());
             Some(ThreadFacts {
-                name: name.clone(),
+                name: text(&thread.name).ok()?.trim_end().to_owned(),
+                id: thread.id,
                 cpu_ns: numbers.next()?,
                 waiting_ns: numbers.next()?,
             })
@@ -97,15 +106,17 @@ impl Process {
     }
 }
 
-fn text(mut file: &File) -> io::Result<String> {
-    file.rewind()?;
-    let mut text = String::new();
-    file.take(MOST_BYTES).read_to_string(&mut text)?;
-    Ok(text)
+fn text(file: &File) -> io::Result<String> {
+    let mut bytes = vec![0; MOST_BYTES];
+    // Such a file is made as a whole by the first read.
+    let len = file.read_at(&mut bytes, 0)?;
+    bytes.truncate(len);
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::TryRecvError;
     use std::time::{Duration, Instant};
 
     use super::*;
@@ -113,15 +124,18 @@ mod tests {
     #[test]
     fn a_thread_that_works_is_seen_to() {
         let (told, tell) = std::sync::mpsc::channel::<()>();
+        let (begins, begun) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("at work".into())
             .spawn(move || {
+                begins.send(()).unwrap();
                 let _ = tell.recv();
-                let end = Instant::now() + Duration::from_millis(30);
-                while Instant::now() < end {}
-                tell.recv()
+                // However little of a busy host it gets.
+                while tell.try_recv() == Err(TryRecvError::Empty) {}
             })
             .unwrap();
+        // From then on it has its name.
+        begun.recv().unwrap();
         let process = Process::open(4096);
         let work = |facts: &ProcessFacts| {
             facts

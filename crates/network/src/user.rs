@@ -147,9 +147,9 @@ pub struct UserRequest {
 
 /// Largest MTU in user mode.
 pub const LARGEST_MTU: u32 = 65_520;
-/// Usual MTU in user mode. Larger frames are hardly any faster, and with them `passt` of 2023 waits for two seconds
-/// whenever the guest's window is smaller than a segment: measured, one transfer of a megabyte in two with 16384 bytes, none
-/// with 9000.
+/// Usual MTU in user mode. With more `passt` of 2023 waits for two seconds whenever the guest's window is smaller than a
+/// segment: into a guest went 3 Gbit/s with 9000 bytes and 0.1 with 65520 (out of it 6.5 and 10), and with
+/// 16384 every other transfer of a megabyte stood still once.
 pub const USUAL_MTU: u32 = 9000;
 
 /// A running `passt`. Dropping this ends it, too; so does the end of whoever holds the other end of the socket.

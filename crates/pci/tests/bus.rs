@@ -308,6 +308,27 @@ fn what_comes_while_masked_is_pending_and_sent_once() {
 }
 
 #[test]
+fn a_line_is_given_away_only_while_its_messages_pass() {
+    let mut scene = scene(2);
+    let sender = scene.table.sender();
+    assert!(sender.open_line(1).is_none(), "disabled");
+    scene.control(ENABLE);
+    assert!(sender.open_line(1).is_none(), "masked, as all are at first");
+    scene.set(16 + 8, 0x50);
+    scene.set(16 + 12, 0);
+    let line = sender.open_line(1).unwrap();
+    line.pulse();
+    assert_eq!(scene.lines[1].take_edges(), 1);
+    assert!(sender.open_line(0).is_none() && sender.open_line(2).is_none());
+    scene.control(ENABLE | MASK);
+    assert!(sender.open_line(1).is_none(), "the function is masked");
+    scene.control(ENABLE);
+    assert!(sender.open_line(1).is_some());
+    scene.set(16 + 12, 1);
+    assert!(sender.open_line(1).is_none(), "the message is masked");
+}
+
+#[test]
 fn a_message_that_the_hypervisor_refuses_is_not_sent_as_another() {
     let mut scene = scene(1);
     let sender = scene.table.sender();

@@ -120,6 +120,8 @@ impl ControlWorker {
                 self.shared
                     .say("a queue of the link cannot be switched", &e);
                 self.shared.set_pairs(before);
+                // What was taken back is lent again.
+                let _ = lane.rx_timer.reset(Duration::from_nanos(1), None);
                 return false;
             }
             // What came before the pair was in use is looked for.

@@ -20,12 +20,12 @@ pub(crate) fn vm_config(top: &mut Object<'_>) -> VmConfig {
         network_interfaces: top.list("network-interfaces", network_interface),
         vsock: top.section("vsock", vsock),
         entropy: top.section("entropy", entropy),
+        mmds_config: top.section("mmds-config", crate::requests::mmds_config),
     };
     for (key, what) in [
         ("balloon", "the balloon device is"),
         ("pmem", "persistent memory devices are"),
         ("memory-hotplug", "memory hotplug is"),
-        ("mmds-config", "the metadata service is"),
         ("cpu-config", "custom CPU templates are"),
     ] {
         top.not_built(key, what);

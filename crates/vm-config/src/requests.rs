@@ -187,7 +187,7 @@ fn network_interface_update(body: &mut Object<'_>) -> NetworkInterfaceUpdate {
     }
 }
 
-fn mmds_config(body: &mut Object<'_>) -> MmdsConfig {
+pub(crate) fn mmds_config(body: &mut Object<'_>) -> MmdsConfig {
     MmdsConfig {
         version: body.optional("version").unwrap_or_default(),
         network_interfaces: body.required("network_interfaces"),

@@ -69,7 +69,7 @@ fn firecrackers_own_file_is_read() {
           "vsock": { "guest_cid": 3, "uds_path": "./v.sock", "vsock_id": "1" },
           "logger": { "log_path": "/tmp/log", "level": "WARN", "show_level": true, "module": null },
           "metrics": { "metrics_path": "m.fifo", "emit_id": false },
-          "mmds-config": null,
+          "mmds-config": { "network_interfaces": ["eth0"], "version": "V2", "ipv4_address": "169.254.7.7" },
           "entropy": { "rate_limiter": null },
           "pmem": [],
           "memory-hotplug": null,
@@ -138,6 +138,12 @@ fn firecrackers_own_file_is_read() {
                 vsock_id: Some("1".into()),
             }),
             entropy: Some(Entropy::default()),
+            mmds_config: Some(MmdsConfig {
+                version: MmdsVersion::V2,
+                network_interfaces: vec!["eth0".into()],
+                ipv4_address: Some(std::net::Ipv4Addr::new(169, 254, 7, 7)),
+                imds_compat: false,
+            }),
         }
     );
 }
@@ -210,7 +216,6 @@ fn a_device_that_is_not_built_is_named() {
         ("balloon", "the balloon device is"),
         ("pmem", "persistent memory devices are"),
         ("memory-hotplug", "memory hotplug is"),
-        ("mmds-config", "the metadata service is"),
         ("cpu-config", "custom CPU templates are"),
     ] {
         for value in ["{}", "[{}]", "\"x\"", "false"] {
@@ -598,6 +603,7 @@ prop_compose! {
         network_interfaces in prop::collection::vec(interface(), 0..3),
         vsock in prop::option::of((any::<u64>(), path(), prop::option::of(".*"))),
         entropy in prop::option::of(prop::option::of(limiter())),
+        mmds in prop::option::of((any::<bool>(), prop::collection::vec(".*", 0..3), prop::option::of(any::<[u8; 4]>()), any::<bool>())),
     ) -> VmConfig {
         VmConfig {
             boot_source: BootSource { kernel_image_path, initrd_path, boot_args },
@@ -609,6 +615,12 @@ prop_compose! {
             network_interfaces,
             vsock: vsock.map(|(guest_cid, uds_path, vsock_id)| Vsock { guest_cid, uds_path, vsock_id }),
             entropy: entropy.map(|rate_limiter| Entropy { rate_limiter }),
+            mmds_config: mmds.map(|(is_new, network_interfaces, address, imds_compat)| MmdsConfig {
+                version: if is_new { MmdsVersion::V2 } else { MmdsVersion::V1 },
+                network_interfaces,
+                ipv4_address: address.map(Into::into),
+                imds_compat,
+            }),
         }
     }
 }

@@ -33,6 +33,9 @@ pub struct VmConfig {
     /// The entropy device; none: the guest has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
+    /// The metadata service; none: the guest finds none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mmds_config: Option<crate::MmdsConfig>,
 }
 
 /// What the guest boots.

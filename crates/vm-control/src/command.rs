@@ -24,6 +24,11 @@ pub enum Command {
     GetMachineConfig,
     /// The data of the metadata service.
     GetMetadata,
+    /// Counters and what else is measured, as text for Prometheus.
+    GetMetrics {
+        /// In the form of OpenMetrics, instead of the older one that everybody reads.
+        open_metrics: bool,
+    },
 
     /// Sets what the guest boots.
     PutBootSource(BootSource),
@@ -77,6 +82,7 @@ impl fmt::Display for Command {
             Self::GetConfig => "tell the description of the machine",
             Self::GetMachineConfig => "tell processors and memory",
             Self::GetMetadata => "tell the metadata",
+            Self::GetMetrics { .. } => "tell the counters",
             Self::PutBootSource(_) => "set the boot source",
             Self::PutMachineConfig(_) => "set processors and memory",
             Self::PatchMachineConfig(_) => "change processors and memory",
@@ -121,6 +127,13 @@ pub enum Answer {
     MachineConfig(MachineConfig),
     /// The data of the metadata service.
     Metadata(Value),
+    /// Text that is no JSON.
+    Text {
+        /// What it is: a media type.
+        content_type: &'static str,
+        /// The text.
+        text: String,
+    },
 }
 
 /// What runs here.

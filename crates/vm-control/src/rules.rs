@@ -51,6 +51,7 @@ fn when(command: &Command) -> When {
         | Command::GetConfig
         | Command::GetMachineConfig
         | Command::GetMetadata
+        | Command::GetMetrics { .. }
         | Command::PutMetadata(_)
         | Command::PatchMetadata(_) => When::Always,
         Command::PutBootSource(_)
@@ -125,6 +126,7 @@ mod tests {
             (C::GetConfig, always),
             (C::GetMachineConfig, always),
             (C::GetMetadata, always),
+            (C::GetMetrics { open_metrics: true }, always),
             (C::PutMetadata(Value::Null), always),
             (C::PatchMetadata(Value::Null), always),
             (C::PutBootSource(Default::default()), before),

@@ -1,7 +1,8 @@
-//! Does the jobs of one column: ping and iperf3 on the host against a guest, and what they report.
+//! Does the jobs of one column: ping, iperf3 and sockets on the host against a guest, and what they report.
 //!
 //! Knows the lines of `resources/guest/bench-net` and what the tools print; does not know how results are shown.
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -10,8 +11,10 @@ use serde_json::Value;
 
 use super::table::Column;
 use super::tap::{GUEST, GUEST_MAC, PREFIX, Tap};
+use super::vsock;
 use crate::machine::{Device, Machine};
 use crate::run::{Run, cpu_seconds};
+use crate::vmm::Kind;
 
 /// One way of using a network.
 #[derive(Debug)]
@@ -25,6 +28,15 @@ enum What {
     Ping,
     Tcp { streams: u32, from_guest: bool },
     Udp { from_guest: bool },
+    Vsock { streams: u32, from_guest: bool },
+    VsockPing { streams: u32 },
+}
+
+impl What {
+    /// Whether the VMM must make a unix socket of vsock.
+    fn is_vsock(self) -> bool {
+        matches!(self, Self::Vsock { .. } | Self::VsockPing { .. })
+    }
 }
 
 const fn job(name: &'static str, what: What) -> Job {
@@ -41,7 +53,17 @@ const fn tcp(name: &'static str, streams: u32, from_guest: bool) -> Job {
     )
 }
 
-pub(super) const JOBS: [Job; 7] = [
+const fn sockets(name: &'static str, streams: u32, from_guest: bool) -> Job {
+    job(
+        name,
+        What::Vsock {
+            streams,
+            from_guest,
+        },
+    )
+}
+
+pub(super) const JOBS: [Job; 13] = [
     job("ping", What::Ping),
     tcp("tcp1-to-guest", 1, false),
     tcp("tcp1-from-guest", 1, true),
@@ -49,6 +71,12 @@ pub(super) const JOBS: [Job; 7] = [
     tcp("tcp8-from-guest", 8, true),
     job("udp64-to-guest", What::Udp { from_guest: false }),
     job("udp64-from-guest", What::Udp { from_guest: true }),
+    job("vsock1-ping", What::VsockPing { streams: 1 }),
+    job("vsock8-ping", What::VsockPing { streams: 8 }),
+    sockets("vsock1-to-guest", 1, false),
+    sockets("vsock1-from-guest", 1, true),
+    sockets("vsock8-to-guest", 8, false),
+    sockets("vsock8-from-guest", 8, true),
 ];
 
 /// What is read off a job.
@@ -120,8 +148,11 @@ impl Plan {
                 name: tap.name.clone(),
                 mac: GUEST_MAC.to_owned(),
                 vhost: column.vhost,
+                vsock: self.vsock_path(),
             },
         };
+        // A VMM that was killed leaves its own.
+        let _ = fs::remove_file(self.vsock_path());
         let mut words = machine
             .arguments(&column.vmm, &self.scratch)
             .map_err(said)?;
@@ -146,7 +177,11 @@ impl Plan {
         // The first packet waits for the neighbour's address.
         ping(3).map_err(|e| run.failure(&e))?;
         let mut failed = Ok(());
+        let has_vsock = column.vmm.kind != Kind::Qemu;
         for &at in &self.jobs {
+            if JOBS[at].what.is_vsock() && !has_vsock {
+                continue;
+            }
             match self.job(at, run.id()) {
                 Ok(found) => samples.extend(found),
                 Err(e) => failed = failed.and(Err(run.failure(&e))),
@@ -155,20 +190,33 @@ impl Plan {
         failed
     }
 
+    fn vsock_path(&self) -> PathBuf {
+        self.scratch.join("vsock")
+    }
+
     fn job(&self, at: usize, monitor: u32) -> Result<Samples, String> {
         let before = cpu_seconds(monitor)?;
         let mut samples = match JOBS[at].what {
             What::Ping => {
                 // A hundred a second.
-                let times = ping(self.seconds * 100)?;
-                let of = |part: f64| {
-                    let index = (times.len() as f64 * part) as usize;
-                    times[index.min(times.len() - 1)]
-                };
-                return Ok(vec![
-                    ((at, Measure::Median), of(0.5)),
-                    ((at, Measure::Slowest), of(0.99)),
-                ]);
+                return Ok(percentiles(at, &ping(self.seconds * 100)?));
+            }
+            What::VsockPing { streams } => {
+                let times = vsock::round_trips(&self.vsock_path(), self.seconds, streams)?;
+                return Ok(percentiles(at, &times));
+            }
+            What::Vsock {
+                streams,
+                from_guest,
+            } => {
+                let path = self.vsock_path();
+                let rate = vsock::throughput(&path, self.seconds, streams, from_guest)?;
+                let busy = cpu_seconds(monitor)? - before;
+                let bytes = rate * f64::from(self.seconds);
+                vec![
+                    ((at, Measure::GigaBits), rate * 8.0 / 1e9),
+                    ((at, Measure::Cpu), busy / (bytes / 1e9)),
+                ]
             }
             What::Tcp {
                 streams,
@@ -225,6 +273,18 @@ impl Plan {
             None => Ok(report),
         }
     }
+}
+
+/// Of times in order of length.
+fn percentiles(at: usize, times: &[f64]) -> Samples {
+    let of = |part: f64| {
+        let index = (times.len() as f64 * part) as usize;
+        times.get(index.min(times.len().saturating_sub(1))).copied()
+    };
+    let all = [(Measure::Median, of(0.5)), (Measure::Slowest, of(0.99))];
+    let all = all.into_iter();
+    all.filter_map(|(measure, time)| Some(((at, measure), time?)))
+        .collect()
 }
 
 fn number(report: &Value, at: &str) -> Result<f64, String> {

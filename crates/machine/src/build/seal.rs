@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use alveole_counters::Registry;
 use alveole_event_loop::Worker;
+use alveole_metrics::Process;
 
 use crate::build::processors::WithProcessors;
 use crate::build::{BuildError, Options};
@@ -39,6 +40,7 @@ impl WithProcessors {
             deferred: VecDeque::new(),
             threads,
             registry: Arc::new(Registry::new()),
+            process: Process::default(),
             options,
             booted: None,
             panicked: None,

@@ -8,6 +8,7 @@ use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::Partition;
 use alveole_io_bus::BusBuilder;
+use alveole_mmds::{Metadata, MetadataCounters};
 use alveole_net_link::{LinkSpec, NetLink, VhostSpec};
 use alveole_virtio_blk::{BlkConfig, BlkHandle, VirtioBlk};
 use alveole_virtio_net::{NetConfig, NetHandle, VirtioNet};
@@ -20,7 +21,7 @@ use crate::build::{BuildError, Options};
 use crate::catalog::Threads;
 use crate::catalog::carriers::{Carrier, SharedTransport};
 use crate::resources::ResourceError;
-use crate::validate::{ValidDrive, ValidInterface};
+use crate::validate::{ValidDrive, ValidInterface, ValidMetadata};
 
 /// What each kind of device adds to the system calls of threads.
 const BLOCK_SANDBOX: &str = "virtio-block";
@@ -35,6 +36,7 @@ pub(crate) struct VirtioDevices {
     interfaces: Vec<Interface>,
     vsock: Option<VirtioVsock>,
     rng: Option<VirtioRng>,
+    metadata: Option<Arc<MetadataCounters>>,
 }
 
 struct Interface {
@@ -67,9 +69,19 @@ pub(crate) struct Placed {
 
 impl VirtioDevices {
     /// Opens what the devices of `config` need.
-    pub(crate) fn open(config: &ValidConfig) -> Result<Self, ResourceError> {
+    pub(crate) fn open(
+        config: &ValidConfig,
+        metadata: &Arc<Metadata>,
+    ) -> Result<Self, ResourceError> {
+        if let Some(valid) = &config.metadata {
+            metadata.configure(valid.config);
+        }
         let disks = config.drives.iter().map(open_disk);
-        let interfaces = config.interfaces.iter().map(open_interface);
+        let interfaces = config.interfaces.iter().map(|interface| {
+            let is_named = |valid: &ValidMetadata| valid.interfaces.contains(&interface.id);
+            let reads = config.metadata.as_ref().is_some_and(is_named);
+            open_interface(interface, reads.then_some(metadata))
+        });
         let rng = config.entropy.map(VirtioRng::new).transpose();
         let vsock = config.vsock.as_ref().map(VirtioVsock::new).transpose()?;
         Ok(Self {
@@ -77,6 +89,10 @@ impl VirtioDevices {
             interfaces: interfaces.collect::<Result<_, _>>()?,
             vsock,
             rng: rng.map_err(ResourceError::Entropy)?,
+            metadata: config
+                .metadata
+                .as_ref()
+                .map(|_| metadata.counters().clone()),
         })
     }
 
@@ -103,6 +119,9 @@ impl VirtioDevices {
     ) -> Result<Placed, BuildError> {
         let mut counters: Vec<Arc<dyn CounterSet + Send + Sync>> = Vec::new();
         let (mut disks, mut interfaces, mut cmdline) = (Vec::new(), Vec::new(), Vec::new());
+        if let Some(metadata) = self.metadata {
+            counters.push(metadata);
+        }
         let mut carrier = Carrier::new(options.transport);
         for disk in self.disks {
             let handle = disk.device.handle();
@@ -227,9 +246,18 @@ fn open_link(interface: &ValidInterface) -> Result<NetLink, ResourceError> {
     link.map_err(failed)
 }
 
-fn open_interface(interface: &ValidInterface) -> Result<Interface, ResourceError> {
+fn open_interface(
+    interface: &ValidInterface,
+    metadata: Option<&Arc<Metadata>>,
+) -> Result<Interface, ResourceError> {
     let id = &interface.id;
-    let link = open_link(interface)?;
+    let mut link = open_link(interface)?;
+    if let Some(metadata) = metadata {
+        link = alveole_mmds::detour(link, metadata).map_err(|source| ResourceError::Metadata {
+            id: id.clone(),
+            source,
+        })?;
+    }
     log::info!(
         "network interface {id}: {}{}",
         link.facts.name,

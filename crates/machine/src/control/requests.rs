@@ -5,6 +5,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use alveole_counters::CounterSet;
+use alveole_metrics::Gauges;
 use alveole_vcpu::{Order, ReportKind};
 use alveole_vm_config::{DriveUpdate, NetworkInterfaceUpdate};
 use alveole_vm_control::{Answer, Command, Refusal, Reply, Request, State, permit};
@@ -14,7 +15,7 @@ use crate::control::Tick;
 use crate::files::Job;
 use crate::lifecycle::{Change, Lifecycle};
 use crate::validate::limits;
-use crate::{End, Event, Machine, Opened};
+use crate::{Desk, End, Event, Machine, Opened};
 
 type Outcome = Result<Answer, Refusal>;
 
@@ -65,6 +66,13 @@ impl Machine {
                 self.patch_drive(update, &what, reply);
                 return None;
             }
+            Command::GetMetrics { open_metrics } => match &self.desk {
+                Some(desk) => {
+                    let machine = (&*self.registry, &self.process, self.gauges());
+                    Ok(desk.exposition(state, open_metrics, Some(machine)))
+                }
+                None => Err(nobody(&what)),
+            },
             Command::PatchNetworkInterface(update) => self.patch_interface(&update, &what),
             other => match &mut self.desk {
                 Some(desk) => desk.carry_out(state, other),
@@ -73,6 +81,22 @@ impl Machine {
         };
         reply.send(outcome);
         None
+    }
+
+    /// What is measured and is no counter.
+    fn gauges(&self) -> Gauges {
+        let began = self.desk.as_ref().map(Desk::began);
+        let since_start = |at: Option<Instant>| {
+            let us = at?.saturating_duration_since(began?).as_micros();
+            u64::try_from(us).ok()
+        };
+        let milestones = self.milestones();
+        Gauges {
+            guest_memory_bytes: Some(self._ram.size_bytes()),
+            first_instruction_us: since_start(milestones.first_instruction),
+            booted_us: since_start(milestones.booted),
+            ..Gauges::default()
+        }
     }
 
     /// Processors first, then the devices: nobody works for a guest that does not run. The end, should the machine

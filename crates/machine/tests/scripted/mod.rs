@@ -5,6 +5,7 @@
 pub(crate) mod code;
 
 use std::fs;
+use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use alveole_hypervisor::fake::FakePartition;
 use alveole_machine::{
     BuildError, End, Event, HostResources, Machine, Mailbox, Milestones, Options, build, validate,
 };
+use alveole_mmds::Metadata;
 use alveole_serial::{Console, ConsoleTarget, FileStart};
 use alveole_vm_config::VmConfig;
 use code::tiny_kernel;
@@ -60,7 +62,7 @@ pub(crate) fn machine_with(
     config.boot_source.kernel_image_path = kernel;
     change(&mut config);
     let valid = validate(&config).unwrap();
-    let resources = HostResources::open(&valid).unwrap();
+    let resources = HostResources::open(&valid, &Arc::new(Metadata::new(0))).unwrap();
     let path = dir.path().join("console");
     let target = ConsoleTarget::File {
         path,
