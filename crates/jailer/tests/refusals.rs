@@ -401,6 +401,31 @@ fn jails_that_are_there_already() {
     assert_eq!(fs::read_dir(target).unwrap().count(), 0);
 }
 
+/// Whoever loses takes nothing from who wins.
+#[test]
+fn one_of_many_gets_a_jail() {
+    if no_root("one_of_many_gets_a_jail") {
+        return;
+    }
+    let bench = Bench::new();
+    for round in 0..5 {
+        let id = format!("round-{round}");
+        let ended: Vec<_> = std::thread::scope(|scope| {
+            let start = |_| scope.spawn(|| bench.run(&["--id", &id, "--daemonize"]));
+            let started: Vec<_> = (0..8).map(start).collect();
+            started.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        let won = ended.iter().filter(|e| e.code == Some(0)).count();
+        assert_eq!(won, 1, "{ended:?}");
+        for lost in ended.iter().filter(|e| e.code != Some(0)) {
+            lost.assert_refused(&["cannot", bench.root(&id).to_str().unwrap()]);
+        }
+        for name in ["alveole-jailer", "alveole-jailer.pid", "dev/kvm", "run"] {
+            assert!(bench.root(&id).join(name).exists(), "{name}");
+        }
+    }
+}
+
 #[test]
 fn namespaces_that_are_none() {
     let bench = Bench::new();
