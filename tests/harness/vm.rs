@@ -180,6 +180,12 @@ impl Vm {
         &self.source.initrd
     }
 
+    /// The kernel's command line.
+    pub(crate) fn kernel_words(&self) -> String {
+        let words = format!("{} {}", self.source.words, self.words);
+        words.trim().to_owned()
+    }
+
     /// Runs the monitor as a user without any right, on copies of the files that this user can read.
     pub(crate) fn run_by_nobody(mut self) -> Self {
         self.by_nobody = true;
@@ -303,7 +309,7 @@ impl Vm {
             "boot-source": {
                 "kernel_image_path": kernel,
                 "initrd_path": initrd,
-                "boot_args": format!("{} {}", self.source.words, self.words).trim(),
+                "boot_args": self.kernel_words(),
             },
             "machine-config": { "vcpu_count": self.cpus, "mem_size_mib": self.memory_mib },
             "drives": self.drives,
