@@ -28,6 +28,8 @@ mod ends;
 mod files;
 #[path = "guest/kept.rs"]
 mod kept;
+#[path = "guest/metadata.rs"]
+mod metadata;
 #[path = "guest/network.rs"]
 mod network;
 #[path = "guest/networks.rs"]

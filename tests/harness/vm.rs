@@ -39,6 +39,7 @@ pub(crate) struct Vm {
     drives: Vec<serde_json::Value>,
     interfaces: Vec<serde_json::Value>,
     vsock: Option<PathBuf>,
+    metadata: Option<serde_json::Value>,
     inherits: Option<(u8, PathBuf)>,
     by_nobody: bool,
     /// The words for `alveole run`, if it is started by that.
@@ -79,6 +80,7 @@ impl Vm {
                 drives: Vec::new(),
                 interfaces: Vec::new(),
                 vsock: None,
+                metadata: None,
                 inherits: None,
                 by_nobody: false,
                 by_alveole: None,
@@ -158,6 +160,12 @@ impl Vm {
     /// The socket device, which listens at `path`.
     pub(crate) fn vsock(mut self, path: &Path) -> Self {
         self.vsock = Some(path.into());
+        self
+    }
+
+    /// The metadata service, as the description has it.
+    pub(crate) fn metadata(mut self, config: serde_json::Value) -> Self {
+        self.metadata = Some(config);
         self
     }
 
@@ -321,6 +329,9 @@ impl Vm {
         if let Some(path) = &self.vsock {
             description["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
         }
+        if let Some(metadata) = &self.metadata {
+            description["mmds-config"] = metadata.clone();
+        }
         let file = dir.join("vm.json");
         fs::write(&file, description.to_string()).unwrap();
 
@@ -405,7 +416,11 @@ impl Vm {
         let text = fs::read_to_string(dir.join("vm.json")).unwrap();
         let description: serde_json::Value = serde_json::from_str(&text).unwrap();
         let mut client = Client::at(&dir.join("api"));
-        for (part, body) in description.as_object().unwrap() {
+        let parts = description.as_object().unwrap();
+        // What names others comes after them.
+        let (last, first): (Vec<_>, Vec<_>) = parts.iter().partition(|(p, _)| *p == "mmds-config");
+        for (part, body) in first.into_iter().chain(last) {
+            let part = part.replace("mmds-config", "mmds/config");
             match body {
                 serde_json::Value::Array(devices) => {
                     for device in devices {
