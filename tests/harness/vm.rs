@@ -12,6 +12,8 @@ use nix::unistd::Pid;
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::api_client::Client;
+
 use super::console::{Console, Output, Reader, Settings, Terminal, connect, write};
 use super::patience;
 use super::sources::{self, Source, skip};
@@ -42,6 +44,7 @@ pub(crate) struct Vm {
     /// The words for `alveole run`, if it is started by that.
     by_alveole: Option<Vec<String>>,
     takes_commands: bool,
+    by_api: bool,
 }
 
 impl Vm {
@@ -80,6 +83,7 @@ impl Vm {
                 by_nobody: false,
                 by_alveole: None,
                 takes_commands: false,
+                by_api: false,
             }),
             Err(why) => {
                 skip(&why);
@@ -176,6 +180,12 @@ impl Vm {
         &self.source.initrd
     }
 
+    /// The kernel's command line.
+    pub(crate) fn kernel_words(&self) -> String {
+        let words = format!("{} {}", self.source.words, self.words);
+        words.trim().to_owned()
+    }
+
     /// Runs the monitor as a user without any right, on copies of the files that this user can read.
     pub(crate) fn run_by_nobody(mut self) -> Self {
         self.by_nobody = true;
@@ -192,6 +202,12 @@ impl Vm {
     pub(crate) fn takes_commands(mut self) -> Self {
         self.takes_commands = true;
         self.init_does("run:/commands")
+    }
+
+    /// Has it described and started by a client of the API, [`Running::client`], instead of by a file.
+    pub(crate) fn by_api(mut self) -> Self {
+        self.by_api = true;
+        self
     }
 
     /// Starts it.
@@ -216,6 +232,9 @@ impl Vm {
         // It holds the sides of the terminal that the child was given.
         drop(command);
 
+        if self.by_api {
+            self.describe_and_start(dir.path());
+        }
         let (output, errors) = (Output::default(), Output::default());
         let errors_reader = Reader::start(child.stderr.take().unwrap(), errors.clone());
         let stdout = child.stdout.take();
@@ -290,7 +309,7 @@ impl Vm {
             "boot-source": {
                 "kernel_image_path": kernel,
                 "initrd_path": initrd,
-                "boot_args": format!("{} {}", self.source.words, self.words).trim(),
+                "boot_args": self.kernel_words(),
             },
             "machine-config": { "vcpu_count": self.cpus, "mem_size_mib": self.memory_mib },
             "drives": self.drives,
@@ -314,7 +333,11 @@ impl Vm {
                 shell
             }
         };
-        command.arg("--config-file").arg(&file).arg("--no-api");
+        if self.by_api {
+            command.arg("--api-sock").arg(dir.join("api"));
+        } else {
+            command.arg("--config-file").arg(&file).arg("--no-api");
+        }
         let at = |name: &str| dir.join(name).display().to_string();
         match self.console {
             Console::Pipe | Console::Terminal => {}
@@ -374,6 +397,27 @@ fn add_file(initramfs: &[u8], name: &str, content: &str) -> Vec<u8> {
     add(name, 0o100_755, content);
     add("TRAILER!!!", 0, "");
     all
+}
+
+impl Vm {
+    /// Says what the file says, one request for each part.
+    fn describe_and_start(&self, dir: &Path) {
+        let text = fs::read_to_string(dir.join("vm.json")).unwrap();
+        let description: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let mut client = Client::at(&dir.join("api"));
+        for (part, body) in description.as_object().unwrap() {
+            match body {
+                serde_json::Value::Array(devices) => {
+                    for device in devices {
+                        let id = device["drive_id"].as_str().or(device["iface_id"].as_str());
+                        client.done("PUT", &format!("/{part}/{}", id.unwrap()), device.clone());
+                    }
+                }
+                body => client.done("PUT", &format!("/{part}"), body.clone()),
+            }
+        }
+        client.done("PUT", "/actions", json!({"action_type": "InstanceStart"}));
+    }
 }
 
 /// How a monitor ended.
@@ -479,6 +523,11 @@ impl Running {
         self.child.id()
     }
 
+    /// A client of its API, where it has one.
+    pub(crate) fn client(&self) -> Client {
+        Client::at(&self.file("api"))
+    }
+
     /// Waits until the guest's init runs.
     #[track_caller]
     pub(crate) fn wait_for_boot(&mut self) {
@@ -522,6 +571,16 @@ impl Running {
     pub(crate) fn leave(mut self) -> End {
         self.type_in("exit 0\n");
         self.wait()
+    }
+
+    /// Whether the console has shown `text`.
+    pub(crate) fn has_shown(&self, text: &str) -> bool {
+        self.output.text().contains(text)
+    }
+
+    /// How many characters the console has shown.
+    pub(crate) fn shown(&self) -> usize {
+        self.output.text().len()
     }
 
     /// Waits until the console has shown `text`, wherever.

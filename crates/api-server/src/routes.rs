@@ -260,6 +260,9 @@ fn put_drive(body: &[u8], name: &str) -> Result<Command, Refusal> {
 fn patch_drive(body: &[u8], name: &str) -> Result<Command, Refusal> {
     let update: DriveUpdate = read(body)?;
     same("drive", name, &update.drive_id)?;
+    if update.path_on_host.is_none() && update.rate_limiter.is_none() {
+        return failed("the body changes nothing: name path_on_host or rate_limiter".into());
+    }
     Ok(Command::PatchDrive(update))
 }
 
@@ -350,7 +353,11 @@ mod tests {
             ),
             ("PATCH", "/machine-config", r#"{"vcpu_count":1}"#),
             ("PUT", "/drives/a", drive),
-            ("PATCH", "/drives/a", r#"{"drive_id":"a"}"#),
+            (
+                "PATCH",
+                "/drives/a",
+                r#"{"drive_id":"a","path_on_host":"x"}"#,
+            ),
             ("PUT", "/network-interfaces/a", interface),
             ("PATCH", "/network-interfaces/a", r#"{"iface_id":"a"}"#),
             ("PUT", "/vsock", r#"{"guest_cid":3,"uds_path":"v"}"#),
@@ -416,6 +423,10 @@ mod tests {
             (("PUT", "/actions", ""), "the body is empty"),
             (("PUT", "/actions", " \n"), "the body is empty"),
             (("PATCH", "/machine-config", "{}"), "changes nothing"),
+            (
+                ("PATCH", "/drives/a", r#"{"drive_id":"a"}"#),
+                "changes nothing",
+            ),
             (
                 ("PUT", "/boot-source", "{}"),
                 "\"kernel_image_path\": this field is required",

@@ -55,6 +55,7 @@ struct Shared {
     vectors: Vec<FakeVector>,
     doorbells: Vec<(u64, DoorbellValue, Doorbell)>,
     ram: Option<GuestRam>,
+    pauses: usize,
 }
 
 /// The scripted partition. Clones share the script and the record.
@@ -95,6 +96,12 @@ impl FakePartition {
     #[must_use]
     pub fn configured(&self) -> Vec<(u32, Vec<CpuidEntry>, InitialState)> {
         self.lock().configured.clone()
+    }
+
+    /// How often a processor was told that it is made to stand still.
+    #[must_use]
+    pub fn pauses(&self) -> usize {
+        self.lock().pauses
     }
 
     /// The interrupt lines handed out, with their numbers.
@@ -324,6 +331,10 @@ impl VirtualCpu for FakeCpu {
 
     fn kick(&self) -> Arc<dyn Kick> {
         self.kick.clone()
+    }
+
+    fn stands_still(&mut self) {
+        self.partition.lock().pauses += 1;
     }
 
     fn position(&mut self) -> CpuPosition {
