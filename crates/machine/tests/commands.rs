@@ -194,7 +194,7 @@ proptest! {
             }
             match command {
                 Command::GetMetadata => {
-                    prop_assert_eq!(answer, Ok(Answer::Metadata(serde_json::Value::Null)));
+                    prop_assert_eq!(answer, Ok(Answer::Metadata(serde_json::json!({}))));
                 }
                 Command::GetMetrics { .. } => match answer {
                     Ok(Answer::Text { text, .. }) => {
