@@ -41,6 +41,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
     logger::start(args.id.as_deref().unwrap_or(session::DEFAULT_ID));
+    raise_descriptor_limit();
     let host = |e: &dyn std::error::Error| Failure::Host(e.to_string());
     let config = args.config_file.as_deref().map(description::read);
     let config = config.transpose()?;
@@ -95,6 +96,19 @@ fn serve(
     let failed = move |why| failures.send(Event::LoopEnded(why));
     ApiThread::start(socket, args.max_body_bytes, send, workers, failed)
         .map_err(|e| Failure::Host(e.to_string()))
+}
+
+/// As many descriptors as the host allows: each connection of the socket device is one, and the usual limit of 1024 is there for programs that
+/// use select().
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    // Where it cannot be had, whoever runs out says so.
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(e) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        log::warn!("the limit on open files stays {soft}: {e}");
+    }
 }
 
 /// When this process started: the processor time it has used so far lies between then and now.

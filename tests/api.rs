@@ -662,6 +662,23 @@ fn open_files(id: u32) -> usize {
     fs::read_dir(format!("/proc/{id}/fd")).unwrap().count()
 }
 
+/// The soft limit is there for programs that use select(); connections of the socket device need more.
+#[test]
+fn it_may_open_as_many_files_as_the_host_allows() {
+    if no_kvm("it_may_open_as_many_files_as_the_host_allows") {
+        return;
+    }
+    let bench = Bench::new(&up()).through(&["prlimit", "--nofile=64:128"]);
+    let running = start(&bench, &[]);
+    drop(Client::at(&socket(&bench)));
+    let limits = fs::read_to_string(format!("/proc/{}/limits", running.id())).unwrap();
+    let line = limits.lines().find(|l| l.starts_with("Max open files"));
+    let words: Vec<_> = line.unwrap().split_whitespace().collect();
+    assert_eq!(words[3..5], ["128", "128"], "{limits}");
+    running.signal(SIGTERM);
+    running.end().assert(143, &["ended by signal 15"]);
+}
+
 #[test]
 fn ten_thousand_requests_leave_nothing_behind() {
     if no_kvm("ten_thousand_requests_leave_nothing_behind") {
