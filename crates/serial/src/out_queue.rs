@@ -267,6 +267,10 @@ mod tests {
         let reads = queue.clone();
         let reader = thread::spawn(move || {
             let (mut chunk, mut got) = (vec![0; 16 * 1024], 0);
+            // So slow that the writer has to wait, however busy this machine is.
+            while reads.counters.stalls.get() == 0 {
+                thread::sleep(Duration::from_millis(1));
+            }
             while got < TOTAL {
                 thread::sleep(Duration::from_millis(5));
                 got += reads.take(&mut chunk, false);
