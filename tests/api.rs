@@ -153,6 +153,13 @@ fn contract() -> Vec<(&'static str, &'static str, Value, u16, u16)> {
             400,
             400,
         ),
+        (
+            "PUT",
+            "/network-interfaces/a/link",
+            json!({"up": true}),
+            400,
+            400,
+        ),
         ("PATCH", "/vm", json!({"state": "Paused"}), 400, 204),
         ("PATCH", "/vm", json!({"state": "Resumed"}), 400, 204),
         (

@@ -8,7 +8,6 @@
     reason = "helpers of tests"
 )]
 
-#[expect(dead_code, reason = "tests/api.rs uses the rest")]
 mod api_client;
 mod harness;
 

@@ -208,3 +208,48 @@ fn another_image_is_put_into_a_drive_at_work() {
     guest.signal(Signal::SIGINT);
     guest.wait().assert_code(130);
 }
+
+/// The guest sees the cable go out and in; nothing passes meanwhile, and everything afterwards.
+#[test]
+fn a_cable_is_pulled_and_put_back() {
+    if crate::network::tap(1500).is_none() {
+        return;
+    }
+    let Some(vm) = Vm::any() else { return };
+    let vm = vm
+        .tap("tap0", json!({"guest_mac": "02:77:00:00:00:02"}))
+        .takes_commands()
+        .by_api();
+    let mut guest = vm.option("--enable-pci").boot();
+    guest.wait_for_commands();
+    let (status, said) = guest.ask(
+        "ip link set eth0 up && ip addr add 10.77.0.2/24 dev eth0 && ping -c 1 -W 10 10.77.0.1",
+    );
+    assert_eq!(status, 0, "{said}");
+    let mut client = guest.client();
+    let told = client.refused("PUT", "/network-interfaces/eth7/link", json!({"up": false}));
+    assert!(told.contains("it has net0"), "{told}");
+    for round in 0..3 {
+        client.done("PUT", "/network-interfaces/net0/link", json!({"up": false}));
+        let seen = "for i in 1 2 3 4 5 6 7 8 9 10; do [ $(cat /sys/class/net/eth0/carrier) = ";
+        let (status, _) = guest.ask(&format!(
+            "{seen}0 ] && break; sleep 0.2; done; [ $i != 10 ]"
+        ));
+        assert_eq!(
+            status, 0,
+            "round {round}: the guest does not see that the cable is out"
+        );
+        assert_ne!(guest.ask("ping -c 1 -W 1 10.77.0.1").0, 0, "round {round}");
+        client.done("PUT", "/network-interfaces/net0/link", json!({"up": true}));
+        let (status, _) = guest.ask(&format!(
+            "{seen}1 ] && break; sleep 0.2; done; [ $i != 10 ]"
+        ));
+        assert_eq!(
+            status, 0,
+            "round {round}: the guest does not see that the cable is in"
+        );
+        let (status, said) = guest.ask("ping -c 3 -W 10 10.77.0.1");
+        assert_eq!(status, 0, "round {round}: {said}");
+    }
+    guest.leave().assert_code(0);
+}

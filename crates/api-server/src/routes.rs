@@ -3,7 +3,7 @@
 //! Deliberately does not know: HTTP's framing, when a command may be carried out.
 
 use alveole_vm_config::{
-    Action, Body, DriveUpdate, MachineConfigUpdate, NetworkInterfaceUpdate, StateChange,
+    Action, Body, DriveUpdate, LinkState, MachineConfigUpdate, NetworkInterfaceUpdate, StateChange,
 };
 use alveole_vm_control::{Command, Refusal};
 use serde_json::Value;
@@ -64,6 +64,7 @@ const ROUTES: &[(&str, &str, Take)] = {
         ("PUT", "/network-interfaces/{id}", Named(put_interface)),
         ("PATCH", "/network-interfaces/{id}", Named(patch_interface)),
         ("DELETE", "/network-interfaces/{id}", NotBuilt(UNPLUG)),
+        ("PUT", "/network-interfaces/{id}/link", Named(put_link)),
         ("PUT", "/vsock", Body(|b| of(b, Command::PutVsock))),
         ("PUT", "/entropy", Body(|b| of(b, Command::PutEntropy))),
         ("PUT", "/serial", Body(|b| of(b, Command::PutSerial))),
@@ -272,6 +273,14 @@ fn put_interface(body: &[u8], name: &str) -> Result<Command, Refusal> {
     Ok(Command::PutNetworkInterface(Box::new(interface)))
 }
 
+fn put_link(body: &[u8], name: &str) -> Result<Command, Refusal> {
+    let LinkState { up } = read(body)?;
+    Ok(Command::SetLink {
+        iface_id: name.to_owned(),
+        up,
+    })
+}
+
 fn patch_interface(body: &[u8], name: &str) -> Result<Command, Refusal> {
     let update: NetworkInterfaceUpdate = read(body)?;
     same("network interface", name, &update.iface_id)?;
@@ -360,6 +369,7 @@ mod tests {
             ),
             ("PUT", "/network-interfaces/a", interface),
             ("PATCH", "/network-interfaces/a", r#"{"iface_id":"a"}"#),
+            ("PUT", "/network-interfaces/a/link", r#"{"up":false}"#),
             ("PUT", "/vsock", r#"{"guest_cid":3,"uds_path":"v"}"#),
             ("PUT", "/entropy", "{}"),
             ("PUT", "/serial", "{}"),
@@ -379,7 +389,7 @@ mod tests {
         .collect();
         // All there are, and `/` twice by another spelling.
         let kinds: std::collections::HashSet<_> = made.iter().map(std::mem::discriminant).collect();
-        assert_eq!((made.len(), kinds.len()), (27, 26));
+        assert_eq!((made.len(), kinds.len()), (28, 27));
     }
 
     #[test]
@@ -391,7 +401,11 @@ mod tests {
                 "{method} {path} is there twice"
             );
             let named = matches!(take, Take::Named(_));
-            assert!(!named || path.ends_with(NAME), "{method} {path}");
+            assert_eq!(
+                named,
+                path.contains(NAME) && !matches!(take, Take::NotBuilt(_)),
+                "{method} {path}"
+            );
             if let Take::NotBuilt(what) = take {
                 let text = told(method, &path.replace(NAME, "x"), "");
                 assert!(

@@ -136,6 +136,7 @@ impl Desk {
             | Command::SendCtrlAltDel
             | Command::FlushMetrics
             | Command::PatchDrive(_)
+            | Command::SetLink { .. }
             | Command::PatchNetworkInterface(_) => {
                 return Err(Refusal::Failed(format!(
                     "cannot {what}: this is a bug of the monitor, please report it"

@@ -17,7 +17,7 @@ mod types;
 
 pub use error::{ConfigError, Problem, Problems};
 pub use requests::{
-    Action, Body, DriveUpdate, MachineConfigUpdate, MmdsConfig, MmdsVersion,
+    Action, Body, DriveUpdate, LinkState, MachineConfigUpdate, MmdsConfig, MmdsVersion,
     NetworkInterfaceUpdate, StateChange,
 };
 pub use types::{

@@ -44,6 +44,7 @@ bodies! {
     DriveUpdate: drive_update,
     NetworkInterface: read::network_interface,
     NetworkInterfaceUpdate: network_interface_update,
+    LinkState: link_state,
     Vsock: read::vsock,
     Entropy: read::entropy,
     Serial: read::serial,
@@ -112,6 +113,13 @@ pub struct NetworkInterfaceUpdate {
     pub rx_rate_limiter: Option<RateLimiter>,
     /// Bounds on what the guest sends.
     pub tx_rate_limiter: Option<RateLimiter>,
+}
+
+/// Whether the cable of a network interface is in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LinkState {
+    /// It is.
+    pub up: bool,
 }
 
 /// How the metadata service is to be.
@@ -184,6 +192,12 @@ fn network_interface_update(body: &mut Object<'_>) -> NetworkInterfaceUpdate {
         iface_id: body.required("iface_id"),
         rx_rate_limiter: body.section("rx_rate_limiter", read::rate_limiter),
         tx_rate_limiter: body.section("tx_rate_limiter", read::rate_limiter),
+    }
+}
+
+fn link_state(body: &mut Object<'_>) -> LinkState {
+    LinkState {
+        up: body.required("up"),
     }
 }
 

@@ -69,6 +69,13 @@ pub enum Command {
     FlushMetrics,
     /// Changes a disk of a running guest.
     PatchDrive(DriveUpdate),
+    /// Plugs the cable of a network interface of a running guest in or out.
+    SetLink {
+        /// Its name.
+        iface_id: String,
+        /// In.
+        up: bool,
+    },
     /// Changes a network interface of a running guest.
     PatchNetworkInterface(NetworkInterfaceUpdate),
 }
@@ -104,6 +111,9 @@ impl fmt::Display for Command {
             Self::SendCtrlAltDel => "ask the guest to shut down",
             Self::FlushMetrics => "write the counters out",
             Self::PatchDrive(update) => return write!(f, "change drive {:?}", update.drive_id),
+            Self::SetLink { iface_id, .. } => {
+                return write!(f, "change the link of network interface {iface_id:?}");
+            }
             Self::PatchNetworkInterface(update) => {
                 return write!(f, "change network interface {:?}", update.iface_id);
             }

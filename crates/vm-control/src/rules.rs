@@ -72,6 +72,7 @@ fn when(command: &Command) -> When {
         | Command::SendCtrlAltDel
         | Command::FlushMetrics
         | Command::PatchDrive(_)
+        | Command::SetLink { .. }
         | Command::PatchNetworkInterface(_) => When::AfterStart,
     }
 }
@@ -150,6 +151,13 @@ mod tests {
             (C::FlushMetrics, after),
             (C::PatchDrive(DriveUpdate::default()), after),
             (
+                C::SetLink {
+                    iface_id: "a".into(),
+                    up: true,
+                },
+                after,
+            ),
+            (
                 C::PatchNetworkInterface(NetworkInterfaceUpdate::default()),
                 after,
             ),
@@ -184,10 +192,10 @@ mod tests {
             .map(|(c, _)| std::mem::discriminant(c))
             .collect();
         // Grows with the enum: `when` does not compile without the new one, and this counts its arms.
-        assert_eq!(kinds.len(), 26);
+        assert_eq!(kinds.len(), 27);
         let texts: std::collections::HashSet<_> =
             table().iter().map(|(c, _)| c.to_string()).collect();
-        assert_eq!(texts.len(), 26, "two commands are told in the same words");
+        assert_eq!(texts.len(), 27, "two commands are told in the same words");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::Instant;
 use alveole_counters::CounterSet;
 use alveole_metrics::Gauges;
 use alveole_vcpu::{Order, ReportKind};
+use alveole_virtio_net::NetHandle;
 use alveole_vm_config::{DriveUpdate, NetworkInterfaceUpdate};
 use alveole_vm_control::{Answer, Command, Refusal, Reply, Request, State, permit};
 
@@ -73,6 +74,7 @@ impl Machine {
                 }
                 None => Err(nobody(&what)),
             },
+            Command::SetLink { iface_id, up } => self.set_link(&iface_id, up, &what),
             Command::PatchNetworkInterface(update) => self.patch_interface(&update, &what),
             other => match &mut self.desk {
                 Some(desk) => desk.carry_out(state, other),
@@ -216,6 +218,30 @@ impl Machine {
         }
         desk.set_config(next);
         reply.send(Ok(Answer::Done));
+    }
+
+    fn set_link(&self, id: &str, up: bool, what: &str) -> Outcome {
+        let name = interface_name(id);
+        let all = self.interfaces.iter();
+        match all.clone().find(|i| i.counters().name() == name) {
+            Some(interface) => {
+                interface.set_link(up);
+                Ok(Answer::Done)
+            }
+            None => {
+                let name =
+                    |i: &NetHandle| i.counters().name().trim_start_matches("net ").to_owned();
+                let known: Vec<_> = all.map(name).collect();
+                Err(Refusal::Failed(format!(
+                    "cannot {what}: the machine has no such network interface; it has {}",
+                    if known.is_empty() {
+                        "none".to_owned()
+                    } else {
+                        known.join(", ")
+                    }
+                )))
+            }
+        }
     }
 
     fn patch_interface(&mut self, update: &NetworkInterfaceUpdate, what: &str) -> Outcome {
