@@ -57,6 +57,7 @@ fn when(command: &Command) -> When {
         Command::PutBootSource(_)
         | Command::PutMachineConfig(_)
         | Command::PatchMachineConfig(_)
+        | Command::PutCpuConfig(_)
         | Command::PutDrive(_)
         | Command::PutNetworkInterface(_)
         | Command::PutVsock(_)
@@ -135,6 +136,7 @@ mod tests {
                 C::PatchMachineConfig(MachineConfigUpdate::default()),
                 before,
             ),
+            (C::PutCpuConfig(Default::default()), before),
             (C::PutDrive(Box::default()), before),
             (C::PutNetworkInterface(Box::default()), before),
             (C::PutVsock(Default::default()), before),
@@ -184,10 +186,10 @@ mod tests {
             .map(|(c, _)| std::mem::discriminant(c))
             .collect();
         // Grows with the enum: `when` does not compile without the new one, and this counts its arms.
-        assert_eq!(kinds.len(), 25);
+        assert_eq!(kinds.len(), 27);
         let texts: std::collections::HashSet<_> =
             table().iter().map(|(c, _)| c.to_string()).collect();
-        assert_eq!(texts.len(), 25, "two commands are told in the same words");
+        assert_eq!(texts.len(), 27, "two commands are told in the same words");
     }
 
     #[test]
