@@ -14,6 +14,8 @@ mod harness;
 mod boot;
 #[path = "guest/console.rs"]
 mod console;
+#[path = "guest/cpu.rs"]
+mod cpu;
 #[path = "guest/debian.rs"]
 mod debian;
 #[path = "guest/disks.rs"]

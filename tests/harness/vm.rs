@@ -37,6 +37,7 @@ pub(crate) struct Vm {
     drives: Vec<serde_json::Value>,
     interfaces: Vec<serde_json::Value>,
     vsock: Option<PathBuf>,
+    cpu_config: Option<serde_json::Value>,
     inherits: Option<(u8, PathBuf)>,
     by_nobody: bool,
     /// The words for `alveole run`, if it is started by that.
@@ -76,6 +77,7 @@ impl Vm {
                 drives: Vec::new(),
                 interfaces: Vec::new(),
                 vsock: None,
+                cpu_config: None,
                 inherits: None,
                 by_nobody: false,
                 by_alveole: None,
@@ -154,6 +156,12 @@ impl Vm {
     /// The socket device, which listens at `path`.
     pub(crate) fn vsock(mut self, path: &Path) -> Self {
         self.vsock = Some(path.into());
+        self
+    }
+
+    /// What its processors say of themselves.
+    pub(crate) fn cpu_config(mut self, cpu_config: serde_json::Value) -> Self {
+        self.cpu_config = Some(cpu_config);
         self
     }
 
@@ -301,6 +309,9 @@ impl Vm {
         }
         if let Some(path) = &self.vsock {
             description["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
+        }
+        if let Some(cpu_config) = &self.cpu_config {
+            description["cpu-config"] = cpu_config.clone();
         }
         let file = dir.join("vm.json");
         fs::write(&file, description.to_string()).unwrap();
