@@ -3,7 +3,8 @@
 //!
 //! The one mutable global of the program (the `log` facade asks for it). A line that cannot be written (a
 //! full disk) is dropped and counted: logging must never stop the guest. The next line that can be written
-//! is preceded by the number of lost ones; if none can, standard error gets the number at the end.
+//! is preceded by the number of lost ones; if none can, standard error gets the number at the end. Lines of one place are limited
+//! ([`crate::log_limit`]), unless a client of the API causes them.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -11,9 +12,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::SystemTime;
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Instant, SystemTime};
 
+use crate::log_limit::LogLimit;
 use alveole_vm_config::{self as config, LogLevel};
 use log::{LevelFilter, Log, Metadata, Record};
 
@@ -30,6 +32,19 @@ struct Settings {
 struct Logger {
     settings: RwLock<Settings>,
     lost_lines: AtomicU64,
+    limit: Mutex<LogLimit>,
+    /// All that were ever lost, and left out.
+    all_lost: AtomicU64,
+    all_left_out: AtomicU64,
+}
+
+/// Whose lines are not limited: who asks for them is trusted.
+const UNLIMITED: &str = "alveole_api_server";
+
+/// How many lines were lost, and how many left out, since the start.
+pub(crate) fn counts() -> (u64, u64) {
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    (count(&LOGGER.all_lost), count(&LOGGER.all_left_out))
 }
 
 static LOGGER: Logger = Logger {
@@ -41,6 +56,9 @@ static LOGGER: Logger = Logger {
         module: None,
     }),
     lost_lines: AtomicU64::new(0),
+    limit: Mutex::new(LogLimit::new()),
+    all_lost: AtomicU64::new(0),
+    all_left_out: AtomicU64::new(0),
 };
 
 /// Starts logging, to standard error, by this name of the machine.
@@ -117,7 +135,11 @@ impl Log for Logger {
         if !settings.wants(record.metadata()) {
             return;
         }
-        let line = settings.format(record);
+        let Some(left_out) = self.may_write(record) else {
+            self.all_left_out.fetch_add(1, Ordering::Relaxed);
+            return;
+        };
+        let line = settings.format(record, left_out);
         let lost = self.lost_lines.swap(0, Ordering::Relaxed);
         let mut text = String::new();
         if lost > 0 {
@@ -131,6 +153,7 @@ impl Log for Logger {
         };
         if !written {
             self.lost_lines.fetch_add(lost + 1, Ordering::Relaxed);
+            self.all_lost.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -146,6 +169,18 @@ impl Log for Logger {
 }
 
 impl Logger {
+    /// Whether a line may be written, and how many of its place were left out before it.
+    fn may_write(&self, record: &Record<'_>) -> Option<u64> {
+        let (Some(file), Some(line)) = (record.file_static(), record.line()) else {
+            return Some(0);
+        };
+        if record.target().starts_with(UNLIMITED) {
+            return Some(0);
+        }
+        let mut limit = self.limit.lock().unwrap_or_else(PoisonError::into_inner);
+        limit.ask((file, line), Instant::now())
+    }
+
     fn read(&self) -> RwLockReadGuard<'_, Settings> {
         self.settings.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -167,7 +202,7 @@ impl Settings {
             .is_none_or(|m| metadata.target().starts_with(m.as_str()))
     }
 
-    fn format(&self, record: &Record<'_>) -> String {
+    fn format(&self, record: &Record<'_>, left_out: u64) -> String {
         let thread = std::thread::current();
         let mut head = format!(
             "{} [{}:{}",
@@ -187,7 +222,11 @@ impl Settings {
         }
         // A guest-made text must not be able to forge a second line.
         let text = record.args().to_string().replace('\n', "\n    ");
-        format!("{head}] {text}\n")
+        let before = match left_out {
+            0 => String::new(),
+            n => format!("({n} lines like this were left out) "),
+        };
+        format!("{head}] {before}{text}\n")
     }
 }
 
@@ -255,11 +294,47 @@ mod tests {
             .args(format_args!("a\nb"))
             .level(log::Level::Warn)
             .build();
-        let line = logger.format(&record);
+        let line = logger.format(&record, 0);
         assert!(line.ends_with(":WARN] a\n    b\n"), "{line}");
         assert!(
             !logger.wants(record.metadata()),
             "another module is filtered out"
         );
+    }
+
+    #[test]
+    fn a_place_that_complains_for_ever_is_left_out() {
+        let path = std::env::temp_dir().join(format!("alveole-log-{}", std::process::id()));
+        let logger = Logger {
+            settings: RwLock::new(Settings {
+                file: Some(open(&path).unwrap()),
+                id: "vm".into(),
+                show_level: false,
+                show_origin: false,
+                module: None,
+            }),
+            lost_lines: AtomicU64::new(0),
+            limit: Mutex::new(LogLimit::new()),
+            all_lost: AtomicU64::new(0),
+            all_left_out: AtomicU64::new(0),
+        };
+        let say = |target: &str, times: u32| {
+            for _ in 0..times {
+                let mut record = Record::builder();
+                record
+                    .target(target)
+                    .file_static(Some("x.rs"))
+                    .line(Some(7));
+                logger.log(&record.args(format_args!("again")).build());
+            }
+        };
+        say("alveole_virtio_net", 1000);
+        // Who may ask for each of its lines gets them.
+        say("alveole_api_server::conversation", 50);
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let most = crate::log_limit::MOST_LINES;
+        assert_eq!(text.lines().count(), most as usize + 50);
+        assert_eq!(logger.all_left_out.into_inner(), u64::from(1000 - most));
     }
 }

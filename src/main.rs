@@ -6,6 +6,7 @@
 mod cli;
 mod description;
 mod exit;
+mod log_limit;
 mod logger;
 mod metrics;
 mod session;

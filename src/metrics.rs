@@ -60,6 +60,10 @@ impl MetricsFile {
                 .collect();
             line.insert(set.clone(), counters.into());
         }
+        let (lost, left_out) = crate::logger::counts();
+        let logger = vec![("lost".into(), lost), ("left_out".into(), left_out)];
+        let logger = ("logger".to_owned(), logger);
+        let all: Vec<_> = all.into_iter().chain([logger]).collect();
         for (group, fields) in self.firecracker.next(&all) {
             match (line.get_mut(&group), fields) {
                 (Some(Value::Object(ours)), Value::Object(fields)) => ours.extend(fields),

@@ -12,7 +12,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api_client::{Client, read_response};
 use nix::sys::signal::Signal::{SIGINT, SIGTERM};
@@ -398,7 +398,11 @@ fn a_machine_is_told_as_it_was_described_and_is() {
         config,
         "what is refused leaves no trace"
     );
-    let told = client.refused("PATCH", "/drives/b", json!({"drive_id": "b"}));
+    let told = client.refused(
+        "PATCH",
+        "/drives/b",
+        json!({"drive_id": "b", "path_on_host": "two"}),
+    );
     assert!(told.contains("has no such drive; it has a"), "{told}");
     running.signal(SIGINT);
     running.end().assert(130, &["ended by signal 2"]);
@@ -713,6 +717,76 @@ fn ten_thousand_requests_leave_nothing_behind() {
 }
 
 #[test]
+fn every_thread_is_confined_those_of_clients_too() {
+    if no_kvm("every_thread_is_confined_those_of_clients_too") {
+        return;
+    }
+    let bench = Bench::new(&up());
+    bench.sparse("disk", 1 << 20);
+    let running = start(&bench, &[]);
+    let mut client = Client::at(&socket(&bench));
+    let threads = || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", running.id())).unwrap();
+        let facts = tasks.map(|task| {
+            let task = task.unwrap().path();
+            let name = fs::read_to_string(task.join("comm")).unwrap_or_default();
+            let status = fs::read_to_string(task.join("status")).unwrap_or_default();
+            (name.trim().to_owned(), status.contains("Seccomp:\t2"))
+        });
+        // KVM's own workers are listed too; they run in the kernel only.
+        let facts = facts.filter(|(name, _)| !name.is_empty() && !name.starts_with("kvm-"));
+        let mut facts: Vec<_> = facts.collect();
+        facts.sort();
+        facts
+    };
+    let wait_for = |names: &[(&str, bool)]| {
+        let want: Vec<_> = names.iter().map(|(n, c)| ((*n).to_owned(), *c)).collect();
+        let until = Instant::now() + Duration::from_secs(10);
+        while threads() != want {
+            assert!(Instant::now() < until, "{:?}, not {want:?}", threads());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    // Before the start there is no guest that the main thread would have to be kept from.
+    wait_for(&[("alveole-vmm", false), ("api", true)]);
+    describe(&mut client);
+    let drive = json!({"drive_id": "a", "path_on_host": "disk", "is_root_device": false});
+    client.done("PUT", "/drives/a", drive);
+    start_guest(&mut client);
+    wait_for(&[
+        ("alveole-vmm", true),
+        ("api", true),
+        ("devices", true),
+        ("disk a", true),
+        ("files", true),
+        ("vcpu 0", true),
+        ("vcpu 1", true),
+    ]);
+    running.signal(SIGINT);
+    running.end().assert(130, &["ended by signal 2"]);
+}
+
+#[test]
+fn counters_that_cannot_be_written_are_told_to_who_asks_for_them() {
+    if no_kvm("counters_that_cannot_be_written_are_told_to_who_asks_for_them") {
+        return;
+    }
+    let bench = Bench::new(&up());
+    let running = start(&bench, &["--metrics-path", "/dev/full"]);
+    let mut client = Client::at(&socket(&bench));
+    describe(&mut client);
+    start_guest(&mut client);
+    let flush = json!({"action_type": "FlushMetrics"});
+    for _ in 0..3 {
+        let told = client.refused("PUT", "/actions", flush.clone());
+        assert!(told.contains("is the disk full"), "{told}");
+    }
+    assert_eq!(state(&mut client), "Running");
+    running.signal(SIGINT);
+    running.end().assert(130, &["ended by signal 2"]);
+}
+
+#[test]
 fn rude_clients_are_borne() {
     let bench = Bench::new(&up());
     let running = start(&bench, &["--http-api-max-payload-size", "1000"]);
@@ -760,6 +834,44 @@ fn rude_clients_are_borne() {
         other.read_to_string(&mut told).unwrap();
         assert!(told.starts_with("HTTP/1.1 400 Bad Request\r\n"), "{told}");
         assert!(told.contains("Connection: close"), "{told}");
+    }
+    running.signal(SIGTERM);
+    running.end().assert(143, &["ended by signal 15"]);
+}
+
+#[test]
+fn clients_wait_where_there_are_no_descriptors_for_them() {
+    // Enough to start, and for some clients.
+    let bench = Bench::new(&up()).through(&["prlimit", "--nofile=16"]);
+    let running = start(&bench, &["--level", "Debug"]);
+    Client::at(&socket(&bench));
+    let mut clients: Vec<_> = (0..12)
+        .map(|_| {
+            let mut client = UnixStream::connect(socket(&bench)).unwrap();
+            client
+                .set_read_timeout(Some(Duration::from_secs(20)))
+                .unwrap();
+            client.write_all(b"GET /version HTTP/1.1\r\n\r\n").unwrap();
+            client
+        })
+        .collect();
+    assert_eq!(read_response(&mut clients[0]).status, 200);
+    let ticks = || -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", running.id())).unwrap();
+        let after_name = stat.rsplit(')').next().unwrap();
+        let fields = after_name.split_whitespace().skip(11).take(2);
+        fields.map(|f| f.parse::<u64>().unwrap()).sum()
+    };
+    let before = ticks();
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(
+        ticks() - before < 20,
+        "it spins: {} of 100 ticks",
+        ticks() - before
+    );
+    // Whoever is answered goes, and so everybody gets a turn.
+    for mut client in clients.drain(1..) {
+        assert_eq!(read_response(&mut client).status, 200);
     }
     running.signal(SIGTERM);
     running.end().assert(143, &["ended by signal 15"]);

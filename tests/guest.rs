@@ -8,8 +8,12 @@
     reason = "helpers of tests"
 )]
 
+#[expect(dead_code, reason = "tests/api.rs uses the rest")]
+mod api_client;
 mod harness;
 
+#[path = "guest/api.rs"]
+mod api;
 #[path = "guest/boot.rs"]
 mod boot;
 #[path = "guest/console.rs"]
@@ -26,6 +30,8 @@ mod ends;
 mod files;
 #[path = "guest/kept.rs"]
 mod kept;
+#[path = "guest/metadata.rs"]
+mod metadata;
 #[path = "guest/network.rs"]
 mod network;
 #[path = "guest/networks.rs"]

@@ -91,6 +91,10 @@ impl Client {
 
     /// Asks for something that has to be done.
     #[track_caller]
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "callers write the body where they ask"
+    )]
     pub(crate) fn done(&mut self, method: &str, path: &str, body: Value) {
         let response = self.ask(method, path, &body);
         assert_eq!(response.status, 204, "{method} {path} {body}: {response:?}");
@@ -98,6 +102,10 @@ impl Client {
 
     /// Asks for something that has to be refused, and tells why it was.
     #[track_caller]
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "callers write the body where they ask"
+    )]
     pub(crate) fn refused(&mut self, method: &str, path: &str, body: Value) -> String {
         let response = self.ask(method, path, &body);
         assert_eq!(response.status, 400, "{method} {path} {body}: {response:?}");

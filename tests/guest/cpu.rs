@@ -83,7 +83,9 @@ fn a_register_that_is_set_is_read_on_every_processor() {
     let Some(vm) = Vm::any() else { return };
     let revision = format!("{MICROCODE:032b}");
     let bitmap = format!("0b{revision}{revision}");
-    let vm = vm.cpu_config(json!({ "msr_modifiers": [{ "addr": "0x8b", "bitmap": bitmap }] }));
+    let vm = vm
+        .by_api()
+        .cpu_config(json!({ "msr_modifiers": [{ "addr": "0x8b", "bitmap": bitmap }] }));
     assert_eq!(
         known(vm, &["microcode"])[0],
         vec![format!("{MICROCODE:#x}"); CPUS]

@@ -12,6 +12,8 @@ use nix::unistd::Pid;
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::api_client::Client;
+
 use super::console::{Console, Output, Reader, Settings, Terminal, connect, write};
 use super::patience;
 use super::sources::{self, Source, skip};
@@ -38,11 +40,13 @@ pub(crate) struct Vm {
     interfaces: Vec<serde_json::Value>,
     vsock: Option<PathBuf>,
     cpu_config: Option<serde_json::Value>,
+    metadata: Option<serde_json::Value>,
     inherits: Option<(u8, PathBuf)>,
     by_nobody: bool,
     /// The words for `alveole run`, if it is started by that.
     by_alveole: Option<Vec<String>>,
     takes_commands: bool,
+    by_api: bool,
 }
 
 impl Vm {
@@ -78,10 +82,12 @@ impl Vm {
                 interfaces: Vec::new(),
                 vsock: None,
                 cpu_config: None,
+                metadata: None,
                 inherits: None,
                 by_nobody: false,
                 by_alveole: None,
                 takes_commands: false,
+                by_api: false,
             }),
             Err(why) => {
                 skip(&why);
@@ -165,6 +171,12 @@ impl Vm {
         self
     }
 
+    /// The metadata service, as the description has it.
+    pub(crate) fn metadata(mut self, config: serde_json::Value) -> Self {
+        self.metadata = Some(config);
+        self
+    }
+
     /// The monitor is started with `path` open as this descriptor.
     pub(crate) fn inherits(mut self, fd: u8, path: &Path) -> Self {
         self.inherits = Some((fd, path.into()));
@@ -184,6 +196,12 @@ impl Vm {
         &self.source.initrd
     }
 
+    /// The kernel's command line.
+    pub(crate) fn kernel_words(&self) -> String {
+        let words = format!("{} {}", self.source.words, self.words);
+        words.trim().to_owned()
+    }
+
     /// Runs the monitor as a user without any right, on copies of the files that this user can read.
     pub(crate) fn run_by_nobody(mut self) -> Self {
         self.by_nobody = true;
@@ -200,6 +218,12 @@ impl Vm {
     pub(crate) fn takes_commands(mut self) -> Self {
         self.takes_commands = true;
         self.init_does("run:/commands")
+    }
+
+    /// Has it described and started by a client of the API, [`Running::client`], instead of by a file.
+    pub(crate) fn by_api(mut self) -> Self {
+        self.by_api = true;
+        self
     }
 
     /// Starts it.
@@ -224,6 +248,9 @@ impl Vm {
         // It holds the sides of the terminal that the child was given.
         drop(command);
 
+        if self.by_api {
+            self.describe_and_start(dir.path());
+        }
         let (output, errors) = (Output::default(), Output::default());
         let errors_reader = Reader::start(child.stderr.take().unwrap(), errors.clone());
         let stdout = child.stdout.take();
@@ -298,7 +325,7 @@ impl Vm {
             "boot-source": {
                 "kernel_image_path": kernel,
                 "initrd_path": initrd,
-                "boot_args": format!("{} {}", self.source.words, self.words).trim(),
+                "boot_args": self.kernel_words(),
             },
             "machine-config": { "vcpu_count": self.cpus, "mem_size_mib": self.memory_mib },
             "drives": self.drives,
@@ -313,6 +340,9 @@ impl Vm {
         if let Some(cpu_config) = &self.cpu_config {
             description["cpu-config"] = cpu_config.clone();
         }
+        if let Some(metadata) = &self.metadata {
+            description["mmds-config"] = metadata.clone();
+        }
         let file = dir.join("vm.json");
         fs::write(&file, description.to_string()).unwrap();
 
@@ -325,7 +355,11 @@ impl Vm {
                 shell
             }
         };
-        command.arg("--config-file").arg(&file).arg("--no-api");
+        if self.by_api {
+            command.arg("--api-sock").arg(dir.join("api"));
+        } else {
+            command.arg("--config-file").arg(&file).arg("--no-api");
+        }
         let at = |name: &str| dir.join(name).display().to_string();
         match self.console {
             Console::Pipe | Console::Terminal => {}
@@ -385,6 +419,31 @@ fn add_file(initramfs: &[u8], name: &str, content: &str) -> Vec<u8> {
     add(name, 0o100_755, content);
     add("TRAILER!!!", 0, "");
     all
+}
+
+impl Vm {
+    /// Says what the file says, one request for each part.
+    fn describe_and_start(&self, dir: &Path) {
+        let text = fs::read_to_string(dir.join("vm.json")).unwrap();
+        let description: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let mut client = Client::at(&dir.join("api"));
+        let parts = description.as_object().unwrap();
+        // What names others comes after them.
+        let (last, first): (Vec<_>, Vec<_>) = parts.iter().partition(|(p, _)| *p == "mmds-config");
+        for (part, body) in first.into_iter().chain(last) {
+            let part = part.replace("mmds-config", "mmds/config");
+            match body {
+                serde_json::Value::Array(devices) => {
+                    for device in devices {
+                        let id = device["drive_id"].as_str().or(device["iface_id"].as_str());
+                        client.done("PUT", &format!("/{part}/{}", id.unwrap()), device.clone());
+                    }
+                }
+                body => client.done("PUT", &format!("/{part}"), body.clone()),
+            }
+        }
+        client.done("PUT", "/actions", json!({"action_type": "InstanceStart"}));
+    }
 }
 
 /// How a monitor ended.
@@ -490,6 +549,11 @@ impl Running {
         self.child.id()
     }
 
+    /// A client of its API, where it has one.
+    pub(crate) fn client(&self) -> Client {
+        Client::at(&self.file("api"))
+    }
+
     /// Waits until the guest's init runs.
     #[track_caller]
     pub(crate) fn wait_for_boot(&mut self) {
@@ -533,6 +597,16 @@ impl Running {
     pub(crate) fn leave(mut self) -> End {
         self.type_in("exit 0\n");
         self.wait()
+    }
+
+    /// Whether the console has shown `text`.
+    pub(crate) fn has_shown(&self, text: &str) -> bool {
+        self.output.text().contains(text)
+    }
+
+    /// How many characters the console has shown.
+    pub(crate) fn shown(&self) -> usize {
+        self.output.text().len()
     }
 
     /// Waits until the console has shown `text`, wherever.

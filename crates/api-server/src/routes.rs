@@ -196,9 +196,13 @@ fn of<T: Body>(body: &[u8], make: impl FnOnce(T) -> Command) -> Result<Command, 
     read(body).map(make)
 }
 
+/// Metadata are an object, so that they have names to be read by.
 fn value(body: &[u8], make: impl FnOnce(Value) -> Command) -> Result<Command, Refusal> {
     match serde_json::from_slice(body) {
-        Ok(value) => Ok(make(value)),
+        Ok(value @ Value::Object(_)) => Ok(make(value)),
+        Ok(_) => failed(
+            "the body is no JSON object: give the metadata names, as {\"latest\": ...}".into(),
+        ),
         Err(e) => failed(format!("the body is not JSON: {e}")),
     }
 }
@@ -256,6 +260,9 @@ fn put_drive(body: &[u8], name: &str) -> Result<Command, Refusal> {
 fn patch_drive(body: &[u8], name: &str) -> Result<Command, Refusal> {
     let update: DriveUpdate = read(body)?;
     same("drive", name, &update.drive_id)?;
+    if update.path_on_host.is_none() && update.rate_limiter.is_none() {
+        return failed("the body changes nothing: name path_on_host or rate_limiter".into());
+    }
     Ok(Command::PatchDrive(update))
 }
 
@@ -274,6 +281,48 @@ fn patch_interface(body: &[u8], name: &str) -> Result<Command, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
+
+    /// The methods and paths of a file in `resources/openapi`: keys by their depth, as these files are written.
+    fn described(text: &str) -> BTreeSet<(String, String)> {
+        let mut found = BTreeSet::new();
+        let (mut within, mut path) = (false, String::new());
+        for line in text.lines() {
+            let Some(key) = line.trim().strip_suffix(':') else {
+                continue;
+            };
+            match line.len() - line.trim_start().len() {
+                0 => within = key == "paths",
+                2 if within => {
+                    let is_name = |part: &&str| part.starts_with('{');
+                    let parts = key.split('/').map(|p| if is_name(&p) { NAME } else { p });
+                    path = parts.collect::<Vec<_>>().join("/");
+                }
+                4 if within => {
+                    found.insert((key.to_uppercase(), path.clone()));
+                }
+                _ => {}
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn every_route_is_in_a_contract_and_the_other_way_round() {
+        let theirs = described(include_str!("../../../resources/openapi/firecracker.yaml"));
+        let ours = described(include_str!("../../../resources/openapi/alveole.yaml"));
+        assert!(theirs.len() > 30, "{theirs:?}");
+        assert!(
+            ours.contains(&("GET".into(), "/metrics".into())),
+            "{ours:?}"
+        );
+        assert_eq!(theirs.intersection(&ours).next(), None, "described twice");
+        let routes = ROUTES
+            .iter()
+            .map(|(method, path, _)| ((*method).into(), (*path).into()));
+        let all: BTreeSet<_> = theirs.union(&ours).cloned().collect();
+        assert_eq!(routes.collect::<BTreeSet<_>>(), all);
+    }
 
     fn told(method: &str, path: &str, body: &str) -> String {
         command(method, path, "", body.as_bytes())
@@ -305,7 +354,11 @@ mod tests {
             ("PATCH", "/machine-config", r#"{"vcpu_count":1}"#),
             ("PUT", "/cpu-config", "{}"),
             ("PUT", "/drives/a", drive),
-            ("PATCH", "/drives/a", r#"{"drive_id":"a"}"#),
+            (
+                "PATCH",
+                "/drives/a",
+                r#"{"drive_id":"a","path_on_host":"x"}"#,
+            ),
             ("PUT", "/network-interfaces/a", interface),
             ("PATCH", "/network-interfaces/a", r#"{"iface_id":"a"}"#),
             ("PUT", "/vsock", r#"{"guest_cid":3,"uds_path":"v"}"#),
@@ -372,10 +425,16 @@ mod tests {
             (("PUT", "/actions", " \n"), "the body is empty"),
             (("PATCH", "/machine-config", "{}"), "changes nothing"),
             (
+                ("PATCH", "/drives/a", r#"{"drive_id":"a"}"#),
+                "changes nothing",
+            ),
+            (
                 ("PUT", "/boot-source", "{}"),
                 "\"kernel_image_path\": this field is required",
             ),
             (("PUT", "/mmds", "{"), "the body is not JSON"),
+            (("PUT", "/mmds", "[1]"), "no JSON object"),
+            (("PATCH", "/mmds", "null"), "no JSON object"),
             (
                 ("PATCH", "/drives/a", r#"{"drive_id":"b"}"#),
                 "the path names drive \"a\", the body \"b\"",

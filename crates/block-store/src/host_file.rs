@@ -318,7 +318,11 @@ fn identity_of(facts: &fs::Metadata) -> String {
 /// # Errors
 /// There is nothing, or it cannot be looked at.
 pub fn identity_at(path: &Path) -> io::Result<String> {
-    fs::metadata(path).map(|facts| identity_of(&facts))
+    let facts = match inherited::open(path)? {
+        Some(file) => file.metadata(),
+        None => fs::metadata(path),
+    };
+    facts.map(|facts| identity_of(&facts))
 }
 
 fn file_geometry(file: &File, facts: &fs::Metadata, size: u64, write: bool) -> Geometry {

@@ -18,7 +18,7 @@ use anyhow::{Context, bail};
 use clap::{Arg, ArgAction, ArgMatches};
 use rustix::io::FdFlags;
 
-const EXPECTED: &str = "write user, NETWORK, tap=IF, macvtap=IF or none, and then ,mac=ADDRESS, ,mtu=BYTES or ,queues=N";
+const EXPECTED: &str = "write user, NETWORK, tap=IF, macvtap=IF or none, and then ,mac=ADDRESS, ,mtu=BYTES, ,queues=N or ,vhost";
 
 /// What people say about a guest's networks.
 #[derive(clap::Args)]
@@ -29,7 +29,7 @@ pub(crate) struct NetworkArgs {
         value_name = "WHAT[,OPTION]...",
         help = "Network interface: `user` (no rights needed, by passt), the name of a network (alveole net ls), \
                 tap=IF or macvtap=IF (an interface of this host), or `none`; \
-                then what is special about it: [,mac=ADDRESS][,mtu=BYTES][,queues=N]; repeatable \
+                then what is special about it: [,mac=ADDRESS][,mtu=BYTES][,queues=N][,vhost]; repeatable \
                 [default: user, where passt is installed]"
     )]
     net: Vec<Net>,
@@ -128,6 +128,8 @@ struct Net {
     mac: Option<Mac>,
     mtu: Option<u32>,
     queues: Option<u16>,
+    /// The host's kernel serves the queues.
+    vhost: bool,
 }
 
 impl FromStr for Net {
@@ -152,6 +154,7 @@ impl FromStr for Net {
             mac: None,
             mtu: None,
             queues: None,
+            vhost: false,
         };
         for word in words {
             match word.split_once('=') {
@@ -160,6 +163,13 @@ impl FromStr for Net {
                         "without a network there is nothing to set: write --net none".into(),
                     );
                 }
+                None if word == "vhost" && net.carrier == Carrier::User => {
+                    return Err(
+                        "the host's kernel serves taps, and user mode has none: leave vhost out"
+                            .into(),
+                    );
+                }
+                None if word == "vhost" => net.vhost = true,
                 Some(("mac", mac)) => net.mac = Some(mac.parse().map_err(said)?),
                 Some(("mtu", _)) if matches!(net.carrier, Carrier::Network(_)) => {
                     return Err(
@@ -221,6 +231,7 @@ impl NetworkArgs {
                 mac: None,
                 mtu: None,
                 queues: None,
+                vhost: false,
             });
         }
         nets.retain(|net| net.carrier != Carrier::None);
@@ -333,6 +344,7 @@ impl Net {
             guest_mac: self.mac.map(|mac| mac.to_string()),
             mtu: self.mtu.map(u64::from),
             num_queue_pairs: self.queues.map(u64::from),
+            vhost: self.vhost,
             ..NetworkInterface::default()
         };
         match &self.carrier {
@@ -476,7 +488,28 @@ pub(crate) fn keep_over_exec(descriptors: &[OwnedFd]) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::Net;
     use crate::run::tests::parse;
+
+    #[test]
+    fn vhost_is_for_taps() {
+        for (words, vhost) in [
+            ("front", false),
+            ("front,vhost", true),
+            ("tap=t,queues=2,vhost", true),
+        ] {
+            let net: Net = words.parse().unwrap();
+            assert_eq!(net.interface(0).vhost, vhost, "{words}");
+        }
+        for (words, want) in [
+            ("user,vhost", "leave vhost out"),
+            ("front,vhost=1", "no option"),
+            ("none,vhost", "nothing to set"),
+        ] {
+            let e = words.parse::<Net>().unwrap_err();
+            assert!(e.contains(want), "{words}: {e}");
+        }
+    }
 
     #[test]
     fn rules_keep_the_order_in_which_they_are_given() {

@@ -38,6 +38,10 @@ pub trait VirtualCpu: Send {
     /// How other threads make [`VirtualCpu::run`] return.
     fn kick(&self) -> Arc<dyn Kick>;
 
+    /// Tells the guest that the processor is made to stand still, so that it does not take the time until its next
+    /// run for its own (KVM API, 4.70 `KVM_KVMCLOCK_CTRL`). Best effort: a guest without such a clock cannot be told.
+    fn stands_still(&mut self);
+
     /// Where the processor stands, for a person who reads why the guest ended. Best effort.
     fn position(&mut self) -> CpuPosition;
 }

@@ -56,6 +56,7 @@ struct Shared {
     vectors: Vec<FakeVector>,
     doorbells: Vec<(u64, DoorbellValue, Doorbell)>,
     ram: Option<GuestRam>,
+    pauses: usize,
 }
 
 /// The model-specific registers of scripted processors, and what they hold at first.
@@ -109,6 +110,12 @@ impl FakePartition {
     #[must_use]
     pub fn msr(&self, apic_id: u32, index: u32) -> Option<u64> {
         self.lock().msrs.get(&(apic_id, index)).copied()
+    }
+
+    /// How often a processor was told that it is made to stand still.
+    #[must_use]
+    pub fn pauses(&self) -> usize {
+        self.lock().pauses
     }
 
     /// The interrupt lines handed out, with their numbers.
@@ -369,6 +376,10 @@ impl VirtualCpu for FakeCpu {
 
     fn kick(&self) -> Arc<dyn Kick> {
         self.kick.clone()
+    }
+
+    fn stands_still(&mut self) {
+        self.partition.lock().pauses += 1;
     }
 
     fn position(&mut self) -> CpuPosition {

@@ -255,7 +255,7 @@ pub(crate) fn make(plan: &Plan, undo: &mut Undo) -> Result<Vec<Entrance>, Failur
     match plan {
         Plan::Stay => Ok(Vec::new()),
         Plan::Join(dir) if !dir.is_dir() => Ok(Vec::new()),
-        Plan::Join(dir) => Ok(vec![Entrance::open(dir)?]),
+        Plan::Join(dir) => Ok(vec![Entrance::open(dir, None)?]),
         Plan::Make(groups) => groups.iter().map(|group| group.make(undo)).collect(),
     }
 }
@@ -265,19 +265,31 @@ pub(crate) fn make(plan: &Plan, undo: &mut Undo) -> Result<Vec<Entrance>, Failur
 pub(crate) struct Entrance {
     dir: PathBuf,
     procs: File,
+    /// That of another cgroup, to leave this one by if it is to be removed again.
+    way_out: Option<File>,
 }
 
 impl Entrance {
-    fn open(dir: &Path) -> Result<Self, Failure> {
-        let procs = dir.join(PROCS);
-        let procs = File::options().write(true).open(&procs).or_fail(
-            || format!("open {procs:?}"),
-            "run the jailer as root; is the cgroup file system mounted read-only?",
-        )?;
+    fn open(dir: &Path, way_out: Option<&Path>) -> Result<Self, Failure> {
+        let open = |dir: &Path| {
+            let procs = dir.join(PROCS);
+            File::options().write(true).open(&procs).or_fail(
+                || format!("open {procs:?}"),
+                "run the jailer as root; is the cgroup file system mounted read-only?",
+            )
+        };
         Ok(Self {
             dir: dir.to_owned(),
-            procs,
+            procs: open(dir)?,
+            way_out: way_out.map(open).transpose()?,
         })
+    }
+
+    /// Moves the calling process to the hierarchy's root, before it ends: nothing is lost if that fails.
+    pub(crate) fn leave(&self) {
+        if let Some(mut way_out) = self.way_out.as_ref() {
+            let _ = way_out.write_all(b"0");
+        }
     }
 
     /// Moves the calling process in.
@@ -317,7 +329,7 @@ impl Group {
                 "check the file's name and what it takes: Documentation/admin-guide/cgroup-v1 and cgroup-v2.rst of Linux",
             )?;
         }
-        Entrance::open(&dir)
+        Entrance::open(&dir, Some(&self.root))
     }
 
     /// Has the cgroup `dir` give the controllers that are asked for to those below it.

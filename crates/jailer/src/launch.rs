@@ -101,10 +101,14 @@ impl Launch<'_> {
         let read = (&mut told)
             .take(MAX_MESSAGE_BYTES)
             .read_to_string(&mut message);
-        if read.is_ok() && message.is_empty() {
+        let started = read.is_ok() && message.is_empty();
+        if !started || self.args.daemonize {
+            // It has ended: the program runs in another one.
+            let _ = waitpid(Some(child), WaitOptions::empty());
+        }
+        if started {
             return Ok(());
         }
-        let _ = waitpid(Some(child), WaitOptions::empty());
         Err(Failure::told(message))
     }
 
@@ -182,6 +186,10 @@ impl Launch<'_> {
         }
     }
 
+    fn enter_cgroups(&self) -> Result<(), Failure> {
+        self.cgroups.iter().try_for_each(Entrance::enter)
+    }
+
     fn write_pid(&mut self, pid: Pid) -> Result<(), Failure> {
         write!(self.pid_file, "{}", pid.as_raw_nonzero()).or_fail(
             || "write the file with the process number".into(),
@@ -191,13 +199,12 @@ impl Launch<'_> {
 
     /// Returns why not.
     fn become_program(&self, spent_us: u64) -> Failure {
-        let confined = self
-            .cgroups
-            .iter()
-            .try_for_each(Entrance::enter)
-            .and_then(|()| set_limits(self.args.limits))
-            .and_then(|()| drop_rights(self.args.uid, self.args.gid));
-        if let Err(failure) = confined {
+        if let Err(failure) = set_limits(self.args.limits).and_then(|()| self.enter_cgroups()) {
+            // As long as there is the right to: what is in a cgroup keeps it from being removed again.
+            self.cgroups.iter().for_each(Entrance::leave);
+            return failure;
+        }
+        if let Err(failure) = drop_rights(self.args.uid, self.args.gid) {
             return failure;
         }
         let error = Command::new(&self.program)

@@ -82,7 +82,7 @@ fn run(args: &Args, start_us: u64) -> Result<(), Failure> {
 
 fn join_netns(path: &Path) -> Result<(), Failure> {
     let act = || format!("join network namespace --netns {path:?}");
-    let cure = "make one (ip netns add NAME) and give /run/netns/NAME, or /proc/PID/ns/net of a process in it";
+    let cure = "run the jailer as root; make one (ip netns add NAME) and give /run/netns/NAME, or /proc/PID/ns/net of a process in it";
     // Whatever is there, opening it does not wait.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file = rustix::fs::open(path, flags, Mode::empty()).or_fail(act, cure)?;

@@ -89,15 +89,20 @@ impl Drop for Undo {
         if self.process != std::process::id() {
             return;
         }
+        let mut left = None;
         for made in self.made.iter().rev() {
             match made.remove() {
                 // Somebody else's file may have come into a folder meanwhile: it is not ours to remove.
                 Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => {}
-                Err(e) => crate::say(&format!(
-                    "cannot remove {:?} again: {e}; remove it by hand",
-                    made.path
-                )),
+                Err(e) => left = Some((made, e)),
             }
+        }
+        // The last one is the outermost: the others are in it, but for cgroups.
+        if let Some((made, e)) = left {
+            crate::say(&format!(
+                "cannot remove again what was made, {:?} among it: {e}; remove it by hand",
+                made.path
+            ));
         }
     }
 }

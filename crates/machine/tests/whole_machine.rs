@@ -118,7 +118,7 @@ fn build_with_cpu_config(partition: &FakePartition, cpus: u8, text: &str) -> Res
     let dir = TempDir::new().unwrap();
     let cpu_config = CpuConfig::from_json_bytes(text.as_bytes(), "body").unwrap();
     let built = machine_with(&dir, cpus, partition.clone(), &Mailbox::new().0, |config| {
-        config.cpu_config = Some(CpuConfigSource::Here(cpu_config))
+        config.cpu_config = Some(CpuConfigSource::Here(cpu_config));
     });
     built.map(drop).map_err(|e| {
         assert!(e.blames_description(), "{e}");

@@ -90,6 +90,8 @@ const ROWS: &[Row] = &[
     ),
     ("vsock", &["ended"], "vsock", "conns_removed"),
     ("vsock", &["resets"], "vsock", "conns_killed"),
+    ("logger", &["lost"], "logger", "missed_log_count"),
+    ("logger", &["left_out"], "logger", "rate_limited_log_count"),
     ("mmds", &["rx_frames"], "mmds", "rx_count"),
     ("mmds", &["rx_frames"], "mmds", "rx_accepted"),
     ("mmds", &["rx_no_token"], "mmds", "rx_no_token"),
@@ -194,6 +196,15 @@ const GROUPS: &[(&str, &[&str])] = &[
         ],
     ),
     ("seccomp", &["num_faults"]),
+    (
+        "logger",
+        &[
+            "missed_metrics_count",
+            "metrics_fails",
+            "missed_log_count",
+            "rate_limited_log_count",
+        ],
+    ),
     ("vmm", &["panic_count"]),
     (
         "signals",

@@ -57,8 +57,10 @@ impl Data {
         }
     }
 
+    /// An empty object before there are any.
     pub(crate) fn get(&self) -> Value {
-        self.document.clone().unwrap_or(Value::Null)
+        let document = self.document.clone();
+        document.unwrap_or_else(|| Value::Object(Map::new()))
     }
 
     pub(crate) fn put(&mut self, document: Value) -> Result<(), DataError> {
@@ -182,6 +184,7 @@ mod tests {
     fn too_much_changes_nothing() {
         let mut data = Data::new(20);
         assert_eq!(data.patch(&json!({"a": 1})), Err(DataError::Nothing));
+        assert_eq!(data.get(), json!({}), "clients expect an object");
         data.put(json!({"a": "0123456789"})).unwrap();
         let before = data.get();
         let e = data.patch(&json!({"b": "0123456789"})).unwrap_err();

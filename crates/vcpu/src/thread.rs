@@ -206,6 +206,7 @@ impl Runner {
             let input = match effect {
                 Effect::Leave => return,
                 Effect::TellPaused => {
+                    self.vcpu.cpu.stands_still();
                     self.report(ReportKind::Paused);
                     self.wait()
                 }

@@ -1,0 +1,210 @@
+//! Real guests that clients of the API start, pause, limit and give other disks while they work.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::harness::images::{path, root_files, tool};
+use crate::harness::{Running, Vm, patience};
+
+/// Starts a guest by the API that runs `script` from a small read-only root; `disk` is its `/dev/vdb`.
+#[track_caller]
+fn start(vm: Vm, dir: &Path, script: &str, disk: &Path) -> Option<Running> {
+    let root = root_files(dir, script);
+    let image = dir.join("root.squashfs");
+    if !tool(
+        "mksquashfs",
+        &[path(&root), path(&image), "-quiet", "-noappend"],
+    ) {
+        return None;
+    }
+    let vm = vm.disk(
+        &image,
+        json!({"is_root_device": true, "is_read_only": true}),
+    );
+    Some(vm.disk(disk, json!({})).by_api().boot())
+}
+
+/// A disk of 16 MiB that begins with `text`.
+fn disk(dir: &Path, name: &str, text: &str) -> PathBuf {
+    let file = dir.join(name);
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.resize(16 << 20, b'.');
+    fs::write(&file, bytes).unwrap();
+    file
+}
+
+/// Writes and reads a disk over and over, round the caches of the guest.
+const ROUNDS: &str = "
+    dd if=/dev/urandom of=/tmp/data bs=64k count=64 2>/dev/null
+    sum=$(sha256sum </tmp/data)
+    intact=0
+    echo rounds begin
+    for round in 1 2 3 4 5 6 7 8 9 10 11 12; do
+        dd if=/tmp/data of=/dev/vdb bs=64k conv=fsync 2>/dev/null
+        echo 3 >/proc/sys/vm/drop_caches
+        [ \"$(dd if=/dev/vdb bs=64k count=64 2>/dev/null | sha256sum)\" = \"$sum\" ] && intact=$((intact + 1))
+    done
+    echo rounds intact $intact
+";
+
+#[track_caller]
+fn paused_at_work(vm: Option<Vm>, options: &[&str]) {
+    let Some(mut vm) = vm else { return };
+    for option in options {
+        vm = vm.option(option);
+    }
+    let dir = TempDir::new().unwrap();
+    let image = disk(dir.path(), "disk", "");
+    let Some(mut guest) = start(vm.cpus(2), dir.path(), ROUNDS, &image) else {
+        return;
+    };
+    guest.wait_for("rounds begin");
+    let mut client = guest.client();
+    let (begun, mut pauses, mut longest) = (Instant::now(), 0, 0.0_f64);
+    while !guest.has_shown("rounds intact") {
+        let start = Instant::now();
+        client.done("PATCH", "/vm", json!({"state": "Paused"}));
+        longest = longest.max(start.elapsed().as_secs_f64());
+        pauses += 1;
+        if pauses % 10 == 1 {
+            assert_eq!(client.get("/")["state"], "Paused");
+        }
+        client.done("PATCH", "/vm", json!({"state": "Resumed"}));
+        // It works most of the time, however slow this machine is.
+        std::thread::sleep((start.elapsed() * 2).max(Duration::from_millis(5)));
+        assert!(
+            begun.elapsed() < patience(120),
+            "it does not come to an end"
+        );
+    }
+    println!(
+        "paused {pauses} times at work, the longest took {:.1} ms",
+        longest * 1e3
+    );
+    let end = guest.wait();
+    end.assert_code(0);
+    assert_eq!(
+        end.said("rounds intact "),
+        ["12"],
+        "after {pauses} pauses: {end}"
+    );
+    assert!(pauses >= 5, "{pauses} pauses: {end}");
+}
+
+#[test]
+fn a_guest_that_is_paused_at_work_loses_nothing() {
+    paused_at_work(Vm::any(), &[]);
+}
+
+#[test]
+fn nor_does_one_whose_devices_are_on_pci() {
+    paused_at_work(Vm::any(), &["--enable-pci"]);
+}
+
+#[test]
+fn nor_does_one_whose_disks_share_a_thread() {
+    paused_at_work(Vm::any(), &["--disk-threads", "shared"]);
+}
+
+#[test]
+fn a_guest_that_is_paused_stands_still() {
+    let Some(vm) = Vm::any() else { return };
+    let dir = TempDir::new().unwrap();
+    let image = disk(dir.path(), "disk", "");
+    let script = "n=0; while :; do n=$((n + 1)); echo tick $n; done";
+    let Some(mut guest) = start(vm, dir.path(), script, &image) else {
+        return;
+    };
+    guest.wait_for("tick 10");
+    let mut client = guest.client();
+    client.done("PATCH", "/vm", json!({"state": "Paused"}));
+    // What was printed before is still written.
+    std::thread::sleep(Duration::from_millis(300));
+    let before = guest.shown();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(guest.shown(), before);
+    client.done("PATCH", "/vm", json!({"state": "Resumed"}));
+    guest.wait_for("tick");
+    assert!(guest.shown() >= before);
+    // A paused machine ends as any other.
+    client.done("PATCH", "/vm", json!({"state": "Paused"}));
+    guest.signal(Signal::SIGINT);
+    guest.wait().assert_code(130);
+}
+
+#[test]
+fn a_limit_is_put_on_a_disk_at_work_and_taken_off() {
+    let Some(vm) = Vm::any() else { return };
+    let dir = TempDir::new().unwrap();
+    let image = disk(dir.path(), "disk", "");
+    // One MiB: three seconds with the limit.
+    let script = "
+        now() { awk '{ print int($1 * 100) }' /proc/uptime; }
+        while :; do
+            echo 3 >/proc/sys/vm/drop_caches
+            start=$(now)
+            dd if=/dev/vdb of=/dev/null bs=64k count=16 2>/dev/null
+            [ $(($(now) - start)) -gt 200 ] && echo slow || echo quick
+        done";
+    let Some(mut guest) = start(vm, dir.path(), script, &image) else {
+        return;
+    };
+    guest.wait_for("quick");
+    let mut client = guest.client();
+    let limit = |size: u64, refill_time: u64| {
+        json!({
+            "drive_id": "disk1",
+            "rate_limiter": {"bandwidth": {"size": size, "refill_time": refill_time}},
+        })
+    };
+    client.done("PATCH", "/drives/disk1", limit(256 << 10, 1000));
+    guest.wait_for("slow");
+    client.done("PATCH", "/drives/disk1", limit(0, 0));
+    guest.wait_for("quick");
+    guest.signal(Signal::SIGINT);
+    guest.wait().assert_code(130);
+}
+
+#[test]
+fn another_image_is_put_into_a_drive_at_work() {
+    let Some(vm) = Vm::any() else { return };
+    let dir = TempDir::new().unwrap();
+    let first = disk(dir.path(), "first", "content one");
+    let second = disk(dir.path(), "second", "content two");
+    let more = fs::File::options().append(true).open(&second).unwrap();
+    more.set_len(17 << 20).unwrap();
+    let script = "
+        while :; do
+            echo 3 >/proc/sys/vm/drop_caches
+            echo \"$(head -c 11 /dev/vdb) of $(cat /sys/block/vdb/size)\"
+        done";
+    let Some(mut guest) = start(vm, dir.path(), script, &first) else {
+        return;
+    };
+    let put = |image: &Path| json!({"drive_id": "disk1", "path_on_host": image});
+    let mut client = guest.client();
+    guest.wait_for("content one of 32768");
+    for _ in 0..3 {
+        client.done("PATCH", "/drives/disk1", put(&second));
+        guest.wait_for("content two of 34816");
+        client.done("PATCH", "/drives/disk1", put(&first));
+        guest.wait_for("content one of 32768");
+    }
+    // A file that has grown: the same path once more.
+    let grown = fs::File::options().append(true).open(&first).unwrap();
+    grown.set_len(18 << 20).unwrap();
+    client.done("PATCH", "/drives/disk1", put(&first));
+    guest.wait_for("content one of 36864");
+    // While it stands still.
+    client.done("PATCH", "/vm", json!({"state": "Paused"}));
+    client.done("PATCH", "/drives/disk1", put(&second));
+    client.done("PATCH", "/vm", json!({"state": "Resumed"}));
+    guest.wait_for("content two of 34816");
+    guest.signal(Signal::SIGINT);
+    guest.wait().assert_code(130);
+}
