@@ -5,19 +5,27 @@ use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-use alveole_vm_config::VmConfig;
+use alveole_vm_config::{Body, CpuConfig, CpuConfigSource, VmConfig};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::exit::Failure;
 
-/// Reads the description at `path`.
+/// Reads the description at `path`, and the CPU template if it names a file with one.
 ///
 /// # Errors
 /// It cannot be read, or it is wrong: what, why and what to do.
 pub(crate) fn read(path: &Path) -> Result<VmConfig, Failure> {
     let text = read_text(path)?;
     let name = path.display().to_string();
-    VmConfig::from_json_bytes(&text, &name).map_err(|e| Failure::Config(e.to_string()))
+    let wrong = |e: alveole_vm_config::ConfigError| Failure::Config(e.to_string());
+    let mut config = VmConfig::from_json_bytes(&text, &name).map_err(wrong)?;
+    if let Some(CpuConfigSource::File(path)) = &config.cpu_config {
+        let text = read_text(path)?;
+        let name = path.display().to_string();
+        let cpu_config = CpuConfig::from_json_bytes(&text, &name).map_err(wrong)?;
+        config.cpu_config = Some(CpuConfigSource::Here(cpu_config));
+    }
+    Ok(config)
 }
 
 /// Reads the file at `path`, which is as long as a description may be.

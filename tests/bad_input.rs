@@ -451,7 +451,6 @@ fn devices_that_are_not_built_are_refused_by_name() {
         ("balloon", r#"{"amount_mib": 1}"#),
         ("pmem", r#"[{"id": "p"}]"#),
         ("memory-hotplug", r#"{"total_size_mib": 64}"#),
-        ("cpu-config", "{}"),
     ] {
         let text = format!(
             "{{\n{key:?}: {value},{}",

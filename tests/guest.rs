@@ -17,6 +17,8 @@ mod api;
 mod boot;
 #[path = "guest/console.rs"]
 mod console;
+#[path = "guest/cpu.rs"]
+mod cpu;
 #[path = "guest/debian.rs"]
 mod debian;
 #[path = "guest/disks.rs"]

@@ -39,6 +39,7 @@ pub(crate) struct Vm {
     drives: Vec<serde_json::Value>,
     interfaces: Vec<serde_json::Value>,
     vsock: Option<PathBuf>,
+    cpu_config: Option<serde_json::Value>,
     metadata: Option<serde_json::Value>,
     inherits: Option<(u8, PathBuf)>,
     by_nobody: bool,
@@ -80,6 +81,7 @@ impl Vm {
                 drives: Vec::new(),
                 interfaces: Vec::new(),
                 vsock: None,
+                cpu_config: None,
                 metadata: None,
                 inherits: None,
                 by_nobody: false,
@@ -160,6 +162,12 @@ impl Vm {
     /// The socket device, which listens at `path`.
     pub(crate) fn vsock(mut self, path: &Path) -> Self {
         self.vsock = Some(path.into());
+        self
+    }
+
+    /// What its processors say of themselves.
+    pub(crate) fn cpu_config(mut self, cpu_config: serde_json::Value) -> Self {
+        self.cpu_config = Some(cpu_config);
         self
     }
 
@@ -328,6 +336,9 @@ impl Vm {
         }
         if let Some(path) = &self.vsock {
             description["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
+        }
+        if let Some(cpu_config) = &self.cpu_config {
+            description["cpu-config"] = cpu_config.clone();
         }
         if let Some(metadata) = &self.metadata {
             description["mmds-config"] = metadata.clone();

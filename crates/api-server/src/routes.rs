@@ -58,6 +58,7 @@ const ROUTES: &[(&str, &str, Take)] = {
             Body(|b| of(b, Command::PutMachineConfig)),
         ),
         ("PATCH", "/machine-config", Body(patch_machine_config)),
+        ("PUT", "/cpu-config", Body(|b| of(b, Command::PutCpuConfig))),
         ("PUT", "/drives/{id}", Named(put_drive)),
         ("PATCH", "/drives/{id}", Named(patch_drive)),
         ("DELETE", "/drives/{id}", NotBuilt(UNPLUG)),
@@ -79,7 +80,6 @@ const ROUTES: &[(&str, &str, Take)] = {
             "/mmds/config",
             Body(|b| of(b, Command::PutMetadataConfig)),
         ),
-        ("PUT", "/cpu-config", NotBuilt("custom CPU templates are")),
         ("GET", "/balloon", NotBuilt(BALLOON)),
         ("PUT", "/balloon", NotBuilt(BALLOON)),
         ("PATCH", "/balloon", NotBuilt(BALLOON)),
@@ -361,6 +361,7 @@ mod tests {
                 r#"{"vcpu_count":1,"mem_size_mib":64}"#,
             ),
             ("PATCH", "/machine-config", r#"{"vcpu_count":1}"#),
+            ("PUT", "/cpu-config", "{}"),
             ("PUT", "/drives/a", drive),
             (
                 "PATCH",

@@ -4,8 +4,8 @@ use std::io;
 use std::sync::Arc;
 
 use alveole_hypervisor::{
-    CpuError, CpuExit, CpuPosition, CpuidEntry, InitialState, Kick, PartitionError, StuckReason,
-    VirtualCpu,
+    CpuError, CpuExit, CpuPosition, CpuidEntry, InitialState, Kick, MsrChange, MsrRefusal,
+    PartitionError, StuckReason, VirtualCpu,
 };
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_cpuid_entry2,
@@ -41,6 +41,7 @@ pub(crate) struct KvmCpu {
     apic_id: u32,
     kick: Arc<KvmKick>,
     host_msrs: Arc<[(u32, u64)]>,
+    kept_msrs: Vec<u32>,
 }
 
 impl KvmCpu {
@@ -53,6 +54,7 @@ impl KvmCpu {
             apic_id,
             kick,
             host_msrs,
+            kept_msrs: Vec::new(),
         }
     }
 
@@ -118,6 +120,32 @@ impl KvmCpu {
                 first.index,
                 io::Error::from_raw_os_error(libc::EINVAL),
             )),
+        }
+    }
+
+    /// One register at a time: KVM stops at the first that it refuses, and says neither why nor of the others.
+    fn change_msr(&self, change: &MsrChange) -> Result<(), MsrRefusal> {
+        let index = change.index;
+        let failed = |why: String| MsrRefusal::Failed { index, why };
+        let ioctl = |name: &str, e: kvm_ioctls::Error| failed(format!("{name}: {e}"));
+        let entry = kvm_msr_entry {
+            index,
+            ..Default::default()
+        };
+        let mut list = Msrs::from_entries(&[entry]).map_err(|e| failed(format!("{e:?}")))?;
+        let read = self.fd.get_msrs(&mut list);
+        if read.map_err(|e| ioctl("KVM_GET_MSRS", e))? != 1 {
+            return Err(MsrRefusal::Unknown(index));
+        }
+        let mut value = 0;
+        for entry in list.as_mut_slice() {
+            entry.data = change.applied_to(entry.data);
+            value = entry.data;
+        }
+        let written = self.fd.set_msrs(&list);
+        match written.map_err(|e| ioctl("KVM_SET_MSRS", e))? {
+            1 => Ok(()),
+            _ => Err(MsrRefusal::Value { index, value }),
         }
     }
 
@@ -239,6 +267,21 @@ impl VirtualCpu for KvmCpu {
             self.set_local_interrupts()?;
         }
         self.set_registers(state)
+    }
+
+    fn change_msrs(&mut self, changes: &[MsrChange]) -> Result<(), Vec<MsrRefusal>> {
+        let mut refused = Vec::new();
+        for change in changes {
+            match self.change_msr(change) {
+                Ok(()) => self.kept_msrs.push(change.index),
+                Err(refusal) => refused.push(refusal),
+            }
+        }
+        refused.is_empty().then_some(()).ok_or(refused)
+    }
+
+    fn kept_msrs(&self) -> &[u32] {
+        &self.kept_msrs
     }
 
     fn run(&mut self) -> Result<CpuExit<'_>, CpuError> {

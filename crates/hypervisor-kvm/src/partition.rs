@@ -232,6 +232,10 @@ impl Partition for KvmPartition {
         .any(|path| std::fs::read(path).is_ok_and(|text| matches!(text.first(), Some(b'Y' | b'1'))))
     }
 
+    fn has_capability(&self, number: u32) -> bool {
+        self.kvm.check_extension_raw(number.into()) > 0
+    }
+
     fn create_cpu(&self, apic_id: u32) -> Result<Box<dyn VirtualCpu>, PartitionError> {
         let fd = self.vm.create_vcpu(u64::from(apic_id)).map_err(refused(
             format!("making processor {apic_id} (KVM_CREATE_VCPU)"),

@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use alveole_guest_memory::{GuestRam, MemoryPlan};
-use alveole_hypervisor::{CpuExit, InitialState, Partition, VirtualCpu};
+use alveole_hypervisor::{CpuExit, InitialState, MsrChange, MsrRefusal, Partition, VirtualCpu};
 use alveole_hypervisor_kvm::{KvmPartition, ProbeVerdict, probe};
 
 fn skip(test: &str) -> bool {
@@ -169,4 +169,76 @@ fn a_missing_or_foreign_device_is_named() {
         .unwrap()
         .to_string();
     assert!(text.contains("/dev/null is no KVM"), "{text}");
+}
+
+/// The microcode revision: KVM gives a guest what it was given (Linux 4.18 and later).
+const MICROCODE_REVISION: u32 = 0x8b;
+const EFER: u32 = 0xc000_0080;
+
+#[test]
+fn a_changed_register_is_what_the_guest_reads() {
+    if skip("a_changed_register_is_what_the_guest_reads") {
+        return;
+    }
+    // mov ecx, 0x8b; rdmsr; out 0x80, eax; mov eax, edx; out 0x80, eax; hlt
+    let (_partition, _ram, mut cpu) = guest(&[
+        0xb9, 0x8b, 0, 0, 0, 0x0f, 0x32, 0xe7, 0x80, 0x89, 0xd0, 0xe7, 0x80, 0xf4,
+    ]);
+    let change = |mask, value| MsrChange {
+        index: MICROCODE_REVISION,
+        mask,
+        value,
+    };
+    let all = change(u64::MAX, 0x1122_3344_5566_7788);
+    cpu.change_msrs(&[all]).unwrap();
+    // What is not named stays; what is outside of the mask is not looked at.
+    cpu.change_msrs(&[change(0xff, u64::MAX)]).unwrap();
+    for word in [0x5566_77ff_u32, 0x1122_3344] {
+        match cpu.run().unwrap() {
+            CpuExit::PortWrite { data, .. } => assert_eq!(data, word.to_le_bytes()),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn every_register_that_is_refused_is_told_and_the_others_are_changed() {
+    if skip("every_register_that_is_refused_is_told_and_the_others_are_changed") {
+        return;
+    }
+    let (_partition, _ram, mut cpu) = guest(&[0xf4]);
+    assert_eq!(cpu.kept_msrs(), [0; 0]);
+    let change = |index, mask, value| MsrChange { index, mask, value };
+    let refused = cpu
+        .change_msrs(&[
+            change(0xdead_beef, 0, 0),
+            // A bit that means nothing.
+            change(EFER, 2, 2),
+            change(MICROCODE_REVISION, 0, 0),
+        ])
+        .unwrap_err();
+    assert_eq!(
+        refused,
+        [
+            MsrRefusal::Unknown(0xdead_beef),
+            MsrRefusal::Value {
+                index: EFER,
+                value: 2
+            },
+        ]
+    );
+    assert_eq!(cpu.kept_msrs(), [MICROCODE_REVISION]);
+}
+
+#[test]
+fn capabilities_are_known_by_their_numbers() {
+    if skip("capabilities_are_known_by_their_numbers") {
+        return;
+    }
+    const IMMEDIATE_EXIT: u32 = 136;
+    let partition = KvmPartition::new().unwrap();
+    assert!(partition.has_capability(IMMEDIATE_EXIT));
+    for missing in [696_969, i32::MAX.cast_unsigned(), u32::MAX] {
+        assert!(!partition.has_capability(missing), "{missing}");
+    }
 }

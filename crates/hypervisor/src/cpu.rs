@@ -17,6 +17,17 @@ pub trait VirtualCpu: Send {
         state: &InitialState,
     ) -> Result<(), PartitionError>;
 
+    /// Changes model-specific registers, and remembers which: see [`VirtualCpu::kept_msrs`]. Called after
+    /// [`VirtualCpu::configure`] and before the first run; what it changes is no more changed by anybody else.
+    ///
+    /// # Errors
+    /// Each register that was refused; the others are changed.
+    fn change_msrs(&mut self, changes: &[MsrChange]) -> Result<(), Vec<MsrRefusal>>;
+
+    /// The numbers of the registers that [`VirtualCpu::change_msrs`] has changed. They belong to the processor's state,
+    /// also where the hypervisor's own list of what to save lacks them.
+    fn kept_msrs(&self) -> &[u32];
+
     /// Runs guest code until something needs an answer. What the last exit asked for (the bytes of a
     /// read) is handed to the guest on the next run.
     ///
@@ -43,6 +54,53 @@ pub trait Kick: Send + Sync {
     fn kick(&self);
     /// Forgets a kick that has been noticed. Called by the running thread.
     fn clear(&self);
+}
+
+/// Bits of a model-specific register that are set anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsrChange {
+    /// Its number.
+    pub index: u32,
+    /// The bits that are set; the others stay.
+    pub mask: u64,
+    /// What they are set to.
+    pub value: u64,
+}
+
+impl MsrChange {
+    /// What becomes of a register that holds `old`.
+    #[must_use]
+    pub fn applied_to(&self, old: u64) -> u64 {
+        (old & !self.mask) | (self.value & self.mask)
+    }
+}
+
+/// Why a model-specific register could not be changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MsrRefusal {
+    /// It cannot even be read.
+    #[error(
+        "model-specific register {0:#x} cannot be changed: the hypervisor of this host has no such register"
+    )]
+    Unknown(u32),
+    /// It cannot hold the value.
+    #[error(
+        "model-specific register {index:#x} cannot be set to {value:#x}: the hypervisor of this host refuses that value"
+    )]
+    Value {
+        /// Its number.
+        index: u32,
+        /// The value.
+        value: u64,
+    },
+    /// The hypervisor could not be asked.
+    #[error("model-specific register {index:#x} cannot be changed: {why}")]
+    Failed {
+        /// Its number.
+        index: u32,
+        /// What the host said.
+        why: String,
+    },
 }
 
 /// The state in which a processor starts.

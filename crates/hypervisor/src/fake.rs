@@ -2,7 +2,7 @@
 //!
 //! For tests of everything above the port, without KVM. What the guest would have read is recorded.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -10,8 +10,8 @@ use alveole_guest_memory::GuestRam;
 use alveole_interrupts::{Doorbell, IrqLine, MsiMessage, MsiVector};
 
 use crate::{
-    CpuError, CpuExit, CpuPosition, CpuidEntry, DoorbellValue, InitialState, Kick, Partition,
-    PartitionError, StuckReason, VirtualCpu,
+    CpuError, CpuExit, CpuPosition, CpuidEntry, DoorbellValue, InitialState, Kick, MsrChange,
+    MsrRefusal, Partition, PartitionError, StuckReason, VirtualCpu,
 };
 
 /// One thing the scripted guest does.
@@ -51,12 +51,20 @@ struct Shared {
     scripts: Vec<VecDeque<Step>>,
     reads: Vec<Vec<u8>>,
     configured: Vec<(u32, Vec<CpuidEntry>, InitialState)>,
+    msrs: BTreeMap<(u32, u32), u64>,
     lines: Vec<(u32, IrqLine)>,
     vectors: Vec<FakeVector>,
     doorbells: Vec<(u64, DoorbellValue, Doorbell)>,
     ram: Option<GuestRam>,
     pauses: usize,
 }
+
+/// The model-specific registers of scripted processors, and what they hold at first.
+pub const MSRS: [(u32, u64); 2] = [(0x10a, 0xff00), (0x8b, 0x1234)];
+/// One of them that keeps what it holds: any other value is refused.
+pub const FIXED_MSR: (u32, u64) = (0x3a, 1);
+/// The one capability of scripted hypervisors.
+pub const CAPABILITY: u32 = 121;
 
 /// The scripted partition. Clones share the script and the record.
 #[derive(Clone, Default)]
@@ -96,6 +104,12 @@ impl FakePartition {
     #[must_use]
     pub fn configured(&self) -> Vec<(u32, Vec<CpuidEntry>, InitialState)> {
         self.lock().configured.clone()
+    }
+
+    /// What processor `apic_id` holds in the model-specific register `index`, if it was changed.
+    #[must_use]
+    pub fn msr(&self, apic_id: u32, index: u32) -> Option<u64> {
+        self.lock().msrs.get(&(apic_id, index)).copied()
     }
 
     /// How often a processor was told that it is made to stand still.
@@ -167,6 +181,10 @@ impl Partition for FakePartition {
         true
     }
 
+    fn has_capability(&self, number: u32) -> bool {
+        number == CAPABILITY
+    }
+
     fn create_cpu(&self, apic_id: u32) -> Result<Box<dyn VirtualCpu>, PartitionError> {
         if self.refuse_cpu == Some(apic_id) {
             return Err(PartitionError::Refused {
@@ -181,6 +199,7 @@ impl Partition for FakePartition {
             kick: Arc::new(FakeKick::default()),
             buffer: Vec::new(),
             reading: false,
+            kept_msrs: Vec::new(),
         }))
     }
 
@@ -248,6 +267,7 @@ struct FakeCpu {
     kick: Arc<FakeKick>,
     buffer: Vec<u8>,
     reading: bool,
+    kept_msrs: Vec<u32>,
 }
 
 impl VirtualCpu for FakeCpu {
@@ -261,6 +281,31 @@ impl VirtualCpu for FakeCpu {
             .configured
             .push((self.apic_id, cpuid.to_vec(), *state));
         Ok(())
+    }
+
+    fn change_msrs(&mut self, changes: &[MsrChange]) -> Result<(), Vec<MsrRefusal>> {
+        let mut refused = Vec::new();
+        for change in changes {
+            let index = change.index;
+            let mut known = MSRS.into_iter().chain([FIXED_MSR]);
+            let Some((_, old)) = known.find(|(known, _)| *known == index) else {
+                refused.push(MsrRefusal::Unknown(index));
+                continue;
+            };
+            let value = change.applied_to(old);
+            if index == FIXED_MSR.0 && value != old {
+                refused.push(MsrRefusal::Value { index, value });
+                continue;
+            }
+            self.kept_msrs.push(index);
+            let at = (self.apic_id, index);
+            self.partition.lock().msrs.insert(at, value);
+        }
+        refused.is_empty().then_some(()).ok_or(refused)
+    }
+
+    fn kept_msrs(&self) -> &[u32] {
+        &self.kept_msrs
     }
 
     fn run(&mut self) -> Result<CpuExit<'_>, CpuError> {

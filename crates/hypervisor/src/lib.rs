@@ -12,7 +12,8 @@ mod cpuid;
 pub mod fake;
 
 pub use cpu::{
-    CpuError, CpuExit, CpuPosition, InitialState, Kick, StuckReason, VirtualCpu, format_bytes,
+    CpuError, CpuExit, CpuPosition, InitialState, Kick, MsrChange, MsrRefusal, StuckReason,
+    VirtualCpu, format_bytes,
 };
 pub use cpuid::{CpuidEntry, find_leaf};
 
@@ -43,6 +44,9 @@ pub trait Partition: Send + Sync {
     /// Whether the processor translates guest addresses itself (EPT, NPT). Without, the hypervisor shadows
     /// the guest's page tables, and a page that the guest touches first costs about ten times as much.
     fn has_nested_paging(&self) -> bool;
+
+    /// Whether the hypervisor has a capability, by its own number for it (`KVM_CAP_...` of `linux/kvm.h`).
+    fn has_capability(&self, number: u32) -> bool;
 
     /// Makes the processor with this APIC id.
     ///

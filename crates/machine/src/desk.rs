@@ -10,8 +10,8 @@ use alveole_counters::Registry;
 use alveole_metrics::{Form, Gauges, Process, exposition};
 use alveole_mmds::Metadata;
 use alveole_vm_config::{
-    Drive, DriveUpdate, Logger, Metrics, NetworkInterface, NetworkInterfaceUpdate, RateLimiter,
-    VmConfig,
+    CpuConfigSource, Drive, DriveUpdate, Logger, Metrics, NetworkInterface, NetworkInterfaceUpdate,
+    RateLimiter, VmConfig,
 };
 use alveole_vm_control::{Answer, Command, InstanceInfo, Refusal, State, permit};
 
@@ -119,6 +119,9 @@ impl Desk {
             Command::PutMachineConfig(config) => next.machine_config = config,
             Command::PatchMachineConfig(update) => {
                 next.machine_config = update.applied_to(&next.machine_config);
+            }
+            Command::PutCpuConfig(config) => {
+                next.cpu_config = Some(CpuConfigSource::Here(config));
             }
             Command::PutDrive(drive) => put(&mut next.drives, *drive, |d: &Drive| &d.drive_id),
             Command::PutNetworkInterface(interface) => {

@@ -4,6 +4,7 @@
 mod drives;
 mod interfaces;
 mod metadata;
+mod processors;
 mod vsock;
 
 use std::path::PathBuf;
@@ -11,12 +12,13 @@ use std::path::PathBuf;
 use alveole_guest_memory::MemoryPlan;
 use alveole_rate_limiter::Limits;
 use alveole_virtio_vsock::{MAX_GUEST_CID, MAX_PATH_BYTES, MIN_GUEST_CID, VsockConfig};
-use alveole_vm_config::VmConfig;
+use alveole_vm_config::{CpuidRegister, VmConfig};
 
 pub use drives::{MAX_DRIVES, MAX_QUEUES};
 pub(crate) use drives::{ValidDrive, limits};
 pub(crate) use interfaces::ValidInterface;
 pub(crate) use metadata::ValidMetadata;
+pub(crate) use processors::ValidCpuConfig;
 
 /// Most processors of one guest: the machine tables are tested up to here.
 pub const MAX_CPUS: u32 = 64;
@@ -34,6 +36,7 @@ const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
 #[derive(Debug, Clone)]
 pub struct ValidConfig {
     pub(crate) cpus: u32,
+    pub(crate) cpu_config: ValidCpuConfig,
     pub(crate) memory: MemoryPlan,
     pub(crate) kernel_path: PathBuf,
     pub(crate) initrd_path: Option<PathBuf>,
@@ -251,6 +254,40 @@ pub enum Invalid {
         "mmds-config has ipv4_address {0}: the metadata service has a link-local one, from 169.254.1.0 to 169.254.254.255"
     )]
     MetadataAddress(std::net::Ipv4Addr),
+    /// The description names a file that nobody has read.
+    #[error(
+        "cpu-config is in {0:?}, which has not been read: this is a bug of the monitor, please report it"
+    )]
+    UnreadCpuConfig(PathBuf),
+    /// Two modifiers of one register of a CPUID leaf.
+    #[error(
+        "cpuid_modifiers name {register} of leaf {leaf:#x}, subleaf {subleaf:#x} twice: put all of its bits into one bitmap"
+    )]
+    CpuidTwice {
+        /// The leaf.
+        leaf: u32,
+        /// The subleaf.
+        subleaf: u32,
+        /// The register.
+        register: CpuidRegister,
+    },
+    /// Two modifiers of one CPUID leaf that contradict each other.
+    #[error(
+        "cpuid_modifiers give leaf {leaf:#x}, subleaf {subleaf:#x} the flags {first} and {second}: give it the same everywhere"
+    )]
+    CpuidFlags {
+        /// The leaf.
+        leaf: u32,
+        /// The subleaf.
+        subleaf: u32,
+        /// The flags of one.
+        first: u32,
+        /// The flags of the other.
+        second: u32,
+    },
+    /// Two modifiers of one register.
+    #[error("msr_modifiers name {0:#x} twice: put all of its bits into one bitmap")]
+    MsrTwice(u32),
     /// An impossible number of queues.
     #[error("network interface {id:?} has num_queue_pairs {pairs}: give it 1 to {MAX_CPUS}")]
     QueuePairs {
@@ -273,6 +310,7 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
         1..=MAX_CPUS => {}
         _ => broken.push(Invalid::TooManyCpus(cpus)),
     }
+    let cpu_config = processors::validate(config.cpu_config.as_ref(), &mut broken);
     let mib = config.machine_config.mem_size_mib;
     let memory = if mib < MIN_MEMORY_MIB {
         broken.push(Invalid::TooLittleMemory(mib));
@@ -312,6 +350,7 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
     match memory {
         Some(memory) if broken.is_empty() => Ok(ValidConfig {
             cpus,
+            cpu_config,
             memory,
             kernel_path: boot.kernel_image_path.clone(),
             initrd_path: boot.initrd_path.clone(),

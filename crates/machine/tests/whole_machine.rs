@@ -8,11 +8,11 @@ use std::fs;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use alveole_hypervisor::fake::{FakePartition, Step};
+use alveole_hypervisor::fake::{self, FakePartition, Step};
 use alveole_hypervisor::{InitialState, StuckReason, find_leaf};
 use alveole_machine::{End, Event, Mailbox};
 use alveole_serial::ConsoleEvent;
-use alveole_vm_config::{Drive, Entropy};
+use alveole_vm_config::{Body, CpuConfig, CpuConfigSource, Drive, Entropy};
 use proptest::prelude::*;
 use scripted::code::{CODE_ADDR, kernel_of_size};
 use scripted::{Outcome, PATIENCE, machine, machine_with, run_on};
@@ -111,6 +111,88 @@ fn a_guest_finds_its_tables_its_features_and_its_first_state() {
     let mut lines: Vec<u32> = partition.lines().into_iter().map(|(gsi, _)| gsi).collect();
     lines.sort_unstable();
     assert_eq!(lines, [4, 5], "serial port and power button");
+}
+
+/// A machine of `cpus` processors whose description has this `cpu-config`.
+fn build_with_cpu_config(partition: &FakePartition, cpus: u8, text: &str) -> Result<(), String> {
+    let dir = TempDir::new().unwrap();
+    let cpu_config = CpuConfig::from_json_bytes(text.as_bytes(), "body").unwrap();
+    let built = machine_with(&dir, cpus, partition.clone(), &Mailbox::new().0, |config| {
+        config.cpu_config = Some(CpuConfigSource::Here(cpu_config));
+    });
+    built.map(drop).map_err(|e| {
+        assert!(e.blames_description(), "{e}");
+        e.to_string()
+    })
+}
+
+#[test]
+fn every_processor_says_what_the_description_wants() {
+    let partition = FakePartition::new(Vec::new());
+    let text = r#"{
+      "kvm_capabilities": ["121", "7", "!7", "!8"],
+      "cpuid_modifiers": [
+        { "leaf": "1", "subleaf": "0", "flags": 0, "modifiers": [
+          { "register": "edx", "bitmap": "0b0xxxxxxxxx" },
+          { "register": "ebx", "bitmap": "0b00000000000000000000000011111111" },
+          { "register": "ecx", "bitmap": "0b0xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx" } ] }
+      ],
+      "msr_modifiers": [
+        { "addr": "0x10a", "bitmap": "0b1xx0xxxxxxxx" },
+        { "addr": "0x3a", "bitmap": "0bx" }
+      ]
+    }"#;
+    build_with_cpu_config(&partition, 3, text).unwrap();
+    let configured = partition.configured();
+    assert_eq!(configured.len(), 3);
+    for (id, cpuid, _) in configured {
+        let one = find_leaf(&cpuid, 1, 0).unwrap();
+        assert_eq!(one.edx & (1 << 9), 0, "supported, and cleared");
+        assert_eq!(one.ebx, id << 24 | 3 << 16 | 0xff, "its place is its own");
+        assert_eq!(one.ecx >> 31, 0, "added by us, and cleared");
+        assert_ne!(one.ecx & (1 << 21), 0, "added by us, and not named");
+        let [(capabilities, before), _] = fake::MSRS;
+        assert_eq!((capabilities, before), (0x10a, 0xff00));
+        assert_eq!(partition.msr(id, 0x10a), Some(0xfe00));
+        assert_eq!(partition.msr(id, 0x3a), Some(1), "named, and left");
+        assert_eq!(partition.msr(id, 0x8b), None);
+    }
+}
+
+#[test]
+fn everything_that_the_host_cannot_give_is_told_at_once() {
+    let partition = FakePartition::new(Vec::new());
+    let text = r#"{
+      "kvm_capabilities": ["121", "7", "4294967295"],
+      "cpuid_modifiers": [
+        { "leaf": "0x7", "subleaf": "1", "flags": 1, "modifiers": [] },
+        { "leaf": "0x1", "subleaf": "0", "flags": 0, "modifiers": [] }
+      ],
+      "msr_modifiers": [
+        { "addr": "0x10", "bitmap": "0bx" },
+        { "addr": "0x10a", "bitmap": "0b1" },
+        { "addr": "0x3a", "bitmap": "0b0" }
+      ]
+    }"#;
+    assert_eq!(
+        build_with_cpu_config(&partition, 2, text).unwrap_err(),
+        "cpu-config cannot be had on this host: the hypervisor lacks capability 7, which kvm_capabilities ask for; the \
+         hypervisor lacks capability 4294967295, which kvm_capabilities ask for; CPUID leaf 0x7, subleaf 0x1 cannot be \
+         changed: the hypervisor of this host has no such leaf; model-specific register 0x10 cannot be changed: the \
+         hypervisor of this host has no such register; model-specific register 0x3a cannot be set to 0x0: the hypervisor \
+         of this host refuses that value; take out what it names, or run the guest on a host that has it"
+    );
+    // No second processor was made for it.
+    assert_eq!(partition.configured().len(), 1);
+
+    let capabilities: Vec<String> = (1000..5000).map(|n| n.to_string()).collect();
+    let text = format!("{{\"kvm_capabilities\": {capabilities:?}}}");
+    let why = build_with_cpu_config(&partition, 1, &text).unwrap_err();
+    assert!(
+        why.contains("capability 1031,") && !why.contains("1032"),
+        "{why}"
+    );
+    assert!(why.contains("; and 3968 more; take out"), "{why}");
 }
 
 #[test]

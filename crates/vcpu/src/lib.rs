@@ -9,6 +9,7 @@
 pub mod cpuid;
 mod exits;
 mod state;
+pub mod template;
 mod thread;
 
 pub use exits::{ACCESS_SLOTS, Access, AccessKind, ExitCounts};

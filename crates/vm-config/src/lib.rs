@@ -7,6 +7,7 @@
 //! Deliberately does not know: which values make sense together (`machine::validate` does), where the
 //! text came from, what any of it is used for.
 
+mod cpu;
 mod error;
 mod object;
 mod read;
@@ -15,6 +16,10 @@ mod requests;
 mod tests;
 mod types;
 
+pub use cpu::{
+    Bitmap, CpuConfig, CpuConfigSource, CpuidLeafModifier, CpuidRegister, CpuidRegisterModifier,
+    KvmCapability, MsrModifier, Register,
+};
 pub use error::{ConfigError, Problem, Problems};
 pub use requests::{
     Action, Body, DriveUpdate, LinkState, MachineConfigUpdate, MmdsConfig, MmdsVersion,

@@ -162,6 +162,10 @@ impl<'a> Value<'a> {
         self.raw == "null"
     }
 
+    pub(crate) fn is_string(&self) -> bool {
+        self.raw.starts_with('"')
+    }
+
     /// The value as a message shows it.
     pub(crate) fn shown(&self) -> String {
         let kind = match self.raw.bytes().next() {
@@ -203,6 +207,14 @@ impl<'a> Value<'a> {
                 })
                 .collect(),
         )
+    }
+
+    /// The value as an object whose fields `read` knows; notes a problem if it is none.
+    pub(crate) fn section<T>(&self, read: impl FnOnce(&mut Object<'a>) -> T) -> Option<T> {
+        let mut object = self.object()?;
+        let value = read(&mut object);
+        object.refuse_the_rest();
+        Some(value)
     }
 
     /// The value as an object; notes a problem if it is none.
@@ -276,11 +288,17 @@ impl<'a> Object<'a> {
 
     /// A field that must be there.
     pub(crate) fn required<T: Leaf + Default>(&mut self, name: &'static str) -> T {
-        let Some(value) = self.take(name) else {
+        let value = self.required_value(name);
+        value.and_then(|v| v.read()).unwrap_or_default()
+    }
+
+    /// A field that must be there, as it stands.
+    pub(crate) fn required_value(&mut self, name: &'static str) -> Option<Value<'a>> {
+        let value = self.take(name);
+        if value.is_none() {
             self.missing(name);
-            return T::default();
-        };
-        value.read().unwrap_or_default()
+        }
+        value
     }
 
     fn missing(&self, name: &str) {
@@ -294,11 +312,7 @@ impl<'a> Object<'a> {
         name: &'static str,
         read: impl FnOnce(&mut Object<'a>) -> T,
     ) -> Option<T> {
-        let value = self.take(name).filter(|v| !v.is_null())?;
-        let mut section = value.object()?;
-        let value = read(&mut section);
-        section.refuse_the_rest();
-        Some(value)
+        self.take(name).filter(|v| !v.is_null())?.section(read)
     }
 
     /// A field that is an array of objects, each read by `read`; absent and `null` are an empty one.
@@ -307,17 +321,36 @@ impl<'a> Object<'a> {
         name: &'static str,
         mut read: impl FnMut(&mut Object<'a>) -> T,
     ) -> Vec<T> {
-        let Some(value) = self.take(name).filter(|v| !v.is_null()) else {
-            return Vec::new();
-        };
-        let mut all = Vec::new();
-        for entry in value.array().unwrap_or_default() {
-            if let Some(mut entry) = entry.object() {
-                all.push(read(&mut entry));
-                entry.refuse_the_rest();
-            }
+        self.entries(name, |entry| entry.section(&mut read))
+    }
+
+    /// As [`Self::list`], of a field that must be there.
+    pub(crate) fn required_list<T>(
+        &mut self,
+        name: &'static str,
+        read: impl FnMut(&mut Object<'a>) -> T,
+    ) -> Vec<T> {
+        if self.is_absent(name) {
+            self.missing(name);
         }
-        all
+        self.list(name, read)
+    }
+
+    /// A field that is an array, each entry read by `read`; absent and `null` are an empty one.
+    pub(crate) fn entries<T>(
+        &mut self,
+        name: &'static str,
+        mut read: impl FnMut(&Value<'a>) -> Option<T>,
+    ) -> Vec<T> {
+        let value = self.take(name).filter(|v| !v.is_null());
+        let entries = value.and_then(|v| v.array()).unwrap_or_default();
+        entries.iter().filter_map(&mut read).collect()
+    }
+
+    /// Whether a field is absent or `null`.
+    fn is_absent(&self, name: &str) -> bool {
+        let field = self.fields.get(name);
+        field.is_none_or(|field| field.raw == "null")
     }
 
     /// A field that must be there and be an object, read by `read`.
@@ -326,11 +359,7 @@ impl<'a> Object<'a> {
         name: &'static str,
         read: impl FnOnce(&mut Object<'a>) -> T,
     ) -> T {
-        if self
-            .fields
-            .get(name)
-            .is_none_or(|field| field.raw == "null")
-        {
+        if self.is_absent(name) {
             self.missing(name);
         }
         self.section(name, read).unwrap_or_default()
@@ -340,6 +369,14 @@ impl<'a> Object<'a> {
     /// what is not built, as `"block devices are"`.
     pub(crate) fn not_built(&mut self, name: &'static str, what: &str) {
         self.known.push(name);
+        self.refuse(
+            name,
+            format_args!("{what} not built yet; remove the key to start without it"),
+        );
+    }
+
+    /// A field of Firecracker's that makes no sense here: it may be there, but empty. `why` says what is wrong with it.
+    pub(crate) fn refuse(&mut self, name: &str, why: impl fmt::Display) {
         let Some(Field { key, raw }) = self.fields.remove(name) else {
             return;
         };
@@ -349,8 +386,7 @@ impl<'a> Object<'a> {
             report: self.report,
         };
         if !value.is_nothing() {
-            let what = || format!("{what} not built yet; remove the key to start without it");
-            self.report.note(key, &value.field, what);
+            self.report.note(key, &value.field, || why.to_string());
         }
     }
 
@@ -462,6 +498,7 @@ macro_rules! leaf {
 leaf! {
     bool: "true or false",
     u8: "a whole number from 0 to 255",
+    u32: "a whole number from 0 to 4294967295",
     u64: "a whole number from 0 up",
     String: "a string",
     PathBuf: "a string with a path on the host",

@@ -1,5 +1,6 @@
 //! Which fields a machine description has, and what this build can do with each.
 
+use crate::cpu;
 use crate::object::{Leaf, Object, Value};
 use crate::types::{
     BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages,
@@ -21,12 +22,15 @@ pub(crate) fn vm_config(top: &mut Object<'_>) -> VmConfig {
         vsock: top.section("vsock", vsock),
         entropy: top.section("entropy", entropy),
         mmds_config: top.section("mmds-config", crate::requests::mmds_config),
+        cpu_config: top
+            .take("cpu-config")
+            .filter(|value| !value.is_null())
+            .and_then(|value| cpu::source(&value)),
     };
     for (key, what) in [
         ("balloon", "the balloon device is"),
         ("pmem", "persistent memory devices are"),
         ("memory-hotplug", "memory hotplug is"),
-        ("cpu-config", "custom CPU templates are"),
     ] {
         top.not_built(key, what);
     }
@@ -78,25 +82,32 @@ pub(crate) fn template(section: &mut Object<'_>) -> Option<CpuTemplate> {
     const KNOWN: &[&str] = &["C3", "T2", "T2S", "T2CL", "T2A", "V1N1"];
     // Firecracker takes null here, unlike for huge_pages.
     let value = section.take("cpu_template").filter(|v| !v.is_null());
-    only_none(&value?, KNOWN, "CPU templates are", "CPU template");
+    const INSTEAD: &str = ", and name the bits that the guest is to see in cpu-config";
+    only_none(
+        &value?,
+        KNOWN,
+        "CPU templates by name are",
+        "CPU template",
+        INSTEAD,
+    );
     Some(CpuTemplate::None)
 }
 
 pub(crate) fn huge_pages(section: &mut Object<'_>) -> Option<HugePages> {
     const KNOWN: &[&str] = &["Transparent", "2M"];
     let value = section.take("huge_pages");
-    only_none(&value?, KNOWN, "huge pages are", "kind of huge pages");
+    only_none(&value?, KNOWN, "huge pages are", "kind of huge pages", "");
     Some(HugePages::None)
 }
 
-/// A choice of Firecracker's of which only "None" can be had here.
-fn only_none(value: &Value<'_>, known: &[&str], what: &str, kind: &str) {
+/// A choice of Firecracker's of which only "None" can be had here. `instead` says what else to do about the others.
+fn only_none(value: &Value<'_>, known: &[&str], what: &str, kind: &str, instead: &str) {
     let Some(chosen) = value.read::<String>() else {
         return;
     };
     if known.contains(&chosen.as_str()) {
         value.wrong(format_args!(
-            "{chosen:?} cannot be had: {what} not built yet; set it to \"None\""
+            "{chosen:?} cannot be had: {what} not built yet; set it to \"None\"{instead}"
         ));
     } else if chosen != "None" {
         let known = known.join(", ");

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::cpu::{self, CpuConfig};
 use crate::error::ConfigError;
 use crate::object::{self, Leaf, Object};
 use crate::read;
@@ -51,6 +52,7 @@ bodies! {
     Logger: read::logger,
     Metrics: read::metrics,
     MmdsConfig: mmds_config,
+    CpuConfig: cpu::cpu_config,
     Action: action,
     StateChange: state_change,
 }

@@ -144,8 +144,42 @@ fn firecrackers_own_file_is_read() {
                 ipv4_address: Some(std::net::Ipv4Addr::new(169, 254, 7, 7)),
                 imds_compat: false,
             }),
+            cpu_config: None,
         }
     );
+}
+
+#[test]
+fn a_cpu_config_is_there_or_in_a_file() {
+    let cpu =
+        |value: &str| read(&with(&format!("  \"cpu-config\": {value}"))).map(|c| c.cpu_config);
+    assert_eq!(cpu("null"), Ok(None));
+    let empty = CpuConfigSource::Here(CpuConfig::default());
+    assert_eq!(cpu("{}"), Ok(Some(empty)));
+    let file = CpuConfigSource::File("t2.json".into());
+    assert_eq!(cpu("\"t2.json\""), Ok(Some(file)));
+    for (value, part) in [
+        (
+            "[]",
+            "vm.json:3:17: \"cpu-config\": expected an object, found an array",
+        ),
+        (
+            "7",
+            "\"cpu-config\": expected an object, found the number 7",
+        ),
+        (
+            "{ \"msrs\": [] }",
+            "vm.json:3:19: \"cpu-config\": unknown field \"msrs\"; known are: kvm_capabilities, cpuid_modifiers, \
+             msr_modifiers",
+        ),
+        (
+            "{ \"msr_modifiers\": [{ \"addr\": \"x\" }] }",
+            "\"cpu-config.msr_modifiers[0].bitmap\": this field is required",
+        ),
+    ] {
+        let why = cpu(value).unwrap_err().to_string();
+        assert!(why.contains(part), "{part}\nin\n{why}");
+    }
 }
 
 #[test]
@@ -216,7 +250,6 @@ fn a_device_that_is_not_built_is_named() {
         ("balloon", "the balloon device is"),
         ("pmem", "persistent memory devices are"),
         ("memory-hotplug", "memory hotplug is"),
-        ("cpu-config", "custom CPU templates are"),
     ] {
         for value in ["{}", "[{}]", "\"x\"", "false"] {
             assert_eq!(
@@ -247,8 +280,8 @@ fn each_wrong_value_has_its_message() {
         ),
         (
             machine("\"cpu_template\": \"T2\""),
-            "4:21: \"machine-config.cpu_template\": \"T2\" cannot be had: CPU templates are not \
-             built yet; set it to \"None\"",
+            "4:21: \"machine-config.cpu_template\": \"T2\" cannot be had: CPU templates by name are not \
+             built yet; set it to \"None\", and name the bits that the guest is to see in cpu-config",
         ),
         (
             machine("\"cpu_template\": \"T9\""),
@@ -589,6 +622,13 @@ prop_compose! {
     }
 }
 
+fn cpu_config() -> impl Strategy<Value = CpuConfigSource> {
+    prop_oneof![
+        crate::cpu::tests::any_cpu_config().prop_map(CpuConfigSource::Here),
+        path().prop_map(CpuConfigSource::File),
+    ]
+}
+
 prop_compose! {
     fn config()(
         kernel_image_path in path(),
@@ -603,6 +643,7 @@ prop_compose! {
         network_interfaces in prop::collection::vec(interface(), 0..3),
         vsock in prop::option::of((any::<u64>(), path(), prop::option::of(".*"))),
         entropy in prop::option::of(prop::option::of(limiter())),
+        cpu_config in prop::option::of(cpu_config()),
         mmds in prop::option::of((any::<bool>(), prop::collection::vec(".*", 0..3), prop::option::of(any::<[u8; 4]>()), any::<bool>())),
     ) -> VmConfig {
         VmConfig {
@@ -621,6 +662,7 @@ prop_compose! {
                 ipv4_address: address.map(Into::into),
                 imds_compat,
             }),
+            cpu_config,
         }
     }
 }

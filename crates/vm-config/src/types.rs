@@ -36,6 +36,9 @@ pub struct VmConfig {
     /// The metadata service; none: the guest finds none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mmds_config: Option<crate::MmdsConfig>,
+    /// What the processors say of themselves; none: what the host's can do.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_config: Option<crate::CpuConfigSource>,
 }
 
 /// What the guest boots.

@@ -3,8 +3,8 @@
 use std::fmt;
 
 use alveole_vm_config::{
-    BootSource, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate, Metrics,
-    MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, VmConfig, Vsock,
+    BootSource, CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate,
+    Metrics, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, VmConfig, Vsock,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -36,6 +36,8 @@ pub enum Command {
     PutMachineConfig(MachineConfig),
     /// Changes what it names of processors and memory.
     PatchMachineConfig(MachineConfigUpdate),
+    /// Sets what the processors say of themselves.
+    PutCpuConfig(CpuConfig),
     /// Adds a disk, or sets one of this name anew.
     PutDrive(Box<Drive>),
     /// Adds a network interface, or sets one of this name anew.
@@ -93,6 +95,7 @@ impl fmt::Display for Command {
             Self::PutBootSource(_) => "set the boot source",
             Self::PutMachineConfig(_) => "set processors and memory",
             Self::PatchMachineConfig(_) => "change processors and memory",
+            Self::PutCpuConfig(_) => "set what the processors say of themselves",
             Self::PutDrive(drive) => return write!(f, "add drive {:?}", drive.drive_id),
             Self::PutNetworkInterface(interface) => {
                 return write!(f, "add network interface {:?}", interface.iface_id);

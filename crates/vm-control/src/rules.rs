@@ -57,6 +57,7 @@ fn when(command: &Command) -> When {
         Command::PutBootSource(_)
         | Command::PutMachineConfig(_)
         | Command::PatchMachineConfig(_)
+        | Command::PutCpuConfig(_)
         | Command::PutDrive(_)
         | Command::PutNetworkInterface(_)
         | Command::PutVsock(_)
@@ -136,6 +137,7 @@ mod tests {
                 C::PatchMachineConfig(MachineConfigUpdate::default()),
                 before,
             ),
+            (C::PutCpuConfig(Default::default()), before),
             (C::PutDrive(Box::default()), before),
             (C::PutNetworkInterface(Box::default()), before),
             (C::PutVsock(Default::default()), before),

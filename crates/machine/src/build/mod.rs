@@ -9,9 +9,10 @@ mod seal;
 
 use alveole_event_loop::{EventLoopError, Worker};
 use alveole_guest_memory::MapError;
-use alveole_hypervisor::{Partition, PartitionError};
+use alveole_hypervisor::{MsrRefusal, Partition, PartitionError};
 use alveole_io_bus::BusError;
 use alveole_serial::Console;
+use alveole_vcpu::template::NoSuchLeaf;
 
 pub use alveole_boot_loader::Placement;
 
@@ -80,6 +81,9 @@ pub enum BuildError {
         /// What is possible.
         most: u32,
     },
+    /// What the processors are to say of themselves cannot be had here.
+    #[error("cpu-config cannot be had on this host: {}", listed(.0))]
+    CpuConfig(Vec<CpuProblem>),
     /// Two devices in one place: a mistake in this program.
     #[error(transparent)]
     Bus(#[from] BusError),
@@ -102,6 +106,33 @@ pub enum BuildError {
     Thread(std::io::Error),
 }
 
+/// Something of `cpu-config` that this host cannot give.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CpuProblem {
+    /// A capability that the hypervisor lacks.
+    #[error("the hypervisor lacks capability {0}, which kvm_capabilities ask for")]
+    Capability(u32),
+    /// An answer that the hypervisor does not give.
+    #[error(transparent)]
+    Leaf(#[from] NoSuchLeaf),
+    /// A register that cannot be changed.
+    #[error(transparent)]
+    Msr(#[from] MsrRefusal),
+}
+
+/// Problems of one `cpu-config` that are told; of more, only their number is.
+const MAX_TOLD: usize = 32;
+
+fn listed(problems: &[CpuProblem]) -> String {
+    let told = problems.iter().take(MAX_TOLD).map(ToString::to_string);
+    let mut text = told.collect::<Vec<_>>().join("; ");
+    if let more @ 1.. = problems.len().saturating_sub(MAX_TOLD) {
+        text.push_str(&format!("; and {more} more"));
+    }
+    text.push_str("; take out what it names, or run the guest on a host that has it");
+    text
+}
+
 impl BuildError {
     /// Whether another description would help, and not another host.
     #[must_use]
@@ -110,6 +141,7 @@ impl BuildError {
             Self::Memory(MapError::MoreThanHost { .. })
             | Self::Boot(_)
             | Self::TooManyCpus { .. }
+            | Self::CpuConfig(_)
             | Self::TooManyDevices => true,
             Self::Memory(MapError::Refused { .. } | MapError::Ranges(_))
             | Self::Tables(_)

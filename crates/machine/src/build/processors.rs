@@ -8,13 +8,13 @@ use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{InitialState, Partition};
 use alveole_serial::{ConsoleHandle, ConsoleWorker};
 use alveole_vcpu::cpuid::guest_cpuid;
-use alveole_vcpu::{Buses, Vcpu};
+use alveole_vcpu::{Buses, Vcpu, template};
 use alveole_virtio_blk::BlkHandle;
 use alveole_virtio_net::NetHandle;
 use alveole_virtio_vsock::VsockHandle;
 
-use crate::build::BuildError;
 use crate::build::boot::WithBoot;
+use crate::build::{BuildError, CpuProblem};
 use crate::catalog::{Devices, SharedTransport, Threads};
 use crate::{Event, Mailbox, ValidConfig};
 
@@ -71,6 +71,13 @@ impl WithBoot {
         };
         let supported = partition.supported_cpuid()?;
         let tsc_deadline = partition.has_tsc_deadline_timer();
+        let wanted = &config.cpu_config;
+        let mut problems = Vec::new();
+        let lacking = wanted.capabilities.iter();
+        let lacking = lacking.filter(|number| !partition.has_capability(**number));
+        problems.extend(lacking.map(|number| CpuProblem::Capability(*number)));
+        let missing = template::missing_leaves(&wanted.cpuid, &supported);
+        problems.extend(missing.into_iter().map(CpuProblem::Leaf));
         let mut vcpus = Vec::new();
         for index in 0..config.cpus {
             let mut cpu = partition.create_cpu(index)?;
@@ -79,10 +86,17 @@ impl WithBoot {
             } else {
                 InitialState::WaitForStartup
             };
-            cpu.configure(
-                &guest_cpuid(&supported, index, config.cpus, tsc_deadline),
-                &state,
-            )?;
+            let mut cpuid = guest_cpuid(&supported, index, config.cpus, tsc_deadline);
+            template::apply(&wanted.cpuid, &mut cpuid);
+            cpu.configure(&cpuid, &state)?;
+            // Last: what the description says of a register is what it holds when the guest starts.
+            if let Err(refused) = cpu.change_msrs(&wanted.msrs) {
+                problems.extend(refused.into_iter().map(CpuProblem::Msr));
+            }
+            // All that is wrong with one processor, which is all that is wrong with the others.
+            if !problems.is_empty() {
+                return Err(BuildError::CpuConfig(problems));
+            }
             let mailbox = mailbox.clone();
             let report = Box::new(move |report| mailbox.send(Event::Vcpu(Box::new(report))));
             vcpus.push(Vcpu {
