@@ -104,21 +104,28 @@ pub(crate) fn change(wanted: &config::Logger) -> Result<(), String> {
     Ok(())
 }
 
-/// Opens a file (or a named pipe that somebody reads) to append to.
+/// Opens a file or a named pipe to append to.
 pub(crate) fn open(path: &Path) -> Result<File, String> {
-    OpenOptions::new()
+    let mut options = OpenOptions::new();
+    options
         .create(true)
         .append(true)
         .mode(0o600)
-        // A named pipe without a reader is an error now, not a wait for ever.
-        .custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits())
+        // Writing to a pipe that is full is an error, not a wait.
+        .custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits());
+    options
         .open(path)
+        .or_else(|e| match e.raw_os_error() {
+            // A named pipe which nobody reads yet. As in Firecracker it is held open for reading, too: what is written
+            // waits for its reader, and one that goes does not take it away.
+            Some(nix::libc::ENXIO) => options.read(true).open(path),
+            _ => Err(e),
+        })
         .map_err(|e| {
             let hint = match e.kind() {
                 io::ErrorKind::NotFound => "; does its directory exist?",
                 io::ErrorKind::PermissionDenied => "; may this user write there?",
                 io::ErrorKind::IsADirectory => "; name a file in it",
-                _ if e.raw_os_error() == Some(nix::libc::ENXIO) => "; nobody reads this pipe",
                 _ => "",
             };
             format!("cannot open {path:?} to write to: {e}{hint}")

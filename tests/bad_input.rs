@@ -9,13 +9,14 @@ mod tiny_guest;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use alveole_block_store::{Format, OpenOptions, open, tools};
+use nix::fcntl::OFlag;
 use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use nix::sys::termios::{Termios, tcgetattr};
 use tiny_guest::code::{kernel_of_size, tiny_kernel};
@@ -677,13 +678,15 @@ fn logs_and_counters_that_cannot_be_written() {
     }
     let bench = Bench::new(&power_off());
     nix::unistd::mkfifo(&bench.file("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    for option in ["--log-path", "--metrics-path"] {
+    for (option, lost) in [
+        ("--log-path", "log lines could not be written"),
+        ("--metrics-path", "cannot write counters"),
+    ] {
         for (path, words) in [
             (
                 "no/such/file",
                 ["No such file", "does its directory exist?"],
             ),
-            ("pipe", ["\"pipe\"", "nobody reads this pipe"]),
             (".", ["directory", "name a file in it"]),
         ] {
             bench
@@ -691,6 +694,17 @@ fn logs_and_counters_that_cannot_be_written() {
                 .end()
                 .assert(HOST, &words);
         }
+        // A pipe that nobody reads; then one that takes no more.
+        let words = ["--console", "none", "--level", "Info", option, "pipe"];
+        bench.start(&words).end().assert(0, &["powered off"]);
+        let mut pipe = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(bench.file("pipe"))
+            .unwrap();
+        while pipe.write(b"x").is_ok() {}
+        bench.start(&words).end().assert(0, &["powered off", lost]);
     }
     let full = [
         "--console",
