@@ -18,7 +18,7 @@ pub trait VirtualCpu: Send {
     ) -> Result<(), PartitionError>;
 
     /// Changes model-specific registers, and remembers which: see [`VirtualCpu::kept_msrs`]. Called after
-    /// [`VirtualCpu::configure`] and before the first run; what it changes is no more changed by anybody else.
+    /// [`VirtualCpu::configure`], whose values it changes, and before the first run.
     ///
     /// # Errors
     /// Each register that was refused; the others are changed.
