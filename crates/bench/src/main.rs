@@ -3,6 +3,7 @@
 //! This file reads the command line and puts the parts together. `tools/bench` builds what is
 //! measured and finds the guest kernel. It does not know how either is done.
 
+mod api;
 mod cpio;
 mod disk;
 mod guest;
@@ -54,6 +55,8 @@ enum What {
     Disk(disk::Disk),
     /// Networks: iperf3 and ping between the host and a guest under every VMM that is found
     Net(net::Net),
+    /// The API: ready after the start of the process, what requests take, and when the guest runs
+    Api(api::Api),
     /// One cell of `disk` without a guest, in a process of its own
     #[command(hide = true)]
     DiskCell(disk::Cell),
@@ -109,6 +112,7 @@ fn main() -> ExitCode {
         What::Boot(args) => boot(&args),
         What::Disk(args) => disk::disk(&args),
         What::Net(args) => net::net(&args),
+        What::Api(args) => api::api(&args),
         What::DiskCell(cell) => disk::run_cell(&cell).map(|()| ExitCode::SUCCESS),
         What::NetCell(cell) => net::run_cell(&cell).map(|()| ExitCode::SUCCESS),
         What::Prepare => guest::compile_init(&init_path()).map(|()| ExitCode::SUCCESS),
@@ -289,6 +293,7 @@ mod tests {
         assert!(
             parse("bench disk --smoke --variant pci=--enable-pci --alveole-option --x").is_ok()
         );
+        assert!(parse("bench api --smoke --requests 10").is_ok());
         assert!(parse("bench boot").is_err());
         assert!(parse("bench boot --kernel k --runs 0").is_err());
     }
