@@ -104,8 +104,11 @@ impl<'a> Session<'a> {
             Failure::Config(format!("this machine cannot be built: {}", all.join("; ")))
         })?;
         let host = |e: &dyn std::error::Error| Failure::Host(e.to_string());
-        let resources = HostResources::open(&valid, self.desk.metadata())
-            .map_err(|e| Failure::Config(e.to_string()))?;
+        let resources = HostResources::open(&valid, self.desk.metadata()).map_err(|first| {
+            let all = HostResources::all_refused(&valid, first);
+            let all: Vec<_> = all.iter().map(ToString::to_string).collect();
+            Failure::Config(all.join("; "))
+        })?;
         let partition = KvmPartition::new().map_err(|e| host(&e))?;
         let target = self.console_target();
         let options = Options {

@@ -275,6 +275,92 @@ fn memory_and_processors_out_of_range() {
     bench.run_text(text.as_bytes()).assert(CONFIG, &all);
 }
 
+/// All that is wrong is told at once: what cannot be read, else what cannot be, else what the host does not have.
+#[test]
+fn everything_wrong_at_once() {
+    let bench = Bench::new(&power_off());
+    let long = "x".repeat(300);
+    let unreadable = r#"{
+        "boot-source": {"kernel_image_path": 3, "boot_arg": "x"},
+        "machine-config": {"vcpu_count": "two", "mem_size_mib": 1.5},
+        "drives": [{"drive_id": "a", "path_on_host": "p", "is_root_device": "yes"}, 7],
+        "network-interfaces": [{"iface_id": "a"}],
+        "vsock": {"guest_cid": -1, "uds_path": "v"},
+        "logger": {"level": "Loud"}, "metrics": {}, "balloon": {}, "nonsense": 1
+    }"#;
+    let all = [
+        "vm.json:2:46",
+        "boot_arg",
+        "vcpu_count",
+        "mem_size_mib",
+        "drives[0].is_root_device",
+        "drives[1]",
+        "host_dev_name",
+        "guest_cid",
+        "logger.level",
+        "metrics_path",
+        "balloon",
+        "nonsense",
+    ];
+    bench.run_text(unreadable.as_bytes()).assert(CONFIG, &all);
+
+    let impossible = serde_json::json!({
+        "boot-source": {"kernel_image_path": ""},
+        "machine-config": {"vcpu_count": 0, "mem_size_mib": 1},
+        "drives": [
+            {"drive_id": long, "path_on_host": "p", "is_root_device": true},
+            {"drive_id": "../../up", "path_on_host": "", "is_root_device": true},
+            {"drive_id": "a", "path_on_host": "p", "is_root_device": false},
+            {"drive_id": "a", "path_on_host": "p", "is_root_device": false},
+        ],
+        "network-interfaces": [
+            {"iface_id": long, "host_dev_name": "t"},
+            {"iface_id": "b", "host_dev_name": "t"},
+            {"iface_id": "b", "host_dev_name": "t", "guest_mac": "01:00:00:00:00:00"},
+        ],
+        "vsock": {"guest_cid": 2, "uds_path": ""},
+        "mmds-config": {"network_interfaces": ["nobody"]},
+    });
+    let all = [
+        "kernel_image_path is empty",
+        "vcpu_count is 0",
+        "mem_size_mib is 1",
+        "drive_id \"xxx",
+        "drive_id \"../../up\": a name has at most 64",
+        "drive \"../../up\" has an empty path_on_host",
+        "both the root device",
+        "drive_id \"a\" is given to two drives",
+        "iface_id \"xxx",
+        "iface_id \"b\" is given to two network interfaces",
+        "one of a group",
+        "guest_cid 2",
+        "empty uds_path",
+        "\"nobody\"",
+    ];
+    let ended = bench.run_text(impossible.to_string().as_bytes());
+    ended.assert(CONFIG, &all);
+    assert!(!ended.said.contains(&long[..65]), "{}", ended.said);
+
+    let missing = serde_json::json!({
+        "boot-source": {"kernel_image_path": "no-kernel", "initrd_path": "no-initrd"},
+        "drives": [
+            {"drive_id": "a", "path_on_host": "no-disk", "is_root_device": false},
+            {"drive_id": "b", "path_on_host": "/", "is_root_device": false},
+        ],
+        "network-interfaces": [{"iface_id": "c", "host_dev_name": "no-such-tap"}],
+    });
+    let all = [
+        "kernel \"no-kernel\"",
+        "initrd \"no-initrd\"",
+        "drive \"a\"",
+        "drive \"b\"",
+        "network interface \"c\"",
+    ];
+    bench
+        .run_text(missing.to_string().as_bytes())
+        .assert(CONFIG, &all);
+}
+
 #[test]
 fn more_memory_than_the_host_has() {
     if no_kvm("more_memory_than_the_host_has") {

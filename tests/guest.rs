@@ -35,6 +35,8 @@ mod metadata;
 mod network;
 #[path = "guest/networks.rs"]
 mod networks;
+#[path = "guest/pauses.rs"]
+mod pauses;
 #[path = "guest/sandbox.rs"]
 mod sandbox;
 #[path = "guest/sees.rs"]

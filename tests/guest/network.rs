@@ -19,9 +19,9 @@ use crate::harness::{End, Running, Vm, is_root, patience, skip};
 
 pub(super) const HOST: &str = "10.77.0.1";
 const HOST6: &str = "fd77::1";
-const MAC: &str = "02:77:00:00:00:02";
+pub(super) const MAC: &str = "02:77:00:00:00:02";
 /// What a guest does first. Neighbours are not asked whether an address is theirs already: that takes a second.
-const UP: &str = "ip link set lo up; echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_dad; ip link set eth0 up; \
+pub(super) const UP: &str = "ip link set lo up; echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_dad; ip link set eth0 up; \
     ip addr add 10.77.0.2/24 dev eth0; ip addr add fd77::2/64 dev eth0; echo up";
 /// Bytes of the long transfers.
 pub(super) const LONG: usize = 48 << 20;

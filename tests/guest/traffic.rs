@@ -28,7 +28,7 @@ const AGAIN_AT_LEAST: f64 = 90.0;
 
 /// Where iperf3 is; none, and said so, where it is not.
 #[track_caller]
-fn iperf3() -> Option<&'static str> {
+pub(super) fn iperf3() -> Option<&'static str> {
     let place = "/usr/bin/iperf3";
     if !Path::new(place).exists() {
         skip("iperf3 is not installed");
@@ -38,7 +38,7 @@ fn iperf3() -> Option<&'static str> {
 }
 
 /// What the host's iperf3 reports of a run against the guest's.
-fn report(words: &[&str]) -> Value {
+pub(super) fn report(words: &[&str]) -> Value {
     let all = [&["--client", "10.77.0.2", "--json"], words].concat();
     let text = output("iperf3", &all);
     serde_json::from_str(&text).unwrap()

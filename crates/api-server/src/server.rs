@@ -206,24 +206,21 @@ impl Server {
             return;
         };
         let wanted = if !connection.talk.output().is_empty() {
-            Some(Interest::WRITABLE)
+            Interest::WRITABLE
         } else if connection.talk.room() > 0 {
-            Some(Interest::READABLE)
+            Interest::READABLE
         } else {
-            // The answer goes on. Not even watched: a client that has hung up would be reported all the time.
-            None
-        };
-        if wanted == connection.watched {
+            // Its request is being carried out. It stays watched until there is something to report: most clients wait
+            // for their answer, and are spared two system calls.
             return;
-        }
-        let done = match (connection.watched, wanted) {
-            (None, Some(interest)) => ops.watch(&connection.stream, token(slot), interest),
-            (Some(_), Some(interest)) => ops.rewatch(token(slot), interest),
-            (Some(_), None) => ops.unwatch(token(slot)),
-            (None, None) => Ok(()),
+        };
+        let done = match connection.watched {
+            None => ops.watch(&connection.stream, token(slot), wanted),
+            Some(watched) if watched != wanted => ops.rewatch(token(slot), wanted),
+            Some(_) => Ok(()),
         };
         match done {
-            Ok(()) => connection.watched = wanted,
+            Ok(()) => connection.watched = Some(wanted),
             Err(e) => {
                 log::warn!("the API cannot watch a connection: {e}");
                 self.close(slot, ops);
@@ -241,6 +238,14 @@ impl Server {
             self.close(slot, ops);
             return;
         }
+        if connection.talk.is_waiting() {
+            // It has sent more, or hung up, while its request is carried out. Until then that would be reported all the
+            // time.
+            if connection.watched.take().is_some() {
+                let _ = ops.unwatch(token(slot));
+            }
+            return;
+        }
         // Who has hung up may have sent something before; there is an end to read in any case.
         let readable = event.ready.readable() || event.ready.hung_up();
         if readable && !connection.read(&mut self.scratch) {
@@ -251,7 +256,6 @@ impl Server {
     }
 
     fn on_answers(&mut self, ops: &mut Ops<'_>) {
-        let _ = self.bell.read();
         while let Ok((number, outcome)) = self.answers.try_recv() {
             let is_it = |c: &Option<Connection>| c.as_ref().is_some_and(|c| c.number == number);
             let Some(slot) = self.connections.iter().position(is_it) else {
@@ -277,7 +281,7 @@ fn request(
         reply: Reply::new(move |outcome| {
             // A server that is gone wants no answers.
             let _ = to_answers.send((number, outcome));
-            // Fails only with the counter at its maximum: it has been rung already.
+            // Fails only with the counter at its maximum, after some 10^19 answers.
             let _ = bell.write(1);
         }),
     }
@@ -333,7 +337,9 @@ impl Worker for Server {
     fn start(&mut self, ops: &mut Ops<'_>) -> Result<(), EventLoopError> {
         ops.watch(&self.socket.listener, LISTENER, Interest::READABLE)?;
         ops.watch(&self.timer, TIMER, Interest::READABLE | Interest::EDGE)?;
-        ops.watch(self.bell.as_ref(), BELL, Interest::READABLE)
+        // Each ring is reported, whatever the count: it is never read.
+        let rings = Interest::READABLE | Interest::EDGE;
+        ops.watch(self.bell.as_ref(), BELL, rings)
     }
 
     fn on_event(&mut self, event: Event, ops: &mut Ops<'_>) {

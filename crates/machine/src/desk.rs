@@ -87,19 +87,12 @@ impl Desk {
     /// It may not be carried out now, or makes no sense: the text says why and what to do.
     pub fn carry_out(&mut self, state: State, command: Command) -> Result<Answer, Refusal> {
         permit(state, &command)?;
+        if let Some(answer) = self.tell(state, &command) {
+            return Ok(answer);
+        }
         let mut next = self.config.clone();
         let what = command.to_string();
         match command {
-            Command::GetInstance => return Ok(Answer::Instance(self.instance(state))),
-            Command::GetVersion => return Ok(Answer::Version(self.identity.api_version.clone())),
-            Command::GetConfig => return Ok(Answer::Config(Box::new(self.config.clone()))),
-            Command::GetMachineConfig => {
-                return Ok(Answer::MachineConfig(self.config.machine_config.clone()));
-            }
-            Command::GetMetrics { open_metrics } => {
-                return Ok(self.exposition(state, open_metrics, None));
-            }
-            Command::GetMetadata => return Ok(Answer::Metadata(self.metadata.get())),
             Command::PutMetadata(data) => {
                 let done = self.metadata.put(data);
                 return done.map(|()| Answer::Done).map_err(|e| failed(&what, &e));
@@ -131,7 +124,13 @@ impl Desk {
             Command::PutVsock(vsock) => next.vsock = Some(vsock),
             Command::PutEntropy(entropy) => next.entropy = Some(entropy),
             Command::PutSerial(serial) => next.serial = Some(serial),
-            Command::PutLogger(_)
+            Command::GetInstance
+            | Command::GetVersion
+            | Command::GetConfig
+            | Command::GetMachineConfig
+            | Command::GetMetrics { .. }
+            | Command::GetMetadata
+            | Command::PutLogger(_)
             | Command::PutMetrics(_)
             | Command::Start
             | Command::Pause
@@ -150,6 +149,19 @@ impl Desk {
         self.try_new(&next, &valid).map_err(|e| failed(&what, &e))?;
         self.config = next;
         Ok(Answer::Done)
+    }
+
+    /// The answer to a question; none where something is to be done.
+    fn tell(&self, state: State, command: &Command) -> Option<Answer> {
+        Some(match command {
+            Command::GetInstance => Answer::Instance(self.instance(state)),
+            Command::GetVersion => Answer::Version(self.identity.api_version.clone()),
+            Command::GetConfig => Answer::Config(Box::new(self.config.clone())),
+            Command::GetMachineConfig => Answer::MachineConfig(self.config.machine_config.clone()),
+            Command::GetMetrics { open_metrics } => self.exposition(state, *open_metrics, None),
+            Command::GetMetadata => Answer::Metadata(self.metadata.get()),
+            _ => return None,
+        })
     }
 
     /// Counters as text; before there is a machine, what is known of it.

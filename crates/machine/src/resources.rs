@@ -9,7 +9,7 @@ use alveole_mmds::Metadata;
 use alveole_vm_config::BootSource;
 
 use crate::ValidConfig;
-use crate::catalog::VirtioDevices;
+use crate::catalog::{VirtioDevices, try_drive, try_interface};
 
 /// The process is out of file descriptors.
 const EMFILE: i32 = 24;
@@ -88,6 +88,27 @@ impl HostResources {
             boot: BootFiles::open(&config.kernel_path, config.initrd_path.as_deref())?,
             virtio: VirtioDevices::open(config, metadata)?,
         })
+    }
+
+    /// Everything that the host does not give of what `config` names, after [`Self::open`] met the first: whoever mends
+    /// a description wants to know all of it.
+    #[must_use]
+    pub fn all_refused(config: &ValidConfig, first: ResourceError) -> Vec<ResourceError> {
+        let initrd = config.initrd_path.as_deref();
+        let boot = [("kernel", Some(&*config.kernel_path)), ("initrd", initrd)];
+        let boot = boot
+            .into_iter()
+            .filter_map(|(what, path)| open(what, path?).err());
+        let drives = config.drives.iter().filter_map(|d| try_drive(d).err());
+        let interfaces = config.interfaces.iter();
+        let interfaces = interfaces.filter_map(|i| try_interface(i).err());
+        let mut all: Vec<_> = boot.chain(drives).chain(interfaces).collect();
+        // Some is only refused in its place: the second use of an image, the last descriptor.
+        let told = first.to_string();
+        if !all.iter().any(|other| other.to_string() == told) {
+            all.insert(0, first);
+        }
+        all
     }
 
     pub(crate) fn into_parts(self) -> (BootFiles, VirtioDevices) {

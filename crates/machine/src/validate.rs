@@ -376,6 +376,11 @@ fn is_id(text: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b))
 }
 
+/// A name as messages show it: not more of it than a name may have.
+fn shown(id: &str) -> String {
+    id.chars().take(MAX_ID_BYTES).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

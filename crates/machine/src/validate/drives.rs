@@ -9,7 +9,7 @@ use alveole_vm_config::{
     BackingPlace, CacheType, DiskFormat, Drive, IoEngine, RateLimiter, TokenBucket, VmConfig,
 };
 
-use crate::validate::{Invalid, MAX_CPUS, MAX_ID_BYTES, is_id};
+use crate::validate::{Invalid, MAX_CPUS, is_id, shown};
 
 /// Most drives: each has an interrupt of its own, and two are left for the socket and the entropy device.
 pub const MAX_DRIVES: usize = 16;
@@ -40,8 +40,8 @@ pub(super) fn validate(config: &VmConfig, broken: &mut Vec<Invalid>) -> Vec<Vali
         if drive.is_root_device {
             if let Some(first) = root {
                 broken.push(Invalid::TwoRoots(
-                    first.drive_id.clone(),
-                    drive.drive_id.clone(),
+                    shown(&first.drive_id),
+                    shown(&drive.drive_id),
                 ));
             }
             root = root.or(Some(drive));
@@ -57,10 +57,11 @@ fn check(index: usize, drive: &Drive, earlier: &[Drive], broken: &mut Vec<Invali
     if id.is_empty() {
         broken.push(Invalid::NoDriveId(index));
     } else if !is_id(id) {
-        broken.push(Invalid::DriveId(id.chars().take(MAX_ID_BYTES).collect()));
+        broken.push(Invalid::DriveId(shown(id)));
     } else if earlier.iter().any(|other| other.drive_id == *id) {
         broken.push(Invalid::SameDriveId(id.clone()));
     }
+    let id = &shown(id);
     if drive.path_on_host.as_os_str().is_empty() {
         broken.push(Invalid::NoDrivePath(id.clone()));
     }

@@ -4,7 +4,7 @@ use alveole_rate_limiter::Limits;
 use alveole_vm_config::{LinkKind, NetworkInterface, VmConfig};
 
 use crate::validate::drives::limits;
-use crate::validate::{Invalid, MAX_CPUS, is_id};
+use crate::validate::{Invalid, MAX_CPUS, is_id, shown};
 
 /// Smallest and largest packet that a guest can be told (virtio 1.3, section 5.1.4.1).
 const MTU: std::ops::RangeInclusive<u64> = 68..=65_535;
@@ -60,7 +60,7 @@ fn check(
     if id.is_empty() {
         broken.push(Invalid::NoInterfaceId(index));
     } else if !is_id(id) {
-        broken.push(Invalid::InterfaceId(id.chars().take(64).collect()));
+        broken.push(Invalid::InterfaceId(shown(id)));
     } else if earlier.iter().any(|other| other.iface_id == *id) {
         broken.push(Invalid::SameInterfaceId(id.clone()));
     }

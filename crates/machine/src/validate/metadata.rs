@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use alveole_mmds::{DEFAULT_ADDRESS, MetadataConfig, Version};
 use alveole_vm_config::{MmdsConfig, MmdsVersion};
 
-use crate::validate::{Invalid, ValidInterface};
+use crate::validate::{Invalid, ValidInterface, shown};
 
 /// The metadata service of a machine, and through which interfaces it is reached.
 #[derive(Debug, Clone)]
@@ -29,8 +29,8 @@ pub(super) fn validate(
     for id in &config.network_interfaces {
         match interfaces.iter().find(|interface| interface.id == *id) {
             None => broken.push(Invalid::MetadataInterface {
-                id: id.clone(),
-                known: interfaces.iter().map(|i| i.id.clone()).collect(),
+                id: shown(id),
+                known: interfaces.iter().map(|i| shown(&i.id)).collect(),
             }),
             Some(interface) if interface.vhost => broken.push(Invalid::Vhost {
                 id: id.clone(),
