@@ -427,7 +427,7 @@ fn everything_that_is_wrong_is_listed_in_the_order_of_the_text() {
     "mem_size_mb": 128,
     "smt": true
   },
-  "vsokc": null
+  "vsokc": {}
 }"#;
     let Err(ConfigError::Wrong(problems)) = read(text) else {
         panic!("it is wrong");
