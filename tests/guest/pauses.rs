@@ -50,8 +50,13 @@ fn load(stop: &AtomicBool) -> f64 {
         .cycle()
     {
         let said = report(words);
-        // Between two runs the server is deaf for a moment, a long one where its processor stands still.
-        if said["error"].to_string().contains("Connection refused") && refused < MOST_REFUSED {
+        // Between two runs the server listens to nobody for a moment, a long one where its processor stands still: who
+        // comes then is refused or reset before anything is sent.
+        let connected = said["start"]["connected"].as_array();
+        if said["error"].is_string()
+            && connected.is_none_or(Vec::is_empty)
+            && refused < MOST_REFUSED
+        {
             refused += 1;
             thread::sleep(Duration::from_millis(100));
             continue;

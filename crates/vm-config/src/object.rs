@@ -390,9 +390,10 @@ impl<'a> Object<'a> {
         }
     }
 
-    /// Ends reading: whatever was not asked for is unknown.
+    /// Ends reading: whatever was not asked for is unknown. One that is `null` says nothing, and clients write such where
+    /// Firecracker passes over names that it does not know.
     fn refuse_the_rest(self) {
-        for (name, field) in &self.fields {
+        for (name, field) in self.fields.iter().filter(|(_, field)| field.raw != "null") {
             self.report.note(field.key, &self.field, || {
                 let near = match nearest(name, &self.known) {
                     Some(near) => format!("; did you mean {near:?}?"),

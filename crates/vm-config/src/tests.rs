@@ -390,6 +390,19 @@ fn an_unknown_field_is_told_with_the_nearest_known_one() {
     }
 }
 
+/// The crate fctools writes its own names for what a machine does not have.
+#[test]
+fn an_unknown_field_that_says_nothing_is_passed_over() {
+    let text = |value: &str| {
+        format!(
+            r#"{{"boot-source": {{"kernel_image_path": "k"}}, "vsock_device": {value}, "mmds-config": null}}"#
+        )
+    };
+    let config = read(&text("null")).unwrap();
+    assert_eq!((config.vsock, config.mmds_config), (None, None));
+    assert!(told(&text("{}")).contains("unknown field \"vsock_device\""));
+}
+
 #[test]
 fn a_field_given_twice_is_refused() {
     assert_eq!(
@@ -414,7 +427,7 @@ fn everything_that_is_wrong_is_listed_in_the_order_of_the_text() {
     "mem_size_mb": 128,
     "smt": true
   },
-  "vsokc": null
+  "vsokc": {}
 }"#;
     let Err(ConfigError::Wrong(problems)) = read(text) else {
         panic!("it is wrong");
