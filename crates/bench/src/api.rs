@@ -21,6 +21,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use serde_json::json;
 
+use crate::attempts::{Attempts, in_turn};
 use crate::stats::{Summary, cell, figure, summarize};
 use crate::vmm::{Kind, Vmm, utf8};
 use crate::{host, run, vmm};
@@ -34,7 +35,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Between two looks whether the socket is there.
 const LOOK_AGAIN: Duration = Duration::from_micros(20);
 /// A run that failed so often in a row is not tried again.
-const MOST_FAILURES: usize = 3;
+const MOST_FAILURES: u32 = 3;
 
 #[derive(Debug, Args)]
 pub(crate) struct Api {
@@ -127,8 +128,7 @@ struct Column {
     vmm: Vmm,
     /// In microseconds, one of each round.
     samples: BTreeMap<Row, Vec<f64>>,
-    failures: Vec<String>,
-    failed_in_a_row: usize,
+    attempts: Attempts,
 }
 
 impl Column {
@@ -168,19 +168,15 @@ pub(crate) fn api(args: &Api) -> anyhow::Result<ExitCode> {
         .map(|vmm| Column {
             vmm,
             samples: BTreeMap::new(),
-            failures: Vec::new(),
-            failed_in_a_row: 0,
+            attempts: Attempts::new(MOST_FAILURES),
         })
         .collect();
     // The first round finds neither programs nor files in memory, and does not count.
     let warm_up = u32::from(!args.smoke);
-    for round in 0..rounds + warm_up {
-        for place in 0..columns.len() {
-            let index = (round as usize + place) % columns.len();
-            let column = &mut columns[index];
-            if column.failed_in_a_row < MOST_FAILURES {
-                measure(column, args.requests, &scratch.0, round >= warm_up);
-            }
+    for (round, index) in in_turn(rounds + warm_up, columns.len()) {
+        let column = &mut columns[index];
+        if !column.attempts.given_up() {
+            measure(column, args.requests, &scratch.0, round >= warm_up);
         }
     }
 
@@ -198,14 +194,15 @@ pub(crate) fn api(args: &Api) -> anyhow::Result<ExitCode> {
                 let samples: serde_json::Map<_, _> = column.samples.iter()
                     .map(|(row, samples)| (row.names().0.into(), json!(samples)))
                     .collect();
-                json!({"name": column.vmm.name, "version": column.vmm.version, "samples": samples, "failures": column.failures})
+                json!({"name": column.vmm.name, "version": column.vmm.version, "samples": samples, "failures": column.attempts.failures})
             }).collect::<Vec<_>>(),
         });
         fs::write(file, format!("{all:#}\n"))
             .with_context(|| format!("cannot write {}", file.display()))?;
     }
     // Peers may fail as they like; ours may not.
-    let failed = |column: &Column| column.vmm.kind == Kind::Alveole && !column.failures.is_empty();
+    let failed =
+        |column: &Column| column.vmm.kind == Kind::Alveole && !column.attempts.failures.is_empty();
     Ok(if columns.iter().any(failed) {
         eprintln!("alveole-bench: our own API failed");
         ExitCode::FAILURE
@@ -222,14 +219,13 @@ fn guest() -> Vec<u8> {
 
 fn measure(column: &mut Column, requests: u32, scratch: &Path, counts: bool) {
     let mut samples = Vec::new();
-    match one_life(&column.vmm, requests, scratch, &mut samples) {
-        Ok(()) => column.failed_in_a_row = 0,
-        Err(error) => {
-            eprintln!("alveole-bench: {} FAILED: {error:#}", column.vmm.name);
-            column.failures.push(format!("{error:#}"));
-            column.failed_in_a_row += 1;
-        }
+    let outcome = one_life(&column.vmm, requests, scratch, &mut samples);
+    if let Err(error) = &outcome {
+        eprintln!("alveole-bench: {} FAILED: {error:#}", column.vmm.name);
     }
+    column
+        .attempts
+        .note(outcome.map_err(|error| format!("{error:#}")));
     if counts {
         for (row, time) in samples {
             column.samples.entry(row).or_default().push(micros(time));
@@ -447,7 +443,7 @@ fn markdown(lines: &[String], missing: &[String], columns: &[Column]) -> String 
     text += "\nIn brackets behind a range: times ours.\n\n";
     text += &aims(columns);
     for column in columns {
-        for failure in &column.failures {
+        for failure in &column.attempts.failures {
             text += &format!("- {} failed: {failure}\n", column.vmm.name);
         }
     }
@@ -508,8 +504,7 @@ mod tests {
                     (Row::Ready, vec![ready]),
                     (Row::GetInstance, vec![10.0]),
                 ]),
-                failures: Vec::new(),
-                failed_in_a_row: 0,
+                attempts: Attempts::new(MOST_FAILURES),
             }
         };
         let text = markdown(

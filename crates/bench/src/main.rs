@@ -4,6 +4,8 @@
 //! measured and finds the guest kernel. It does not know how either is done.
 
 mod api;
+mod attempts;
+mod cells;
 mod cpio;
 mod disk;
 mod guest;

@@ -86,7 +86,7 @@ impl Plan {
             for place in 0..columns.len() {
                 let index = (round + place) % columns.len();
                 let column = &mut columns[index];
-                if column.given_up() || (look == Look::Metrics && !column.is_ours()) {
+                if column.attempts.given_up() || (look == Look::Metrics && !column.is_ours()) {
                     continue;
                 }
                 let outcome = match self.look(column, look) {
@@ -106,7 +106,9 @@ impl Plan {
                         column.vmm.name
                     );
                 }
-                column.note(outcome.map_err(|what| format!("{look:?}: {what}")));
+                column
+                    .attempts
+                    .note(outcome.map_err(|what| format!("{look:?}: {what}")));
             }
         }
     }

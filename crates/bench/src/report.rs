@@ -74,7 +74,13 @@ impl Report<'_> {
             });
             row(text, measure.names().1, cells);
         }
-        let failed = |column: &Column| format!("{} of {}", column.failures.len(), column.attempts);
+        let failed = |column: &Column| {
+            format!(
+                "{} of {}",
+                column.attempts.failures.len(),
+                column.attempts.count
+            )
+        };
         row(text, "failed runs", self.columns.iter().map(failed));
     }
 
@@ -167,7 +173,13 @@ impl Report<'_> {
         let all: Vec<_> = self
             .columns
             .iter()
-            .flat_map(|column| column.failures.iter().map(|what| (&column.vmm.name, what)))
+            .flat_map(|column| {
+                column
+                    .attempts
+                    .failures
+                    .iter()
+                    .map(|what| (&column.vmm.name, what))
+            })
             .collect();
         if all.is_empty() {
             return;
@@ -179,7 +191,11 @@ impl Report<'_> {
         if all.len() > MOST_FAILURES {
             let _ = writeln!(text, "- and {} more", all.len() - MOST_FAILURES);
         }
-        for column in self.columns.iter().filter(|column| column.given_up()) {
+        for column in self
+            .columns
+            .iter()
+            .filter(|column| column.attempts.given_up())
+        {
             let _ = writeln!(text, "- **{} was given up after these**", column.vmm.name);
         }
     }
@@ -197,7 +213,7 @@ impl Report<'_> {
                     .collect();
                 let vmm = json!({
                     "version": column.vmm.version, "samples": samples, "exits": column.exits,
-                    "attempts": column.attempts, "failures": column.failures,
+                    "attempts": column.attempts.count, "failures": column.attempts.failures,
                 });
                 (column.vmm.name.clone(), vmm)
             })
@@ -254,7 +270,7 @@ mod tests {
             Kind::Firecracker,
             &[(Measure::FirstRun, &[20.0]), (Measure::InitFast, &[100.0])],
         );
-        peer.note(Err("Times(Fast): time-out".into()));
+        peer.attempts.note(Err("Times(Fast): time-out".into()));
         let (text, json) = report(&[ours, peer]);
         for want in [
             "| | alveole | firecracker |",

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::attempts::Attempts;
 use crate::stats::{Summary, summarize};
 use crate::vmm::{Kind, Vmm};
 
@@ -93,9 +94,7 @@ pub(crate) struct Column {
     pub(crate) samples: BTreeMap<Measure, Vec<f64>>,
     /// How often each exit was made, by name, in each run that was counted.
     pub(crate) exits: BTreeMap<String, Vec<f64>>,
-    pub(crate) attempts: u32,
-    pub(crate) failures: Vec<String>,
-    in_a_row: u32,
+    pub(crate) attempts: Attempts,
 }
 
 /// After so many failures in a row, a VMM is left alone: each may cost a whole time-out.
@@ -107,30 +106,12 @@ impl Column {
             vmm,
             samples: BTreeMap::new(),
             exits: BTreeMap::new(),
-            attempts: 0,
-            failures: Vec::new(),
-            in_a_row: 0,
+            attempts: Attempts::new(MOST_FAILURES_IN_A_ROW),
         }
     }
 
     pub(crate) fn is_ours(&self) -> bool {
         self.vmm.kind == Kind::Alveole
-    }
-
-    pub(crate) fn given_up(&self) -> bool {
-        self.in_a_row >= MOST_FAILURES_IN_A_ROW
-    }
-
-    /// Notes how a run went.
-    pub(crate) fn note(&mut self, outcome: Result<(), String>) {
-        self.attempts += 1;
-        match outcome {
-            Ok(()) => self.in_a_row = 0,
-            Err(what) => {
-                self.in_a_row += 1;
-                self.failures.push(what);
-            }
-        }
     }
 
     pub(crate) fn add(&mut self, measure: Measure, sample: f64) {
@@ -187,14 +168,14 @@ pub(crate) mod tests {
     #[test]
     fn three_failures_in_a_row_are_enough() {
         let mut c = column(Kind::Qemu, &[]);
-        c.note(Err("a".into()));
-        c.note(Err("b".into()));
-        c.note(Ok(()));
-        c.note(Err("c".into()));
-        assert!(!c.given_up());
-        c.note(Err("d".into()));
-        c.note(Err("e".into()));
-        assert!(c.given_up());
-        assert_eq!((c.attempts, c.failures.len()), (6, 5));
+        c.attempts.note(Err("a".into()));
+        c.attempts.note(Err("b".into()));
+        c.attempts.note(Ok(()));
+        c.attempts.note(Err("c".into()));
+        assert!(!c.attempts.given_up());
+        c.attempts.note(Err("d".into()));
+        c.attempts.note(Err("e".into()));
+        assert!(c.attempts.given_up());
+        assert_eq!((c.attempts.count, c.attempts.failures.len()), (6, 5));
     }
 }

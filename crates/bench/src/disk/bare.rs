@@ -8,11 +8,11 @@ use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use serde_json::{Value, json};
 
-use super::cell::MARK;
-use crate::stats::{Summary, cell, figure, summarize};
+use crate::cells::{calls_cells, count_calls, output};
+use crate::stats::{Summary, cell, summarize};
 
 /// Requests while system calls are counted: each call stops the device.
 const TRACED_REQUESTS: u64 = 20_000;
@@ -97,7 +97,7 @@ impl Row {
         command.args(["--requests", &requests.to_string()]);
         output(&mut command)?;
         let text = std::fs::read_to_string(&file)?;
-        let calls = count_calls(&text)?;
+        let calls = count_calls(&text, |thread, driver| thread != driver)?;
         let each = |(name, count): (String, u64)| (name, count as f64 / requests as f64);
         self.calls = Some(calls.into_iter().map(each).collect());
         Ok(())
@@ -115,38 +115,6 @@ impl Row {
         };
         format!("{}, {threads}, QD{}", self.store, self.depth)
     }
-}
-
-fn output(command: &mut Command) -> anyhow::Result<String> {
-    let said = command.output().context("cannot start a cell")?;
-    if !said.status.success() {
-        let errors = String::from_utf8_lossy(&said.stderr);
-        let last = errors.trim().lines().last().unwrap_or_default();
-        bail!("{}: {last}", said.status);
-    }
-    Ok(String::from_utf8_lossy(&said.stdout).into_owned())
-}
-
-/// Calls between the two marks in the output of `strace -f`, but for those of the thread that marked.
-fn count_calls(trace: &str) -> anyhow::Result<BTreeMap<String, u64>> {
-    let is_mark = |line: &&str| line.contains(MARK);
-    let driver = trace.lines().find(is_mark).context("strace saw no mark")?;
-    let (driver, _) = driver.split_once(' ').context("no thread")?;
-    let mut calls = BTreeMap::new();
-    let lines = trace.lines().skip_while(|line| !is_mark(line)).skip(1);
-    for line in lines.take_while(|line| !is_mark(line)) {
-        let Some((thread, call)) = line.split_once(' ') else {
-            continue;
-        };
-        let Some((name, _)) = call.trim_start().split_once('(') else {
-            continue;
-        };
-        // Neither the second half of a call nor a signal.
-        if thread != driver && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
-            *calls.entry(name.to_owned()).or_default() += 1;
-        }
-    }
-    Ok(calls)
 }
 
 /// Takes all samples.
@@ -210,14 +178,7 @@ pub(super) fn markdown(rows: &[Row]) -> String {
             row.summary(name)
                 .map_or("–".to_owned(), |summary| cell(summary, None))
         };
-        let (calls, which) = match &row.calls {
-            Some(calls) => {
-                let each = calls.iter().filter(|(_, count)| **count >= 0.005);
-                let each: Vec<_> = each.map(|(name, n)| format!("{name} {n:.2}")).collect();
-                (figure(calls.values().sum()), each.join(", "))
-            }
-            None => ("–".to_owned(), String::new()),
-        };
+        let (calls, which) = calls_cells(row.calls.as_ref());
         let _ = writeln!(
             text,
             "| {} | {} | {} | {} | {calls} | {which} |",
@@ -244,20 +205,6 @@ pub(super) fn json(rows: &[Row]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_the_devices_calls_between_the_marks_count() {
-        let trace = format!(
-            "10 write(3, \"\") = 8\n11 read(4, \"\", 8) = 8\n10 statx(AT_FDCWD, \"{MARK}\") = -1\n\
-             11  read(4, \"\", 8) = 8\n10 write(3, \"\") = 8\n11 epoll_wait(5 <unfinished ...>\n\
-             11 <... epoll_wait resumed>) = 1\n11 --- SIGCHLD (x) ---\n11 read(4, \"\", 8) = 8\n\
-             10 statx(AT_FDCWD, \"{MARK}\") = -1\n11 close(3) = 0\n"
-        );
-        let calls = count_calls(&trace).unwrap();
-        let want = [("epoll_wait".to_owned(), 1), ("read".to_owned(), 2)];
-        assert_eq!(calls, BTreeMap::from(want));
-        assert!(count_calls("10 write(3)").is_err());
-    }
 
     #[test]
     fn rows_have_titles() {

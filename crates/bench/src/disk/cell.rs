@@ -21,10 +21,9 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use super::rings::{RAM_BYTES, Rings, Server, Until};
+use crate::cells::mark;
 
-/// A path that does not exist; looking for it marks a place in a trace.
-pub(crate) const MARK: &str = "/alveole-bench-mark";
+use super::rings::{RAM_BYTES, Rings, Server, Until};
 
 /// No more of the image is used: all of it is in RAM for one store.
 const MOST_BYTES: u64 = 256 << 20;
@@ -173,11 +172,11 @@ pub(crate) fn run(cell: &Cell) -> anyhow::Result<()> {
     rings.run(&Server::Device(&core), Until::Requests(2000))?;
 
     let before = busy_ns()?;
-    let _ = fs::metadata(MARK);
+    mark();
     let start = Instant::now();
     let count = rings.run(&Server::Device(&core), until)?;
     let wall = start.elapsed();
-    let _ = fs::metadata(MARK);
+    mark();
     let after = busy_ns()?;
     // Threads that came and went between the two are missed; the kernel keeps its workers for seconds.
     let cpu: u64 = after

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 
+use crate::attempts::Attempts;
 use crate::machine::{Device, Machine};
 use crate::vmm::{Kind, Vmm};
 
@@ -83,9 +84,7 @@ pub(super) struct Column {
     /// More words for the command line.
     words: Vec<String>,
     pub(super) samples: BTreeMap<(usize, Measure), Vec<f64>>,
-    pub(super) attempts: u32,
-    pub(super) failures: Vec<String>,
-    in_a_row: u32,
+    pub(super) attempts: Attempts,
 }
 
 impl Column {
@@ -98,9 +97,7 @@ impl Column {
             overlay: false,
             words: Vec::new(),
             samples: BTreeMap::new(),
-            attempts: 0,
-            failures: Vec::new(),
-            in_a_row: 0,
+            attempts: Attempts::new(MOST_FAILURES_IN_A_ROW),
         }
     }
 
@@ -110,21 +107,6 @@ impl Column {
 
     pub(super) fn is_peer(&self) -> bool {
         matches!(&self.who, Who::Guest(vmm) if vmm.kind != Kind::Alveole)
-    }
-
-    pub(super) fn given_up(&self) -> bool {
-        self.in_a_row >= MOST_FAILURES_IN_A_ROW
-    }
-
-    pub(super) fn note(&mut self, outcome: Result<(), String>) {
-        self.attempts += 1;
-        match outcome {
-            Ok(()) => self.in_a_row = 0,
-            Err(what) => {
-                self.in_a_row += 1;
-                self.failures.push(what);
-            }
-        }
     }
 }
 

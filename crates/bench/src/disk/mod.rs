@@ -17,11 +17,12 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-pub(crate) use cell::{Cell, MARK, run as run_cell};
+pub(crate) use cell::{Cell, run as run_cell};
 use clap::{Args, ValueEnum};
 use columns::{Column, Who};
 use serde_json::json;
 
+use crate::attempts::in_turn;
 use crate::{host, run, vmm};
 
 /// The command line of every guest; the jobs are added.
@@ -274,38 +275,34 @@ fn find_columns(args: &Disk) -> anyhow::Result<(Vec<Column>, Vec<String>)> {
     Ok((columns, missing))
 }
 
-/// Each round goes over all columns, starting one further along.
 fn run_rounds(plan: &jobs::Plan, columns: &mut [Column], rounds: u32, started: Instant) {
-    for round in 0..rounds as usize {
-        for place in 0..columns.len() {
-            let index = (round + place) % columns.len();
-            let column = &mut columns[index];
-            if column.given_up() {
-                continue;
-            }
-            eprintln!(
-                "alveole-bench: {} s: round {} of {rounds}: {}",
-                started.elapsed().as_secs(),
-                round + 1,
-                column.name
-            );
-            let mut outcome = plan.run(column);
-            if let Err(what) = &outcome
-                && let Who::Guest(vmm) = &mut column.who
-                && vmm.learn(what)
-            {
-                outcome = plan.run(column);
-            }
-            if let Err(what) = &outcome {
-                eprintln!("alveole-bench: {} FAILED: {what}", column.name);
-            }
-            let outcome = outcome.map(|samples| {
-                for (of, value) in samples {
-                    column.samples.entry(of).or_default().push(value);
-                }
-            });
-            column.note(outcome);
+    for (round, index) in in_turn(rounds, columns.len()) {
+        let column = &mut columns[index];
+        if column.attempts.given_up() {
+            continue;
         }
+        eprintln!(
+            "alveole-bench: {} s: round {} of {rounds}: {}",
+            started.elapsed().as_secs(),
+            round + 1,
+            column.name
+        );
+        let mut outcome = plan.run(column);
+        if let Err(what) = &outcome
+            && let Who::Guest(vmm) = &mut column.who
+            && vmm.learn(what)
+        {
+            outcome = plan.run(column);
+        }
+        if let Err(what) = &outcome {
+            eprintln!("alveole-bench: {} FAILED: {what}", column.name);
+        }
+        let outcome = outcome.map(|samples| {
+            for (of, value) in samples {
+                column.samples.entry(of).or_default().push(value);
+            }
+        });
+        column.attempts.note(outcome);
     }
 }
 

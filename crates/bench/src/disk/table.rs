@@ -68,9 +68,9 @@ pub(super) fn markdown(columns: &[Column]) -> String {
             text,
             "- {}: n = {}, {} of {} runs failed",
             column.name,
-            column.attempts as usize - column.failures.len(),
-            column.failures.len(),
-            column.attempts
+            column.attempts.count as usize - column.attempts.failures.len(),
+            column.attempts.failures.len(),
+            column.attempts.count
         );
     }
     aims(&mut text, columns);
@@ -174,7 +174,13 @@ fn factor_is_most(what: &str) -> bool {
 fn failures(text: &mut String, columns: &[Column]) {
     let all: Vec<_> = columns
         .iter()
-        .flat_map(|column| column.failures.iter().map(|what| (&column.name, what)))
+        .flat_map(|column| {
+            column
+                .attempts
+                .failures
+                .iter()
+                .map(|what| (&column.name, what))
+        })
         .collect();
     if all.is_empty() {
         return;
@@ -186,7 +192,7 @@ fn failures(text: &mut String, columns: &[Column]) {
     if all.len() > MOST_FAILURES {
         let _ = writeln!(text, "- and {} more", all.len() - MOST_FAILURES);
     }
-    for column in columns.iter().filter(|column| column.given_up()) {
+    for column in columns.iter().filter(|column| column.attempts.given_up()) {
         let _ = writeln!(text, "- **{} was given up after these**", column.name);
     }
 }
@@ -207,8 +213,8 @@ pub(super) fn json(columns: &[Column]) -> Value {
                 Who::Guest(vmm) => Some(&vmm.version),
             };
             let value = json!({
-                "version": version, "samples": samples, "attempts": column.attempts,
-                "failures": column.failures,
+                "version": version, "samples": samples, "attempts": column.attempts.count,
+                "failures": column.attempts.failures,
             });
             (column.name.clone(), value)
         })
@@ -245,9 +251,12 @@ mod tests {
             column
                 .samples
                 .insert(of, vec![kiops, kiops + 2.0, kiops - 2.0]);
-            column.note(Ok(()));
+            column.attempts.note(Ok(()));
         }
-        all.last_mut().unwrap().note(Err("it broke".into()));
+        all.last_mut()
+            .unwrap()
+            .attempts
+            .note(Err("it broke".into()));
         let text = markdown(&all);
         for want in [
             "| randread-qd32 | 300 [298-302] | 80 [78-82] | 270 [268-272] (0.90x) | – | – | – | 150 [148-152] (0.50x) |",

@@ -8,11 +8,11 @@ use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use serde_json::{Value, json};
 
-use crate::disk::MARK;
-use crate::stats::{cell, figure, summarize};
+use crate::cells::{calls_cells, count_calls, output};
+use crate::stats::{cell, summarize};
 
 /// Frames while system calls are counted: each call stops the device.
 const TRACED_FRAMES: u64 = 5000;
@@ -60,7 +60,7 @@ impl Row {
         let mut command = Command::new("unshare");
         command.arg("-n").args(self.words()?);
         command.args(["--milliseconds", &milliseconds.to_string()]);
-        let said = output(&mut command)?;
+        let said: Value = serde_json::from_str(&output(&mut command)?)?;
         for name in [WALL, CPU] {
             let value = said[name].as_f64().with_context(|| format!("no {name}"))?;
             self.samples.entry(name).or_default().push(value);
@@ -74,45 +74,14 @@ impl Row {
         command.args(["-n", "strace", "-f", "-qq", "-o"]).arg(&file);
         command.args(self.words()?);
         command.args(["--frames", &TRACED_FRAMES.to_string()]);
-        let said = output(&mut command)?;
-        let thread = said["thread"].as_str().context("no thread")?;
+        let said: Value = serde_json::from_str(&output(&mut command)?)?;
+        let device = said["thread"].as_str().context("no thread")?;
         let frames = said["frames"].as_f64().context("no frames")?;
         let text = std::fs::read_to_string(&file)?;
-        let calls = count_calls(&text, thread)?.into_iter();
+        let calls = count_calls(&text, |thread, _| thread == device)?.into_iter();
         self.calls = Some(calls.map(|(name, n)| (name, n as f64 / frames)).collect());
         Ok(())
     }
-}
-
-fn output(command: &mut Command) -> anyhow::Result<Value> {
-    let said = command.output().context("cannot start a cell")?;
-    if !said.status.success() {
-        let errors = String::from_utf8_lossy(&said.stderr);
-        let last = errors.trim().lines().last().unwrap_or_default();
-        bail!("{}: {last}", said.status);
-    }
-    Ok(serde_json::from_slice(&said.stdout)?)
-}
-
-/// Calls of one thread between the two marks in the output of `strace -f`.
-fn count_calls(trace: &str, thread: &str) -> anyhow::Result<BTreeMap<String, u64>> {
-    let is_mark = |line: &&str| line.contains(MARK);
-    trace.lines().find(is_mark).context("strace saw no mark")?;
-    let mut calls = BTreeMap::new();
-    let lines = trace.lines().skip_while(|line| !is_mark(line)).skip(1);
-    for line in lines.take_while(|line| !is_mark(line)) {
-        let Some((id, call)) = line.split_once(' ') else {
-            continue;
-        };
-        let Some((name, _)) = call.trim_start().split_once('(') else {
-            continue;
-        };
-        // Neither the second half of a call nor a signal.
-        if id == thread && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') {
-            *calls.entry(name.to_owned()).or_default() += 1;
-        }
-    }
-    Ok(calls)
 }
 
 fn rows(only: &[String]) -> Vec<Row> {
@@ -186,14 +155,7 @@ pub(super) fn markdown(rows: &[Row]) -> String {
             let samples = row.samples.get(name).and_then(|all| summarize(all));
             samples.map_or("–".to_owned(), |summary| cell(summary, None))
         };
-        let (calls, which) = match &row.calls {
-            Some(calls) => {
-                let each = calls.iter().filter(|(_, count)| **count >= 0.005);
-                let each: Vec<_> = each.map(|(name, n)| format!("{name} {n:.2}")).collect();
-                (figure(calls.values().sum()), each.join(", "))
-            }
-            None => ("–".to_owned(), String::new()),
-        };
+        let (calls, which) = calls_cells(row.calls.as_ref());
         let _ = writeln!(
             text,
             "| {} | {} | {} | {calls} | {which} |",
@@ -218,18 +180,6 @@ pub(super) fn json(rows: &[Row]) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_the_devices_calls_between_the_marks_count() {
-        let trace = format!(
-            "10 writev(3) = 8\n9 statx(AT_FDCWD, \"{MARK}\") = -1\n10  readv(4) = 8\n11 writev(3) = 8\n\
-             10 epoll_wait(5 <unfinished ...>\n10 <... epoll_wait resumed>) = 1\n10 --- SIGCHLD (x) ---\n\
-             9 statx(AT_FDCWD, \"{MARK}\") = -1\n10 close(3) = 0\n"
-        );
-        let want = [("epoll_wait".to_owned(), 1), ("readv".to_owned(), 1)];
-        assert_eq!(count_calls(&trace, "10").unwrap(), BTreeMap::from(want));
-        assert!(count_calls("10 write(3)", "10").is_err());
-    }
 
     #[test]
     fn rows_have_titles() {

@@ -23,6 +23,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 use table::Column;
 
+use crate::attempts::in_turn;
 use crate::vmm::Kind;
 use crate::{host, run, vmm};
 
@@ -207,25 +208,21 @@ fn plan(args: &Net, scratch: &Path, in_lab: bool) -> anyhow::Result<jobs::Plan> 
     })
 }
 
-/// Each round goes over all columns, starting one further along.
 fn run_rounds(plan: &jobs::Plan, columns: &mut [Column], rounds: u32) -> anyhow::Result<()> {
     let started = Instant::now();
     let tap = tap::Tap::make()?;
-    for round in 0..rounds as usize {
-        for place in 0..columns.len() {
-            let index = (round + place) % columns.len();
-            let column = &mut columns[index];
-            if column.given_up() {
-                continue;
-            }
-            eprintln!(
-                "alveole-bench: {} s: round {} of {rounds}: {}",
-                started.elapsed().as_secs(),
-                round + 1,
-                column.name
-            );
-            measure(plan, &tap, column);
+    for (round, index) in in_turn(rounds, columns.len()) {
+        let column = &mut columns[index];
+        if column.attempts.given_up() {
+            continue;
         }
+        eprintln!(
+            "alveole-bench: {} s: round {} of {rounds}: {}",
+            started.elapsed().as_secs(),
+            round + 1,
+            column.name
+        );
+        measure(plan, &tap, column);
     }
     Ok(())
 }
@@ -244,5 +241,5 @@ fn measure(plan: &jobs::Plan, tap: &tap::Tap, column: &mut Column) {
     for (row, value) in samples {
         column.samples.entry(row).or_default().push(value);
     }
-    column.note(outcome);
+    column.attempts.note(outcome);
 }

@@ -8,6 +8,7 @@ use std::fmt::Write;
 use serde_json::{Map, Value, json};
 
 use super::jobs::{JOBS, Measure};
+use crate::attempts::Attempts;
 use crate::stats::{Summary, cell, figure, summarize};
 use crate::vmm::{Kind, Vmm};
 
@@ -53,9 +54,7 @@ pub(super) struct Column {
     /// More words for the command line.
     pub(super) words: Vec<String>,
     pub(super) samples: BTreeMap<(usize, Measure), Vec<f64>>,
-    attempts: u32,
-    failures: Vec<String>,
-    in_a_row: u32,
+    pub(super) attempts: Attempts,
 }
 
 /// All columns: ours by PCI and by MMIO, ours and QEMU with vhost as well where the host has it, others as they are. In a
@@ -70,9 +69,7 @@ pub(super) fn columns(vmms: Vec<Vmm>, options: &[String], vhost: bool, smoke: bo
                 vhost,
                 words: words.iter().map(|word| (*word).to_owned()).collect(),
                 samples: BTreeMap::new(),
-                attempts: 0,
-                failures: Vec::new(),
-                in_a_row: 0,
+                attempts: Attempts::new(MOST_FAILURES_IN_A_ROW),
             });
         };
         match vmm.kind {
@@ -100,21 +97,6 @@ pub(super) fn columns(vmms: Vec<Vmm>, options: &[String], vhost: bool, smoke: bo
 }
 
 impl Column {
-    pub(super) fn given_up(&self) -> bool {
-        self.in_a_row >= MOST_FAILURES_IN_A_ROW
-    }
-
-    pub(super) fn note(&mut self, outcome: Result<(), String>) {
-        self.attempts += 1;
-        match outcome {
-            Ok(()) => self.in_a_row = 0,
-            Err(what) => {
-                self.in_a_row += 1;
-                self.failures.push(what);
-            }
-        }
-    }
-
     fn summary(&self, of: (usize, Measure)) -> Option<Summary> {
         summarize(self.samples.get(&of)?)
     }
@@ -162,10 +144,10 @@ pub(super) fn markdown(columns: &[Column]) -> String {
             "- {}: {}; {} of {} runs failed",
             column.name,
             column.vmm.version,
-            column.failures.len(),
-            column.attempts
+            column.attempts.failures.len(),
+            column.attempts.count
         );
-        for what in column.failures.iter().take(2) {
+        for what in column.attempts.failures.iter().take(2) {
             let _ = writeln!(text, "  - {what}");
         }
     }
@@ -232,8 +214,8 @@ pub(super) fn json(columns: &[Column]) -> Value {
                 of_job[measure.names().0] = json!(values);
             }
             let value = json!({
-                "version": column.vmm.version, "samples": samples, "attempts": column.attempts,
-                "failures": column.failures,
+                "version": column.vmm.version, "samples": samples, "attempts": column.attempts.count,
+                "failures": column.attempts.failures,
             });
             (column.name.clone(), value)
         })
@@ -271,9 +253,9 @@ mod tests {
             let column = all.iter_mut().find(|c| c.name == name).unwrap();
             column.samples.insert((0, Measure::Median), vec![ping]);
             column.samples.insert((1, Measure::GigaBits), vec![tcp]);
-            column.note(Ok(()));
+            column.attempts.note(Ok(()));
         }
-        all[4].note(Err("it broke".into()));
+        all[4].attempts.note(Err("it broke".into()));
         let text = markdown(&all);
         for want in [
             "| ping | 200 | – | – | – | 300 (1.50x) | – | – | 240 (1.20x) |",
