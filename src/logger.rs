@@ -47,19 +47,7 @@ pub(crate) fn counts() -> (u64, u64) {
     (count(&LOGGER.all_lost), count(&LOGGER.all_left_out))
 }
 
-static LOGGER: Logger = Logger {
-    settings: RwLock::new(Settings {
-        file: None,
-        id: String::new(),
-        show_level: false,
-        show_origin: false,
-        module: None,
-    }),
-    lost_lines: AtomicU64::new(0),
-    limit: Mutex::new(LogLimit::new()),
-    all_lost: AtomicU64::new(0),
-    all_left_out: AtomicU64::new(0),
-};
+static LOGGER: Logger = Logger::new();
 
 /// Starts logging, to standard error, by this name of the machine.
 pub(crate) fn start(id: &str) {
@@ -176,6 +164,23 @@ impl Log for Logger {
 }
 
 impl Logger {
+    /// To standard error, of a machine without a name.
+    const fn new() -> Self {
+        Self {
+            settings: RwLock::new(Settings {
+                file: None,
+                id: String::new(),
+                show_level: false,
+                show_origin: false,
+                module: None,
+            }),
+            lost_lines: AtomicU64::new(0),
+            limit: Mutex::new(LogLimit::new()),
+            all_lost: AtomicU64::new(0),
+            all_left_out: AtomicU64::new(0),
+        }
+    }
+
     /// Whether a line may be written, and how many of its place were left out before it.
     fn may_write(&self, record: &Record<'_>) -> Option<u64> {
         let (Some(file), Some(line)) = (record.file_static(), record.line()) else {
@@ -312,19 +317,8 @@ mod tests {
     #[test]
     fn a_place_that_complains_for_ever_is_left_out() {
         let path = std::env::temp_dir().join(format!("alveole-log-{}", std::process::id()));
-        let logger = Logger {
-            settings: RwLock::new(Settings {
-                file: Some(open(&path).unwrap()),
-                id: "vm".into(),
-                show_level: false,
-                show_origin: false,
-                module: None,
-            }),
-            lost_lines: AtomicU64::new(0),
-            limit: Mutex::new(LogLimit::new()),
-            all_lost: AtomicU64::new(0),
-            all_left_out: AtomicU64::new(0),
-        };
+        let logger = Logger::new();
+        logger.write().file = Some(open(&path).unwrap());
         let say = |target: &str, times: u32| {
             for _ in 0..times {
                 let mut record = Record::builder();

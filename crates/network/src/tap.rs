@@ -35,6 +35,34 @@ struct Request {
 
 /// Makes a tap with virtio headers and one descriptor for each queue. It goes with its last descriptor.
 pub(crate) fn make(name: &InterfaceName, queues: u16, owner: u32) -> Result<Vec<OwnedFd>, Error> {
+    all(queues, || {
+        let file = open(TUN, name.as_str())?;
+        set(&file, TUNSETOWNER, owner)?;
+        Ok(file)
+    })?
+    .map_err(|e| match e.raw_os_error() {
+        Some(libc::EBUSY | libc::EEXIST) => Error::conflict(
+            name,
+            format!("the tap '{name}' is in use by another process"),
+        ),
+        Some(libc::ENOENT | libc::ENODEV) => {
+            Error::kernel(format!("make the tap {name}: {TUN} (modprobe tun)"), e)
+        }
+        _ => Error::kernel(format!("make the tap {name}"), e),
+    })
+}
+
+/// Opens the queues of a macvtap, which has a device node of its own.
+pub(crate) fn open_macvtap(index: u32, queues: u16) -> Result<Vec<OwnedFd>, Error> {
+    let path = format!("/dev/tap{index}");
+    all(queues, || open(&path, ""))?.map_err(|e| Error::file("open the macvtap", &path, e))
+}
+
+/// All queues, or why they are not to be had; the outer error: there cannot be so many.
+fn all(
+    queues: u16,
+    open: impl Fn() -> io::Result<File>,
+) -> Result<io::Result<Vec<OwnedFd>>, Error> {
     if queues == 0 || queues > MOST_QUEUES {
         return Err(Error::word(
             "number of queues",
@@ -42,35 +70,22 @@ pub(crate) fn make(name: &InterfaceName, queues: u16, owner: u32) -> Result<Vec<
             format!("it is 1 to {MOST_QUEUES}"),
         ));
     }
-    let mut files = Vec::new();
-    for _ in 0..queues {
-        files.push(open(name, owner).map_err(|e| match e.raw_os_error() {
-            Some(libc::EBUSY | libc::EEXIST) => Error::conflict(
-                name,
-                format!("the tap '{name}' is in use by another process"),
-            ),
-            Some(libc::ENOENT | libc::ENODEV) => {
-                Error::kernel(format!("make the tap {name}: {TUN} (modprobe tun)"), e)
-            }
-            _ => Error::kernel(format!("make the tap {name}"), e),
-        })?);
-    }
-    Ok(files.into_iter().map(OwnedFd::from).collect())
+    Ok((0..queues).map(|_| open().map(OwnedFd::from)).collect())
 }
 
-fn open(name: &InterfaceName, owner: u32) -> io::Result<File> {
-    let file = OpenOptions::new().read(true).write(true).open(TUN)?;
+/// One queue by its node: of the tap `name`, which is made if need be; a macvtap's node says which it is.
+fn open(node: &str, name: &str) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).write(true).open(node)?;
     let mut request = Request {
         name: [0; 16],
         // Multi-queue even for one, so that whoever opens it by name need not ask.
         flags: IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE,
         rest: [0; 22],
     };
-    request.name[..name.as_str().len()].copy_from_slice(name.as_str().as_bytes());
+    request.name[..name.len()].copy_from_slice(name.as_bytes());
     // SAFETY: the descriptor is open, and TUNSETIFF reads and writes a `struct ifreq`, which `request` is in size
     // and layout.
     check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) })?;
-    set(&file, TUNSETOWNER, owner)?;
     let mut length: libc::c_int = VNET_HEADER_BYTES;
     // SAFETY: the descriptor is open, and TUNSETVNETHDRSZ reads an `int`.
     check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ, &raw mut length) })?;
@@ -93,39 +108,4 @@ fn check(result: libc::c_int) -> io::Result<()> {
     } else {
         Ok(())
     }
-}
-
-/// Opens the queues of a macvtap, which has a device node of its own.
-pub(crate) fn open_macvtap(index: u32, queues: u16) -> Result<Vec<OwnedFd>, Error> {
-    if queues == 0 || queues > MOST_QUEUES {
-        return Err(Error::word(
-            "number of queues",
-            &queues.to_string(),
-            format!("it is 1 to {MOST_QUEUES}"),
-        ));
-    }
-    let path = format!("/dev/tap{index}");
-    let failed = |e| Error::file("open the macvtap", &path, e);
-    let mut files = Vec::new();
-    for _ in 0..queues {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(failed)?;
-        let mut request = Request {
-            name: [0; 16],
-            flags: IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE,
-            rest: [0; 22],
-        };
-        // SAFETY: the descriptor is open, and TUNSETIFF reads a `struct ifreq`, which `request` is in size and layout.
-        check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) })
-            .map_err(failed)?;
-        let mut length: libc::c_int = VNET_HEADER_BYTES;
-        // SAFETY: the descriptor is open, and TUNSETVNETHDRSZ reads an `int`.
-        check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ, &raw mut length) })
-            .map_err(failed)?;
-        files.push(file.into());
-    }
-    Ok(files)
 }
