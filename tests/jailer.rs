@@ -4,6 +4,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
 mod api_client;
+#[path = "../crates/jailer/tests/cgroups/mod.rs"]
+mod cgroups;
 #[path = "tiny_guest/code.rs"]
 mod code;
 #[expect(dead_code, unused_imports, reason = "tests/guest.rs uses the rest")]
@@ -18,6 +20,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use cgroups::controller;
 use harness::images::{ext4, output, root_files};
 use harness::{Vm, is_root, patience, skip};
 use nix::sched::{CloneFlags, unshare};
@@ -513,21 +516,6 @@ impl Drop for Namespace {
             .args(["netns", "delete", &self.0])
             .status();
     }
-}
-
-/// Where this controller is: version, folder.
-fn controller(name: &str) -> Option<(u32, PathBuf)> {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let lines = || mounts.lines().map(|l| l.split(' ').collect::<Vec<_>>());
-    let v1 = lines().find(|l| l[2] == "cgroup" && l[3].split(',').any(|o| o == name));
-    if let Some(line) = v1 {
-        return Some((1, line[1].into()));
-    }
-    let v2 = lines().find(|l| l[2] == "cgroup2")?;
-    let has = fs::read_to_string(format!("{}/cgroup.controllers", v2[1])).unwrap();
-    has.split_whitespace()
-        .any(|c| c == name)
-        .then(|| (2, v2[1].into()))
 }
 
 #[test]

@@ -32,6 +32,13 @@ pub(super) fn tap(mtu: u32) -> Option<()> {
     tap_with(mtu, "")
 }
 
+/// Runs `ip` with these words.
+#[track_caller]
+pub(super) fn ip(words: &str) {
+    let words: Vec<_> = words.split(' ').collect();
+    output("ip", &words);
+}
+
 /// As [`tap`], made with these flags of `ip tuntap` as well.
 #[track_caller]
 pub(super) fn tap_with(mtu: u32, flags: &str) -> Option<()> {
@@ -47,8 +54,7 @@ pub(super) fn tap_with(mtu: u32, flags: &str) -> Option<()> {
         format!("address add {HOST}/24 dev tap0"),
         format!("address add {HOST6}/64 dev tap0 nodad"),
     ] {
-        let words: Vec<_> = words.split(' ').collect();
-        output("ip", &words);
+        ip(&words);
     }
     Some(())
 }
@@ -251,8 +257,7 @@ fn two_guests_on_one_bridge_reach_each_other() {
         "tuntap add dev tap1 mode tap vnet_hdr",
         "link set dev tap1 master br0 up",
     ] {
-        let words: Vec<_> = words.split(' ').collect();
-        output("ip", &words);
+        ip(words);
     }
     let other_dir = TempDir::new().unwrap();
     let (Some(mut serving), Some(vm)) = (

@@ -463,6 +463,20 @@ fn connect(address: &str) -> TcpStream {
     }
 }
 
+/// The guest's address on its first interface.
+fn address4(guest: &mut Running) -> String {
+    guest
+        .ask("ip addr show eth0 | sed -n 's/.*inet \\([^/]*\\).*/\\1/p'")
+        .1
+}
+
+/// The same of the world's sort.
+fn address6(guest: &mut Running) -> String {
+    guest
+        .ask("ip -6 addr show eth0 scope global | sed -n 's/.*inet6 \\([^/]*\\).*/\\1/p'")
+        .1
+}
+
 #[test]
 fn a_user_without_rights_has_a_network() {
     user_mode(HOST);
@@ -649,21 +663,8 @@ fn three_tiers_talk_as_their_file_says() {
     serve(&mut web, "web", &[80, 8080]);
     serve(&mut app, "app", &[80, 8080]);
     serve(&mut data, "data", &[5432, 6379, 8080]);
-    let app6 = app
-        .ask("ip -6 addr show eth0 scope global | sed -n 's/.*inet6 \\([^/]*\\).*/\\1/p'")
-        .1;
-    let data6 = data
-        .ask("ip -6 addr show eth0 scope global | sed -n 's/.*inet6 \\([^/]*\\).*/\\1/p'")
-        .1;
-    let app4 = app
-        .ask("ip addr show eth0 | sed -n 's/.*inet \\([^/]*\\).*/\\1/p'")
-        .1;
-    let web4 = web
-        .ask("ip addr show eth0 | sed -n 's/.*inet \\([^/]*\\).*/\\1/p'")
-        .1;
-    let data4 = data
-        .ask("ip addr show eth0 | sed -n 's/.*inet \\([^/]*\\).*/\\1/p'")
-        .1;
+    let (app6, data6) = (address6(&mut app), address6(&mut data));
+    let (app4, web4, data4) = (address4(&mut app), address4(&mut web), address4(&mut data));
     assert!(
         app4.starts_with("10.31.20.")
             && web4.starts_with("10.31.10.")

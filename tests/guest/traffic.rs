@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::network::{HOST, LONG, boot, connect, pattern, prepared_with, sha256, tap};
+use super::network::{HOST, LONG, boot, connect, ip, pattern, prepared_with, sha256, tap};
 use super::vhost::has_vhost;
 use crate::harness::images::{add_program, ext4, output, root_files};
 use crate::harness::{Vm, skip};
@@ -168,8 +168,7 @@ fn a_guest_that_takes_nothing_harms_nobody() {
         "address add 10.78.0.1/24 dev tap1",
         "neighbor replace 10.77.0.2 lladdr 02:77:00:00:00:02 dev tap0 nud permanent",
     ] {
-        let words: Vec<_> = words.split(' ').collect();
-        output("ip", &words);
+        ip(words);
     }
     let before = left();
     let script = format!(

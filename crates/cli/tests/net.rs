@@ -2,23 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
-use std::io::Write;
+mod support;
+
 use std::process::Command;
 
-const ALVEOLE: &str = env!("CARGO_BIN_EXE_alveole");
+use support::{in_namespaces, skip};
 
-fn skip(test: &str, why: &str) {
-    let line = format!("SKIPPED {test}: {why}\n");
-    let _ = std::io::stderr().write_all(line.as_bytes());
-    if let Some(path) = std::env::var_os("ALVEOLE_SKIP_LOG") {
-        let log = std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(path);
-        log.and_then(|mut log| log.write_all(line.as_bytes()))
-            .unwrap();
-    }
-}
+const ALVEOLE: &str = env!("CARGO_BIN_EXE_alveole");
 
 /// Exit status, standard output, standard error.
 fn net(state: &std::path::Path, words: &str) -> (Option<i32>, String, String) {
@@ -78,23 +68,9 @@ fn nothing_is_shown_as_nothing() {
 #[test]
 fn a_network_from_create_to_rm() {
     const TEST: &str = "a_network_from_create_to_rm";
-    let works = |words: &[&str]| {
-        Command::new("unshare")
-            .args(words)
-            .output()
-            .is_ok_and(|o| o.status.success())
+    let Some(mut separate) = in_namespaces(TEST) else {
+        return;
     };
-    let separate = [
-        "--net",
-        "--mount",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        "--mount-proc",
-    ];
-    if !works(&[&separate[..], &["true"]].concat()) {
-        return skip(TEST, "only root can make network namespaces");
-    }
     if !std::path::Path::new("/usr/sbin/nft").exists()
         || !std::path::Path::new("/usr/sbin/dnsmasq").exists()
     {
@@ -126,8 +102,7 @@ fn a_network_from_create_to_rm() {
         net ls
         ! nft list table inet alveole 2>/dev/null
         echo all done";
-    let done = Command::new("unshare")
-        .args(separate)
+    let done = separate
         .args(["bash", "-c", script])
         .env("ALVEOLE", ALVEOLE)
         .env("STATE", folder.path())

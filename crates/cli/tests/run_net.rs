@@ -2,12 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
+mod support;
+
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use alveole_vm_config::{LinkKind, VmConfig};
+
+use support::{in_namespaces, skip};
 
 const ALVEOLE: &str = env!("CARGO_BIN_EXE_alveole");
 
@@ -82,16 +85,6 @@ impl Run {
 
 fn stand_in() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake-program")
-}
-
-fn skip(test: &str, why: &str) {
-    let line = format!("SKIPPED {test}: {why}\n");
-    let _ = std::io::stderr().write_all(line.as_bytes());
-    if let Some(path) = std::env::var_os("ALVEOLE_SKIP_LOG") {
-        let log = fs::File::options().create(true).append(true).open(path);
-        log.and_then(|mut log| log.write_all(line.as_bytes()))
-            .unwrap();
-    }
 }
 
 fn is_root() -> bool {
@@ -321,21 +314,9 @@ fn an_unknown_network_is_named_with_where_to_look() {
 #[test]
 fn a_vm_has_its_place_on_a_network_as_long_as_it_runs() {
     const TEST: &str = "a_vm_has_its_place_on_a_network_as_long_as_it_runs";
-    let separate = [
-        "--net",
-        "--mount",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        "--mount-proc",
-    ];
-    let works = |words: &[&str]| {
-        let done = Command::new("unshare").args(words).output();
-        done.is_ok_and(|o| o.status.success())
+    let Some(mut separate) = in_namespaces(TEST) else {
+        return;
     };
-    if !works(&[&separate[..], &["true"]].concat()) {
-        return skip(TEST, "only root can make network namespaces");
-    }
     if !["/usr/sbin/nft", "/usr/sbin/dnsmasq", "/dev/net/tun"]
         .iter()
         .all(|file| Path::new(file).exists())
@@ -382,8 +363,7 @@ fn a_vm_has_its_place_on_a_network_as_long_as_it_runs() {
     for sub in ["a", "b"] {
         fs::create_dir(folder.path().join(sub)).unwrap();
     }
-    let done = Command::new("unshare")
-        .args(separate)
+    let done = separate
         .args(["bash", "-c", script])
         .env("ALVEOLE", ALVEOLE)
         .env("ALVEOLE_VMM", stand_in())

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
+mod cgroups;
+
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Write;
@@ -11,6 +13,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use cgroups::controller;
 use tempfile::TempDir;
 
 /// The jailer stands in for the program as well: it is static, and it ends at once when it is started in a jail, since
@@ -500,21 +503,6 @@ fn numbers_beyond_their_edges() {
                 .is_empty()
         );
     }
-}
-
-/// Where this controller is: version, folder.
-fn controller(name: &str) -> Option<(u32, PathBuf)> {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let lines = || mounts.lines().map(|l| l.split(' ').collect::<Vec<_>>());
-    let v1 = lines().find(|l| l[2] == "cgroup" && l[3].split(',').any(|o| o == name));
-    if let Some(line) = v1 {
-        return Some((1, line[1].into()));
-    }
-    let v2 = lines().find(|l| l[2] == "cgroup2")?;
-    let has = fs::read_to_string(format!("{}/cgroup.controllers", v2[1])).unwrap();
-    has.split_whitespace()
-        .any(|c| c == name)
-        .then(|| (2, v2[1].into()))
 }
 
 #[test]
