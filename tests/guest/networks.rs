@@ -276,17 +276,20 @@ fn address(guest: &mut Running, name: &str) -> String {
     said
 }
 
-/// Processes `passt` of the user.
+/// Processes `passt` of the user in this test's network namespace: other tests have their own.
 fn passts(user: u32) -> Vec<String> {
     let done = Command::new("ps")
         .args(["-o", "pid=,stat=,comm=", "-u", &user.to_string()])
         .output()
         .unwrap();
     let said = String::from_utf8(done.stdout).unwrap();
+    let namespace = |of: &str| fs::read_link(format!("/proc/{of}/ns/net")).ok();
+    let here = namespace("thread-self");
+    let is_here = |line: &str| line.split_whitespace().next().and_then(namespace) == here;
     // One whose parent has not asked for its end is no process any more.
     let lines = said
         .lines()
-        .filter(|l| l.contains("passt") && !l.contains(" Z"));
+        .filter(|l| l.contains("passt") && !l.contains(" Z") && is_here(l));
     lines.map(str::to_owned).collect()
 }
 
