@@ -9,7 +9,7 @@ use std::process::{Command, exit};
 
 use rustix::io::Errno;
 use rustix::process::{
-    Pid, Resource, Rlimit, Signal, WaitOptions, getpid, getsid, kill_process, setrlimit, setsid,
+    Pid, Resource, Rlimit, Signal, WaitOptions, getpid, kill_process, setrlimit, setsid,
     waitpid,
 };
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
@@ -52,6 +52,13 @@ fn cpu_us() -> u64 {
 fn clock_us(id: ClockId) -> u64 {
     let now = clock_gettime(id);
     now.tv_sec.cast_unsigned() * 1_000_000 + now.tv_nsec.cast_unsigned() / 1000
+}
+
+/// Whether this process is its session's leader.
+fn leads_its_session() -> bool {
+    // Not rustix's getsid: it takes the 0 of a leader outside of this process namespace for impossible.
+    // SAFETY: neither call has a precondition.
+    unsafe { libc::getsid(0) == libc::getpid() }
 }
 
 /// Which process this is after a fork.
@@ -163,7 +170,7 @@ impl Launch<'_> {
             "run the jailer as root; is /proc/sys/user/max_pid_namespaces reached?",
         )?;
         // The end of a session's leader hangs up on all in it, and this process ends soon.
-        let leads = getsid(None).is_ok_and(|session| session == getpid());
+        let leads = leads_its_session();
         let spent_us = spent_us + cpu_us();
         match fork()? {
             Side::Parent(child) => {

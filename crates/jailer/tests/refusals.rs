@@ -175,6 +175,20 @@ fn it_starts_what_stands_in_for_a_program() {
     }
 }
 
+/// As where a container's program is started by its host: the session's leader has no number in there.
+#[test]
+fn its_session_began_outside_of_its_process_namespace() {
+    if no_root("its_session_began_outside_of_its_process_namespace") {
+        return;
+    }
+    let bench = Bench::new();
+    let ended = run(Command::new("unshare")
+        .args(["--pid", "--fork", JAILER])
+        .args(bench.words(&["--new-pid-ns"])));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(bench.root("vm").join("alveole-jailer.pid").exists());
+}
+
 #[test]
 fn names_that_lead_elsewhere() {
     let bench = Bench::new();
