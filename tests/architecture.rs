@@ -22,6 +22,7 @@ const LAYERS: [&[&str]; 6] = [
         "acpi",
         "rate-limiter",
         "qcow2",
+        "agent-protocol",
     ],
     &[
         "hypervisor",
@@ -42,8 +43,8 @@ const LAYERS: [&[&str]; 6] = [
         "virtio-rng",
         "virtio-vsock",
     ],
-    &["machine", "api-server", "host", "network"],
-    &["vmm", "cli", "jailer", "bench"],
+    &["machine", "api-server", "host", "network", "agent-client"],
+    &["vmm", "cli", "jailer", "bench", "agent"],
 ];
 
 /// Arrows inside a layer, each with its reason.
@@ -106,6 +107,10 @@ const UNSAFE: &[(&str, &str)] = &[
     (
         "network",
         "makes taps by ioctl and takes rights from helpers before they start",
+    ),
+    (
+        "agent",
+        "makes processes somebody else's before their programs start",
     ),
 ];
 

@@ -16,9 +16,12 @@
 
 use std::fmt::Write;
 use std::net::IpAddr;
+use std::str::FromStr;
 
 use ipnet::IpNet;
 
+use crate::Error;
+use crate::kernel::Kernel;
 use crate::words::{Mac, VmName};
 
 /// What a guest is to set up on one device.
@@ -62,6 +65,87 @@ impl DeviceConfig {
     }
 }
 
+impl FromStr for DeviceConfig {
+    type Err = Error;
+
+    /// Reads the word, as [`Self::word`] writes it.
+    ///
+    /// # Errors
+    ///
+    /// It is not such a word. Unknown keys are none.
+    fn from_str(word: &str) -> Result<Self, Error> {
+        let malformed = |why: &str| Error::word("word about a network device", word, why);
+        let rest = word
+            .strip_prefix("alveole.net=")
+            .ok_or_else(|| malformed("it begins with alveole.net=MAC"))?;
+        let mut parts = rest.split(',');
+        let mut device = Self {
+            mac: parts.next().unwrap_or_default().parse()?,
+            addresses: Vec::new(),
+            gateways: Vec::new(),
+            dns: Vec::new(),
+            search: None,
+            mtu: None,
+        };
+        for (key, value) in parts.filter_map(|part| part.split_once('=')) {
+            let bad = |_| malformed(&format!("{key}={value} is none"));
+            match key {
+                "ip" => device.addresses.push(
+                    value
+                        .parse()
+                        .map_err(|_| malformed(&format!("ip={value} is no ADDRESS/LENGTH")))?,
+                ),
+                "gw" => device.gateways.push(value.parse().map_err(bad)?),
+                "dns" => device.dns.push(value.parse().map_err(bad)?),
+                "search" => device.search = Some(value.into()),
+                "mtu" => {
+                    let mtu = value.parse();
+                    device.mtu =
+                        Some(mtu.map_err(|_| {
+                            malformed(&format!("mtu={value} is no number of bytes"))
+                        })?);
+                }
+                _ => {}
+            }
+        }
+        Ok(device)
+    }
+}
+
+/// Sets up the devices of the machine that this runs in: a guest's agent calls it, no host. Loopback is brought up, too. No device waits for anything:
+/// neither for DHCP nor for IPv6 to find out whether an address, which was given to it alone, is somebody else's.
+///
+/// # Errors
+///
+/// A device that is not there, or what the kernel says. The devices before it are set up then.
+pub fn apply(devices: &[DeviceConfig]) -> Result<(), Error> {
+    let mut kernel = Kernel::open()?;
+    kernel.up("lo")?;
+    let mut led_out = [false; 2];
+    for device in devices {
+        let name = kernel.named(device.mac)?;
+        // A kernel without IPv6 has no such settings.
+        for setting in ["accept_ra", "accept_dad"] {
+            let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{setting}"), "0");
+        }
+        if let Some(mtu) = device.mtu {
+            kernel.set_mtu(&name, mtu)?;
+        }
+        kernel.up(&name)?;
+        for address in &device.addresses {
+            kernel.add_address(&name, address)?;
+        }
+        for gateway in &device.gateways {
+            // Of several networks the first leads out.
+            let led_out = &mut led_out[usize::from(gateway.is_ipv6())];
+            if !std::mem::replace(led_out, true) {
+                kernel.add_default_route(&name, *gateway)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// All words for a guest's command line, with spaces between.
 #[must_use]
 pub fn command_line(hostname: &VmName, devices: &[DeviceConfig]) -> String {
@@ -89,6 +173,7 @@ mod tests {
             search: Some("front.internal".into()),
             mtu: Some(1500),
         };
+        assert_eq!(device.word().parse::<DeviceConfig>().unwrap(), device);
         let line = command_line(&"web1".parse().unwrap(), &[device]);
         let documented: Vec<&str> = include_str!("guest_config.rs")
             .lines()
@@ -96,5 +181,25 @@ mod tests {
             .filter(|l| l.starts_with("alveole."))
             .collect();
         assert_eq!(line, documented.join(" "));
+    }
+
+    #[test]
+    fn what_is_no_word_is_refused_and_what_is_new_passed_over() {
+        for word in [
+            "",
+            "net=02:00:00:00:00:01",
+            "alveole.net=",
+            "alveole.net=02:00:00:00:00:01,ip=10.0.0.1/33",
+            "alveole.net=02:00:00:00:00:01,gw=somewhere",
+            "alveole.net=02:00:00:00:00:01,mtu=-1",
+        ] {
+            let error = word.parse::<DeviceConfig>().unwrap_err().to_string();
+            assert!(
+                error.contains("word about a network device") || error.contains("MAC address"),
+                "{error}"
+            );
+        }
+        let newer = "alveole.net=02:00:00:00:00:01,flag,colour=blue,mtu=1400";
+        assert_eq!(newer.parse::<DeviceConfig>().unwrap().mtu, Some(1400));
     }
 }

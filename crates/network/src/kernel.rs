@@ -20,7 +20,7 @@ use netlink_packet_route::link::{
     MacVtapMode,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -420,6 +420,69 @@ impl Kernel {
         self.change(
             &act,
             &RouteNetlinkMessage::NewAddress(message),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )
+    }
+}
+
+/// What a guest does for itself.
+impl Kernel {
+    /// The interface with this hardware address.
+    pub(crate) fn named(&mut self, mac: Mac) -> Result<String, Error> {
+        let act = "look for the network devices";
+        let message = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let answers = self
+            .ask(&message, NLM_F_DUMP)
+            .map_err(|e| Error::kernel(act, e))?;
+        let links = answers.into_iter().filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewLink(link) => Some(link.attributes),
+            _ => None,
+        });
+        let mut seen = Vec::new();
+        for attributes in links {
+            let (mut name, mut address) = (String::new(), Vec::new());
+            for attribute in attributes {
+                match attribute {
+                    LinkAttribute::IfName(text) => name = text,
+                    LinkAttribute::Address(bytes) => address = bytes,
+                    _ => {}
+                }
+            }
+            if address == mac.bytes() {
+                return Ok(name);
+            }
+            seen.push(name);
+        }
+        let why = format!(
+            "there is none with the address {mac}, only {}: is its driver there?",
+            seen.join(", ")
+        );
+        Err(Error::kernel(
+            act,
+            io::Error::new(io::ErrorKind::NotFound, why),
+        ))
+    }
+
+    /// Sends what is for nobody else to a gateway on the link.
+    pub(crate) fn add_default_route(&mut self, link: &str, gateway: IpAddr) -> Result<(), Error> {
+        let act = format!("make {gateway} the gateway of {link}");
+        let mut message = RouteMessage::default();
+        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        message.header.protocol = RouteProtocol::Boot;
+        message.header.scope = RouteScope::Universe;
+        message.header.kind = RouteType::Unicast;
+        let (family, address) = match gateway {
+            IpAddr::V4(address) => (AddressFamily::Inet, RouteAddress::Inet(address)),
+            IpAddr::V6(address) => (AddressFamily::Inet6, RouteAddress::Inet6(address)),
+        };
+        message.header.address_family = family;
+        message.attributes = vec![
+            RouteAttribute::Gateway(address),
+            RouteAttribute::Oif(self.index(&act, link)?),
+        ];
+        self.change(
+            &act,
+            &RouteNetlinkMessage::NewRoute(message),
             NLM_F_CREATE | NLM_F_EXCL,
         )
     }

@@ -1,0 +1,178 @@
+//! A guest, by the unix socket of its monitor's vsock device.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use alveole_agent_protocol::{AGENT_PORT, Answer, Exit, Metrics, Process, Request, Shutdown};
+
+use crate::session::Session;
+use crate::streams::{Controls, Streams};
+use crate::{AgentError, streams};
+
+/// The longest line that a monitor says when it connects: `OK` and a port.
+const MAX_LINE_BYTES: usize = 64;
+
+/// A guest whose agent can be asked.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    socket: PathBuf,
+    patience: Duration,
+    /// The socket is the agent's own, not a monitor's.
+    direct: bool,
+}
+
+impl Guest {
+    /// The guest whose monitor has its vsock device at this unix socket. Its agent has `patience` for each answer.
+    #[must_use]
+    pub fn new(socket: &Path, patience: Duration) -> Self {
+        Self {
+            socket: socket.into(),
+            patience,
+            direct: false,
+        }
+    }
+
+    /// What is served by an agent at a unix socket of this host (`alveole-agent serve`).
+    #[must_use]
+    pub fn direct(socket: &Path, patience: Duration) -> Self {
+        Self {
+            direct: true,
+            ..Self::new(socket, patience)
+        }
+    }
+
+    /// Begins a session.
+    ///
+    /// # Errors
+    ///
+    /// There is no monitor, no agent, or it does not answer.
+    pub fn session(&self) -> Result<Session, AgentError> {
+        let mut connection =
+            UnixStream::connect(&self.socket).map_err(|source| AgentError::Connect {
+                socket: self.socket.clone(),
+                source,
+            })?;
+        if !self.direct {
+            self.pass_through(&mut connection)?;
+        }
+        Session::begin(connection, self.patience)
+    }
+
+    /// The monitor's part: `CONNECT port`, `OK port`.
+    fn pass_through(&self, connection: &mut UnixStream) -> Result<(), AgentError> {
+        connection.set_read_timeout(Some(self.patience))?;
+        connection.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())?;
+        let mut line = Vec::new();
+        // A byte at a time: what follows the line is the agent's.
+        while line.last() != Some(&b'\n') && line.len() < MAX_LINE_BYTES {
+            let mut byte = [0];
+            match connection.read(&mut byte) {
+                Ok(1) => line.push(byte[0]),
+                Ok(_) => break,
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                    return Err(AgentError::Silent {
+                        within: self.patience,
+                    });
+                }
+                Err(_) => break,
+            }
+        }
+        if line.starts_with(b"OK ") && line.ends_with(b"\n") {
+            return Ok(());
+        }
+        Err(AgentError::NoAgent {
+            socket: self.socket.clone(),
+            said: String::from_utf8_lossy(&line).trim_end().to_owned(),
+        })
+    }
+
+    /// Runs a process and carries its streams until it has ended. `begun` is given what signals it and changes the size of
+    /// its terminal, and its number in the guest.
+    ///
+    /// # Errors
+    ///
+    /// It could not be started, the guest is gone, or the caller's end of a stream fails.
+    pub fn run(
+        &self,
+        process: &Process,
+        streams: Streams,
+        begun: impl FnOnce(Controls, u32),
+    ) -> Result<Exit, AgentError> {
+        let mut session = self.session()?;
+        session.say(&Request::Run(Box::new(process.clone())))?;
+        match streams::carry(session, streams, begun)? {
+            Answer::Exited(exit) => Ok(exit),
+            _ => Err(AgentError::Unexpected {
+                what: "another answer than an exit",
+            }),
+        }
+    }
+
+    /// Copies an archive: into the guest from `streams.input`, or out of it to `streams.output`.
+    ///
+    /// # Errors
+    ///
+    /// It could not be done, the guest is gone, or the caller's end of a stream fails.
+    pub fn copy(&self, request: &Request, streams: Streams) -> Result<(), AgentError> {
+        let mut session = self.session()?;
+        session.say(request)?;
+        match streams::carry(session, streams, |_, _| {})? {
+            Answer::Done => Ok(()),
+            _ => Err(AgentError::Unexpected {
+                what: "another answer than the end of a copy",
+            }),
+        }
+    }
+
+    /// How the guest says it does. None of it is proved.
+    ///
+    /// # Errors
+    ///
+    /// The agent does not answer, or answers something else.
+    pub fn metrics(&self) -> Result<Metrics, AgentError> {
+        match self.session()?.ask(&Request::Metrics)? {
+            Answer::Metrics(metrics) => Ok(*metrics),
+            _ => Err(AgentError::Unexpected {
+                what: "another answer than metrics",
+            }),
+        }
+    }
+
+    /// Sets the guest's clock.
+    ///
+    /// # Errors
+    ///
+    /// The agent does not answer, or cannot.
+    pub fn set_clock(&self, unix_ns: u64) -> Result<(), AgentError> {
+        self.done(&Request::SetClock { unix_ns })
+    }
+
+    /// Sends a signal to a process that a session runs.
+    ///
+    /// # Errors
+    ///
+    /// There is no such process, or the agent does not answer.
+    pub fn signal(&self, pid: u32, signal: u8) -> Result<(), AgentError> {
+        self.done(&Request::Signal { pid, signal })
+    }
+
+    /// Begins the guest's end; the monitor's end says that it is done.
+    ///
+    /// # Errors
+    ///
+    /// The agent does not answer.
+    pub fn shut_down(&self, how: Shutdown) -> Result<(), AgentError> {
+        self.done(&Request::Shutdown(how))
+    }
+
+    fn done(&self, request: &Request) -> Result<(), AgentError> {
+        match self.session()?.ask(request)? {
+            Answer::Done => Ok(()),
+            _ => Err(AgentError::Unexpected {
+                what: "another answer than that it is done",
+            }),
+        }
+    }
+}
