@@ -43,7 +43,14 @@ const LAYERS: [&[&str]; 6] = [
         "virtio-rng",
         "virtio-vsock",
     ],
-    &["machine", "api-server", "host", "network", "agent-client"],
+    &[
+        "machine",
+        "api-server",
+        "host",
+        "network",
+        "agent-client",
+        "guest-kernel",
+    ],
     &["vmm", "cli", "jailer", "bench", "agent"],
 ];
 
@@ -68,7 +75,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("io-uring", &["block-store"]),
     ("httparse", &["api-server", "mmds"]),
     ("miniz_oxide", &["qcow2"]),
-    ("ruzstd", &["qcow2"]),
+    ("ruzstd", &["qcow2", "guest-kernel"]),
     ("smoltcp", &["mmds"]),
     ("netlink-sys", &["network"]),
     ("netlink-packet-core", &["network"]),
