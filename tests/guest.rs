@@ -11,6 +11,8 @@
 mod api_client;
 mod harness;
 
+#[path = "guest/agent.rs"]
+mod agent;
 #[path = "guest/api.rs"]
 mod api;
 #[path = "guest/boot.rs"]

@@ -188,6 +188,11 @@ impl Vm {
         self
     }
 
+    pub(crate) fn initrd(mut self, path: &Path) -> Self {
+        self.source.initrd = path.into();
+        self
+    }
+
     pub(crate) fn kernel_path(&self) -> &Path {
         &self.source.kernel
     }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use alveole_vm_config::{BackingPlace, CacheType, DiskFormat, Drive, IoEngine};
 
 const EXPECTED: &str = "write PATH[,ro][,data][,cache=writeback|direct|unsafe][,engine=io_uring|sync]\
-                        [,format=raw|qcow2][,backing=beside|anywhere][,queues=N][,id=NAME]";
+                        [,format=raw|qcow2][,backing=beside|anywhere][,queues=N][,serial=TEXT][,id=NAME]";
 
 /// One disk as it was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +63,7 @@ impl Disk {
                 let refusal = || format!("{number:?} is no number of queues; {EXPECTED}");
                 drive.num_queues = Some(queues.ok_or_else(refusal)?);
             }
+            Some(("serial", text)) if !text.is_empty() => drive.serial = Some(text.to_owned()),
             Some(("id", name)) if !name.is_empty() => {
                 drive.drive_id = name.to_owned();
                 self.named = true;

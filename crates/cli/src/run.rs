@@ -64,7 +64,7 @@ pub(crate) struct RunArgs {
         long,
         value_name = "PATH[,OPTION]...",
         help = "Disk: an image or a block device, and what is special about it: PATH[,ro][,data]\
-                [,cache=writeback|direct|unsafe][,engine=io_uring|sync][,format=raw|qcow2][,backing=beside|anywhere][,queues=N][,id=NAME]. \
+                [,cache=writeback|direct|unsafe][,engine=io_uring|sync][,format=raw|qcow2][,backing=beside|anywhere][,queues=N][,serial=TEXT][,id=NAME]. \
                 The first is the root device unless it is marked `data`; repeatable"
     )]
     pub(crate) disk: Vec<Disk>,

@@ -14,7 +14,7 @@ use alveole_rate_limiter::Limits;
 use alveole_virtio_vsock::{MAX_GUEST_CID, MAX_PATH_BYTES, MIN_GUEST_CID, VsockConfig};
 use alveole_vm_config::{CpuidRegister, VmConfig};
 
-pub use drives::{MAX_DRIVES, MAX_QUEUES};
+pub use drives::{MAX_DRIVES, MAX_QUEUES, SERIAL_BYTES};
 pub(crate) use drives::{ValidDrive, limits};
 pub(crate) use interfaces::ValidInterface;
 pub(crate) use metadata::ValidMetadata;
@@ -123,6 +123,16 @@ pub enum Invalid {
         id: String,
         /// What was asked for.
         queues: u64,
+    },
+    /// A serial number that does not fit.
+    #[error(
+        "drive {id:?} has serial {serial:?}: give it 1 to {SERIAL_BYTES} printable ASCII characters without spaces"
+    )]
+    Serial {
+        /// The drive.
+        id: String,
+        /// What was given.
+        serial: String,
     },
     /// A partition that would break the command line.
     #[error("drive {id:?} has partuuid {partuuid:?}: it has letters, digits and '-' only")]

@@ -114,6 +114,8 @@ pub(crate) struct Shared {
     limiter: Mutex<RateLimiter>,
     is_limited: AtomicBool,
     id: Mutex<[u8; ID_BYTES]>,
+    /// The identity is the medium's, not one that was given.
+    id_of_medium: bool,
     error_lines: AtomicU32,
     config_irq: Mutex<Option<ConfigIrq>>,
     pub(crate) counters: Arc<BlkCounters>,
@@ -231,6 +233,7 @@ impl VirtioBlk {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let geometry = store.geometry();
+        let id_of_medium = config.id.is_none();
         let id = config.id.clone().unwrap_or_else(|| store.identity());
         let limiter = RateLimiter::new(config.limits, Instant::now());
         let shared = Shared {
@@ -242,6 +245,7 @@ impl VirtioBlk {
             is_limited: AtomicBool::new(!limiter.is_unlimited()),
             limiter: Mutex::new(limiter),
             id: Mutex::new(id_bytes(&id)),
+            id_of_medium,
             error_lines: AtomicU32::new(0),
             config_irq: Mutex::new(None),
             counters: Arc::new(BlkCounters::new(name.clone())),
@@ -369,7 +373,9 @@ impl BlkHandle {
                 lane.store = queue;
             }
         }
-        *lock(&self.shared.id) = id_bytes(&store.identity());
+        if self.shared.id_of_medium {
+            *lock(&self.shared.id) = id_bytes(&store.identity());
+        }
         *lock(&self.shared.store) = store;
         self.shared.take_geometry(geometry);
         self.wake();

@@ -159,6 +159,7 @@ pub(crate) fn drive(section: &mut Object<'_>) -> Drive {
         format: section.optional("format"),
         backing: section.optional("backing"),
         num_queues: section.optional("num_queues"),
+        serial: section.optional("serial"),
     }
 }
 

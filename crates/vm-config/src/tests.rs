@@ -604,10 +604,11 @@ prop_compose! {
             None, Some(BackingPlace::Beside), Some(BackingPlace::Anywhere),
         ]),
         num_queues in any::<Option<u64>>(),
+        serial in any::<Option<String>>(),
     ) -> Drive {
         Drive {
             drive_id, path_on_host, is_root_device, partuuid, is_read_only, cache_type, io_engine,
-            rate_limiter, format, backing, num_queues,
+            rate_limiter, format, backing, num_queues, serial,
         }
     }
 }

@@ -186,6 +186,9 @@ pub struct Drive {
     /// Number of queues (not a field of Firecracker's); none: one for each vCPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub num_queues: Option<u64>,
+    /// The serial number that the guest sees (not a field of Firecracker's); none: made of the image's file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
 }
 
 /// What stands between a guest and a medium.

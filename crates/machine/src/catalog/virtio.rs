@@ -199,6 +199,7 @@ fn open_store(drive: &ValidDrive) -> Result<Arc<dyn BlockStore>, ResourceError> 
 fn open_disk(drive: &ValidDrive) -> Result<Disk, ResourceError> {
     let store = open_store(drive)?;
     let config = BlkConfig {
+        id: drive.serial.clone(),
         queues: drive.queues,
         cache: drive.open.cache,
         limits: drive.limits,

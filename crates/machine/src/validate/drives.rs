@@ -15,6 +15,8 @@ use crate::validate::{Invalid, MAX_CPUS, is_id, shown};
 pub const MAX_DRIVES: usize = 16;
 /// Most queues of one drive.
 pub const MAX_QUEUES: u64 = MAX_CPUS as u64;
+/// The longest serial number (virtio 1.3, section 5.2.6.1).
+pub const SERIAL_BYTES: usize = 20;
 /// A disk that keeps all rules.
 #[derive(Debug, Clone)]
 pub(crate) struct ValidDrive {
@@ -23,6 +25,8 @@ pub(crate) struct ValidDrive {
     pub(crate) open: OpenOptions,
     pub(crate) limits: Limits,
     pub(crate) queues: u16,
+    /// What the guest sees instead of the medium's identity.
+    pub(crate) serial: Option<String>,
     /// What the kernel is told, where it boots from this disk.
     pub(crate) root: Option<String>,
 }
@@ -76,6 +80,15 @@ fn check(index: usize, drive: &Drive, earlier: &[Drive], broken: &mut Vec<Invali
             queues,
         });
     }
+    if let Some(serial) = &drive.serial
+        && !((1..=SERIAL_BYTES).contains(&serial.len())
+            && serial.bytes().all(|b| b.is_ascii_graphic()))
+    {
+        broken.push(Invalid::Serial {
+            id: id.clone(),
+            serial: shown(serial),
+        });
+    }
     if let Some(partuuid) = &drive.partuuid
         && drive.is_root_device
         && (partuuid.is_empty()
@@ -121,6 +134,7 @@ fn of(drive: &Drive, cpus: u8) -> ValidDrive {
         },
         limits: drive.rate_limiter.as_ref().map(limits).unwrap_or_default(),
         queues: u16::try_from(queues).unwrap_or(1),
+        serial: drive.serial.clone(),
         root: drive
             .is_root_device
             .then(|| format!("root={device} {mode}")),
@@ -184,6 +198,10 @@ mod tests {
             backing: Some(BackingPlace::Anywhere),
             ..drive("flat")
         };
+        let numbered = |serial: &str| Drive {
+            serial: Some(serial.into()),
+            ..drive(&format!("n{}", serial.len()))
+        };
         let nothing = Drive::default();
         let drives = vec![
             drive("a"),
@@ -192,6 +210,10 @@ mod tests {
             root("r", "x y"),
             root("s", "1-2"),
             raw,
+            numbered(""),
+            numbered("a b"),
+            numbered(&"x".repeat(SERIAL_BYTES + 1)),
+            numbered(&"x".repeat(SERIAL_BYTES)),
             nothing,
         ];
         let broken = validate_all(&config(drives)).unwrap_err();
@@ -203,12 +225,15 @@ mod tests {
             "partuuid \"x y\"",
             "\"r\" and \"s\" are both the root",
             "\"flat\" has \"backing\", and a raw image is laid over nothing",
-            "drives[6].drive_id is empty",
+            "\"n0\" has serial \"\": give it 1 to 20",
+            "\"n3\" has serial \"a b\"",
+            "\"n21\" has serial",
+            "drives[10].drive_id is empty",
             "empty path_on_host",
         ]) {
             assert!(line.contains(part), "{line} / {part}");
         }
-        assert_eq!(told.len(), 8, "{told:#?}");
+        assert_eq!(told.len(), 11, "{told:#?}");
         let many = (0..=MAX_DRIVES).map(|i| drive(&i.to_string())).collect();
         let broken = validate_all(&config(many)).unwrap_err();
         assert_eq!(broken, [Invalid::TooManyDrives(MAX_DRIVES + 1)]);
