@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use alveole_agent_protocol::{AGENT_PORT, Answer, Exit, Metrics, Process, Request, Shutdown};
 
+use crate::AgentError;
 use crate::session::Session;
 use crate::streams::{Controls, Streams};
-use crate::{AgentError, streams};
 
 /// The longest line that a monitor says when it connects: `OK` and a port.
 const MAX_LINE_BYTES: usize = 64;
@@ -100,9 +100,8 @@ impl Guest {
         streams: Streams,
         begun: impl FnOnce(Controls, u32),
     ) -> Result<Exit, AgentError> {
-        let mut session = self.session()?;
-        session.say(&Request::Run(Box::new(process.clone())))?;
-        match streams::carry(session, streams, begun)? {
+        let request = Request::Run(Box::new(process.clone()));
+        match self.session()?.converse(&request, streams, begun)? {
             Answer::Exited(exit) => Ok(exit),
             _ => Err(AgentError::Unexpected {
                 what: "another answer than an exit",
@@ -116,9 +115,7 @@ impl Guest {
     ///
     /// It could not be done, the guest is gone, or the caller's end of a stream fails.
     pub fn copy(&self, request: &Request, streams: Streams) -> Result<(), AgentError> {
-        let mut session = self.session()?;
-        session.say(request)?;
-        match streams::carry(session, streams, |_, _| {})? {
+        match self.session()?.converse(request, streams, |_, _| {})? {
             Answer::Done => Ok(()),
             _ => Err(AgentError::Unexpected {
                 what: "another answer than the end of a copy",

@@ -4,11 +4,10 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use alveole_agent_protocol::{
-    Answer, Decoder, Frame, Hello, MAX_DATA_BYTES, Request, from_json, to_json,
-};
+use alveole_agent_protocol::{Answer, Decoder, Frame, Hello, MAX_DATA_BYTES, from_json, to_json};
 
 use crate::AgentError;
+use crate::streams::{self, Controls, Streams};
 
 /// A session that has not asked for anything yet.
 #[derive(Debug)]
@@ -45,12 +44,46 @@ impl Session {
         &self.agent
     }
 
+    /// Asks for something that has streams, and carries them to its end. `begun` is given what controls it, and the number that the
+    /// start has. The request may be another protocol's that shares this one's frames.
+    ///
+    /// # Errors
+    ///
+    /// It is refused, the other side is gone, or the caller's end of a stream fails.
+    pub fn converse(
+        mut self,
+        request: &impl serde::Serialize,
+        streams: Streams,
+        begun: impl FnOnce(Controls, u32),
+    ) -> Result<Answer, AgentError> {
+        self.say(request)?;
+        streams::carry(self, streams, begun)
+    }
+
+    /// The first message of the other side, where it asks.
+    ///
+    /// # Errors
+    ///
+    /// It is silent, gone, or says something else.
+    pub fn request<R: serde::de::DeserializeOwned>(&mut self) -> Result<R, AgentError> {
+        Ok(from_json(&self.message()?, "request")?)
+    }
+
+    /// Answers, where the other side has asked.
+    ///
+    /// # Errors
+    ///
+    /// It is gone.
+    pub fn answer_with(&mut self, answer: &impl serde::Serialize) -> Result<(), AgentError> {
+        self.say(answer)
+    }
+
     /// Asks, and gives the one answer.
     ///
     /// # Errors
     ///
     /// The agent refuses, is silent, or answers something else.
-    pub fn ask(mut self, request: &Request) -> Result<Answer, AgentError> {
+    pub fn ask(mut self, request: &impl serde::Serialize) -> Result<Answer, AgentError> {
         self.say(request)?;
         self.answer()
     }
