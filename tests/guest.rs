@@ -29,6 +29,8 @@ mod disks;
 mod ends;
 #[path = "guest/files.rs"]
 mod files;
+#[path = "guest/images.rs"]
+mod images;
 #[path = "guest/kept.rs"]
 mod kept;
 #[path = "guest/metadata.rs"]

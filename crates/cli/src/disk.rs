@@ -75,6 +75,11 @@ impl Disk {
 }
 
 impl Disk {
+    /// What it was named by.
+    pub(crate) fn path(&self) -> &Path {
+        &self.drive.path_on_host
+    }
+
     /// The image, if the guest may write to it.
     pub(crate) fn written(&self) -> Option<&Path> {
         (!self.drive.is_read_only).then_some(&self.drive.path_on_host)

@@ -219,6 +219,40 @@ pub(crate) struct Plugged {
 }
 
 impl NetworkArgs {
+    /// The VM's name, if it was given one.
+    pub(crate) fn name(&self) -> Option<String> {
+        self.name.as_ref().map(ToString::to_string)
+    }
+
+    /// What the guest calls itself, if it is not its name.
+    pub(crate) fn hostname(&self) -> Option<String> {
+        self.hostname.as_ref().map(ToString::to_string)
+    }
+
+    /// The words about networks on a command line, in their order, but for the name: what a VM is started by again.
+    pub(crate) fn words(matches: &ArgMatches) -> Vec<String> {
+        let mut placed = Vec::new();
+        for (id, long) in [
+            ("net", "net"),
+            ("publish", "publish"),
+            ("hostname", "hostname"),
+            ("allow", "allow"),
+            ("deny", "deny"),
+            ("egress", "egress"),
+            ("state_dir", "state-dir"),
+        ] {
+            let places = matches.indices_of(id).into_iter().flatten();
+            let values = matches.get_raw(id).into_iter().flatten();
+            placed.extend(
+                places
+                    .zip(values)
+                    .map(|(place, value)| (place, format!("--{long}={}", value.to_string_lossy()))),
+            );
+        }
+        placed.sort();
+        placed.into_iter().map(|(_, word)| word).collect()
+    }
+
     /// Checks what belongs together, and starts what takes a moment. `leads_out`: whether this host is one of which
     /// guests can expect a way to the world; else none is looked for by default.
     pub(crate) fn begin(&self, leads_out: bool) -> anyhow::Result<Begun<'_>> {

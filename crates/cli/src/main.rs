@@ -8,10 +8,13 @@
 mod console;
 mod disk;
 mod doctor;
+mod guests;
 mod images;
 mod interfaces;
+mod kernel;
 mod lab;
 mod net;
+mod places;
 mod run;
 mod size;
 
@@ -19,7 +22,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 const START: &str = "\
 alveole runs microVMs: small Linux guests, each in a process of its own.
@@ -45,13 +48,19 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Boot a guest; this process becomes the VMM
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     /// Show what this machine can do, and what to do about what it cannot
     Doctor(doctor::DoctorArgs),
     /// Make, show, resize and mend the images that are guests' disks
     Disk(images::DiskArgs),
     /// Make, show and remove networks of guests on this host
     Net(net::NetArgs),
+    /// Kernels that guests of images boot
+    Kernel(kernel::KernelArgs),
+    #[command(flatten)]
+    Guest(guests::GuestCommand),
+    #[command(hide = true)]
+    Keep(guests::KeepArgs),
 }
 
 /// Shows what the parts below warn about.
@@ -76,12 +85,25 @@ fn main() -> ExitCode {
     if log::set_logger(&Warnings).is_ok() {
         log::set_max_level(log::LevelFilter::Warn);
     }
-    let done = match Cli::parse().command {
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    let done = match cli.command {
         None => print(START).map(|()| ExitCode::SUCCESS),
-        Some(Command::Run(args)) => run::run(&args).map(|never| match never {}),
+        Some(Command::Run(args)) => match &args.image {
+            Some(image) => {
+                let words = matches
+                    .subcommand_matches("run")
+                    .map(interfaces::NetworkArgs::words);
+                guests::run_image(&args, image, words.unwrap_or_default())
+            }
+            None => run::run(&args).map(|never| match never {}),
+        },
         Some(Command::Doctor(args)) => doctor::doctor(&args),
         Some(Command::Disk(args)) => images::disk(&args),
         Some(Command::Net(args)) => net::net(&args),
+        Some(Command::Kernel(args)) => kernel::kernel(&args),
+        Some(Command::Guest(command)) => guests::guest(&command),
+        Some(Command::Keep(args)) => guests::keep_vm(&args),
     };
     done.unwrap_or_else(|e| {
         hint(&format!("{e:#}"));

@@ -17,6 +17,7 @@ use rustix::io::FdFlags;
 
 use crate::console::Console;
 use crate::disk::{self, Disk};
+use crate::guests::ImageArgs;
 use crate::interfaces::{self, NetworkArgs, Plugged};
 use crate::lab;
 use crate::size::MemorySize;
@@ -35,9 +36,9 @@ Ctrl-A x ends the guest and Ctrl-A c shows help.
 Exit status: that of alveole-vmm (0: the guest powered off; see alveole-vmm --help), 2 for a wrong \
 command line, 1 if the VMM could not be started.")]
 pub(crate) struct RunArgs {
-    /// Kernel image to boot
-    #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: PathBuf,
+    /// Kernel image to boot; with an image, the name of a kernel of `alveole kernel ls` [the default one]
+    #[arg(long, value_name = "FILE", required_unless_present = "image")]
+    pub(crate) kernel: Option<PathBuf>,
 
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
@@ -93,6 +94,16 @@ pub(crate) struct RunArgs {
     /// Do not ask first whether this machine's KVM can run an unmodified kernel
     #[arg(long)]
     pub(crate) no_probe: bool,
+
+    #[command(flatten)]
+    pub(crate) for_image: ImageArgs,
+
+    /// The image to run, as a container's; without one, --kernel is booted
+    pub(crate) image: Option<String>,
+
+    /// The program and its arguments, instead of the image's
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
 }
 
 /// A socket device in one word.
@@ -118,6 +129,24 @@ impl FromStr for Vsock {
     }
 }
 
+impl RunArgs {
+    /// That nothing is asked for which only a machine without an image has.
+    pub(crate) fn refuse_bare_options(&self) -> anyhow::Result<()> {
+        let given = [
+            ("--initrd", self.initrd.is_some()),
+            ("--cmdline", self.cmdline.is_some()),
+            ("--append", !self.append.is_empty()),
+            ("--vsock", self.vsock.is_some()),
+            ("--console", self.console != Console::Stdio),
+            ("--boot-timer", self.boot_timer),
+        ];
+        if let Some((word, _)) = given.iter().find(|(_, given)| *given) {
+            bail!("{word} is for guests without an image: leave it out, or the image");
+        }
+        Ok(())
+    }
+}
+
 /// Becomes the VMM, or the lab with the VMM in it. Comes back only with an error.
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<Infallible> {
     let vmm = programs::vmm()?;
@@ -137,7 +166,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<Infallible> {
     let mut command = Command::new(&vmm);
     command
         .arg("--config-file")
-        .arg(format!("/proc/self/fd/{}", description.as_raw_fd()))
+        .arg(path_of(&description))
         .arg("--no-api")
         // Half the latency of virtio-mmio, whose interrupts cost two exits each.
         .arg("--enable-pci")
@@ -148,6 +177,11 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<Infallible> {
     }
     interfaces::keep_over_exec(&plugged.descriptors)?;
     Err(command.exec()).with_context(|| format!("cannot start {}", vmm.display()))
+}
+
+/// What a process that inherits the file finds it by.
+pub(crate) fn path_of(file: &File) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
 }
 
 fn refusal(why: &str, in_lab: bool) -> String {
@@ -162,7 +196,7 @@ fn refusal(why: &str, in_lab: bool) -> String {
 fn describe(args: &RunArgs, plugged: &Plugged) -> VmConfig {
     VmConfig {
         boot_source: BootSource {
-            kernel_image_path: args.kernel.clone(),
+            kernel_image_path: args.kernel.clone().unwrap_or_default(),
             initrd_path: args.initrd.clone(),
             boot_args: Some(cmdline(args, &plugged.words)),
         },
@@ -194,7 +228,7 @@ fn cmdline(args: &RunArgs, told: &str) -> String {
 
 /// Puts the description into a file that lives as long as its descriptor, which the VMM inherits, and
 /// that nobody can change any more.
-fn hand_over(config: &VmConfig) -> anyhow::Result<File> {
+pub(crate) fn hand_over(config: &VmConfig) -> anyhow::Result<File> {
     const ACT: &str = "cannot hand the machine description to the VMM";
     let json =
         serde_json::to_vec(config).context("cannot write the machine description as JSON")?;

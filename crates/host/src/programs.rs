@@ -12,6 +12,9 @@ pub const VMM_VARIABLE: &str = "ALVEOLE_VMM";
 /// Says where the lab tool is, before any other place.
 pub const LAB_VARIABLE: &str = "ALVEOLE_LAB_TOOL";
 const VMM_NAME: &str = "alveole-vmm";
+/// Says where the agent for guests is, before any other place.
+pub const AGENT_VARIABLE: &str = "ALVEOLE_AGENT";
+const AGENT_NAME: &str = "alveole-agent";
 const LAB_NAME: &str = "tools/lab";
 
 /// Why a program cannot be had.
@@ -37,6 +40,16 @@ pub enum NotFound {
         /// The directory of this program.
         beside: PathBuf,
     },
+    /// No agent.
+    #[error(
+        "cannot find alveole-agent, which runs in guests: it is neither in {} nor in PATH; build it there (cargo build \
+         --workspace), or say where it is with {AGENT_VARIABLE}",
+        beside.display()
+    )]
+    Agent {
+        /// The directory of this program.
+        beside: PathBuf,
+    },
     /// No lab.
     #[error(
         "cannot find the lab: there is no executable tools/lab in any directory above {} or {}; run this \
@@ -57,15 +70,33 @@ pub enum NotFound {
 /// # Errors
 /// It is at none of these places, or what the variable names cannot be run.
 pub fn vmm() -> Result<PathBuf, NotFound> {
+    program(VMM_VARIABLE, VMM_NAME, |beside| NotFound::Vmm { beside })
+}
+
+/// The agent that guests of images start with: named by `ALVEOLE_AGENT`, else beside this program, else in `PATH`.
+///
+/// # Errors
+/// It is at none of these places, or what the variable names cannot be run.
+pub fn agent() -> Result<PathBuf, NotFound> {
+    program(AGENT_VARIABLE, AGENT_NAME, |beside| NotFound::Agent {
+        beside,
+    })
+}
+
+fn program(
+    variable: &'static str,
+    name: &str,
+    missing: impl FnOnce(PathBuf) -> NotFound,
+) -> Result<PathBuf, NotFound> {
     let beside = exe_dir();
-    if let Some(path) = named(VMM_VARIABLE, env::var_os(VMM_VARIABLE))? {
+    if let Some(path) = named(variable, env::var_os(variable))? {
         return Ok(path);
     }
-    let candidate = beside.join(VMM_NAME);
+    let candidate = beside.join(name);
     if runnable(&candidate).is_ok() {
         return Ok(candidate);
     }
-    in_path(VMM_NAME).ok_or(NotFound::Vmm { beside })
+    in_path(name).ok_or_else(|| missing(beside))
 }
 
 /// The lab tool: named by `ALVEOLE_LAB_TOOL`, else `tools/lab` in a directory above this program, else

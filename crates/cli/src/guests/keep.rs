@@ -1,0 +1,205 @@
+//! `alveole keep NAME`: the process that keeps a VM. `alveole run` and `start` start it; it is no command for people.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use alveole_agent_protocol::{Mount, Setup, Source};
+use alveole_guest_kernel::Kernel;
+use alveole_host::programs;
+use alveole_instance::{Machine, Told, Vm, keep};
+use alveole_vm_config::{BootSource, CacheType, Drive, Entropy, MachineConfig, VmConfig, Vsock};
+use anyhow::Context;
+use clap::Parser;
+
+use super::empty_disk;
+use crate::interfaces::{NetworkArgs, keep_over_exec};
+use crate::places::Places;
+use crate::run::hand_over;
+
+/// Nothing but what goes wrong is on the console. A reset ends the machine at once; a panic resets without waiting.
+const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1";
+/// Serial numbers of a guest's disks.
+const ROOT: &str = "root";
+const CHANGES: &str = "changes";
+/// A guest's own address among sockets of its monitor; each has a monitor of its own.
+const GUEST_CID: u64 = 3;
+
+#[derive(clap::Args)]
+pub(crate) struct KeepArgs {
+    /// The VM
+    name: String,
+    /// Its process begins when somebody is attached
+    #[arg(long)]
+    with_client: bool,
+}
+
+/// The words about networks, as `alveole run` has them.
+#[derive(Parser)]
+struct Words {
+    #[command(flatten)]
+    network: NetworkArgs,
+}
+
+pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
+    // Signals of the terminal where it was started are not for it.
+    let _ = rustix::process::setsid();
+    let places = Places::usual();
+    let vm = match places.vms().find(&args.name) {
+        Ok(vm) => vm,
+        Err(e) => return say_and_fail(&e.to_string()),
+    };
+    let lock = match vm.lock() {
+        Ok(lock) => lock,
+        Err(e) => return say_and_fail(&e.to_string()),
+    };
+    let mut told_runs = false;
+    let kept = keep(
+        &vm,
+        &lock,
+        args.with_client,
+        || machine(&places, &vm).map_err(|e| format!("{e:#}")),
+        |told| match told {
+            Told::Serves => say("serves"),
+            Told::Runs => {
+                told_runs = true;
+                say("runs");
+                // Who waits for more waits for the end of this.
+                close_output();
+            }
+            Told::Failed(why) if !told_runs => say(&why.replace('\n', " ")),
+            Told::Failed(_) => {}
+        },
+    );
+    let ended = match kept {
+        Ok(ended) => ended,
+        Err(e) => return say_and_fail(&e.to_string()),
+    };
+    if vm.record.remove {
+        vm.remove(&lock)?;
+    }
+    Ok(ExitCode::from(ended.status))
+}
+
+/// One line to who started it. Who does not listen any more knows how it goes.
+fn say(line: &str) {
+    let mut out = io::stdout().lock();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+fn say_and_fail(why: &str) -> anyhow::Result<ExitCode> {
+    say(why);
+    Ok(ExitCode::FAILURE)
+}
+
+fn close_output() {
+    if let Ok(null) = std::fs::File::options().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdout(&null);
+    }
+}
+
+/// The machine of a VM, ready to be started.
+fn machine(places: &Places, vm: &Vm) -> anyhow::Result<Machine> {
+    let record = &vm.record;
+    let kernel = places.kernels().get(Some(&record.kernel))?;
+    let initramfs = kernel.initramfs(&programs::agent()?)?;
+    let changes = changes(places, vm)?;
+    let words = Words::try_parse_from([&"words".to_owned()].into_iter().chain(&record.network))
+        .context("cannot understand the VM's words about networks")?;
+    let plugged = words.network.begin(true)?.finish()?;
+    let description = VmConfig {
+        boot_source: boot_source(&kernel, initramfs),
+        machine_config: MachineConfig {
+            vcpu_count: record.cpus,
+            mem_size_mib: record.memory_mib,
+            ..MachineConfig::default()
+        },
+        drives: drives(&record.root_disk, changes.as_deref()),
+        network_interfaces: plugged.interfaces.clone(),
+        vsock: Some(Vsock {
+            guest_cid: GUEST_CID,
+            uds_path: vm.socket("vsock"),
+            vsock_id: None,
+        }),
+        entropy: Some(Entropy::default()),
+        ..VmConfig::default()
+    };
+    let description = hand_over(&description)?;
+    let mut monitor = Command::new(programs::vmm()?);
+    monitor
+        .arg("--config-file")
+        .arg(crate::run::path_of(&description))
+        .arg("--api-sock")
+        .arg(vm.socket("api"))
+        .args(["--id", &record.id])
+        .arg("--enable-pci");
+    keep_over_exec(&plugged.descriptors)?;
+    let setup = Setup {
+        root: Some(mount(ROOT, "erofs", true)),
+        changes: changes.is_some().then(|| mount(CHANGES, "ext4", false)),
+        read_only: record.read_only,
+        hostname: record.hostname.clone(),
+        network: plugged
+            .words
+            .split(' ')
+            .filter(|word| word.starts_with("alveole.net="))
+            .map(str::to_owned)
+            .collect(),
+        ..Setup::default()
+    };
+    Ok(Machine {
+        monitor,
+        setup,
+        held: vec![Box::new(description), Box::new(plugged.descriptors)],
+    })
+}
+
+fn boot_source(kernel: &Kernel, initramfs: PathBuf) -> BootSource {
+    BootSource {
+        kernel_image_path: kernel.kernel(),
+        initrd_path: Some(initramfs),
+        boot_args: Some(CMDLINE.into()),
+    }
+}
+
+fn mount(serial: &str, kind: &str, read_only: bool) -> Mount {
+    Mount {
+        source: Source::Disk(serial.into()),
+        kind: kind.into(),
+        target: "/".into(),
+        read_only,
+        options: String::new(),
+    }
+}
+
+fn drives(root: &Path, changes: Option<&Path>) -> Vec<Drive> {
+    let drive = |serial: &str, path: &Path| Drive {
+        drive_id: serial.into(),
+        serial: Some(serial.into()),
+        path_on_host: path.into(),
+        cache_type: CacheType::Writeback,
+        ..Drive::default()
+    };
+    let root = Drive {
+        is_read_only: true,
+        ..drive(ROOT, root)
+    };
+    let changes = changes.map(|path| drive(CHANGES, path));
+    [root].into_iter().chain(changes).collect()
+}
+
+/// The disk that takes the changes, made with the first start.
+fn changes(places: &Places, vm: &Vm) -> anyhow::Result<Option<PathBuf>> {
+    let Some(bytes) = vm.record.disk_bytes else {
+        return Ok(None);
+    };
+    let path = vm.at("changes");
+    if !path.exists() {
+        // Renamed when it is whole, so that a start that was killed leaves none that is not.
+        let new = vm.at("changes.new");
+        let _ = std::fs::remove_file(&new);
+        empty_disk::make(&places.empty_disks(), bytes, &new)?;
+        std::fs::rename(&new, &path).context("cannot put the VM's disk in its place")?;
+    }
+    Ok(Some(path))
+}

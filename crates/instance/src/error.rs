@@ -1,0 +1,68 @@
+use std::io;
+use std::path::PathBuf;
+
+use alveole_agent_client::AgentError;
+
+/// Why something about a VM was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum InstanceError {
+    /// A file cannot be used.
+    #[error("cannot {act} '{}': {source}", path.display())]
+    File {
+        /// What was tried.
+        act: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A name that cannot be one.
+    #[error(
+        "'{0}' cannot be a VM's name: use 1 to 63 lower-case letters, digits and hyphens, and begin and end with a letter or digit"
+    )]
+    Name(String),
+    /// The name is another VM's.
+    #[error("there is a VM '{0}' already: give another --name, or remove it (alveole rm {0})")]
+    Exists(String),
+    /// No such VM.
+    #[error("there is no VM '{0}'; `alveole ps -a` shows them all")]
+    Unknown(String),
+    /// An id that begins several.
+    #[error("'{0}' begins the ids of several VMs: write more of it, or the name")]
+    Ambiguous(String),
+    /// It runs, and that stands in the way.
+    #[error("the VM '{0}' runs: stop it first (alveole stop {0})")]
+    Runs(String),
+    /// It does not run, and would have to.
+    #[error("the VM '{0}' does not run; `alveole start {0}` starts it")]
+    DoesNotRun(String),
+    /// A description that this version cannot read.
+    #[error("cannot understand '{}': {why}; was it written by a newer alveole?", path.display())]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// Where it goes wrong.
+        why: String,
+    },
+    /// The guest did not come up.
+    #[error("the VM '{name}' did not start: {why}")]
+    NoStart {
+        /// The VM.
+        name: String,
+        /// Why not.
+        why: String,
+    },
+    /// The keeper, or the agent, says no.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+}
+
+impl InstanceError {
+    pub(crate) fn file<P: Into<PathBuf>>(
+        act: &'static str,
+        path: P,
+    ) -> impl FnOnce(io::Error) -> Self + use<P> {
+        let path = path.into();
+        move |source| Self::File { act, path, source }
+    }
+}

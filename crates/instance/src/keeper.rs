@@ -1,0 +1,647 @@
+//! Keeping a VM: its machine, its main process, who is attached, and how it ended.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use alveole_agent_client::{AgentError, Controls, Duplex, Guest, Session, Streams};
+use alveole_agent_protocol::{
+    Answer, Control, Exit, READY_PORT, Refusal, Request, Setup, Shutdown, ShutdownHow, Stream,
+    from_json,
+};
+use rustix::process::{
+    PidfdFlags, Signal, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
+};
+
+use crate::ask::Ask;
+use crate::folder::{now_ms, write_json};
+use crate::log::LogWriter;
+use crate::streams::{Fanout, Hub, Input, lock};
+use crate::{Ended, InstanceError, KeeperLock, Phase, Restart, Vm};
+
+/// A guest's kernel and agent, on a slow host.
+const BOOT_PATIENCE: Duration = Duration::from_secs(120);
+/// Whoever starts a VM attaches at once.
+const FIRST_CLIENT_PATIENCE: Duration = Duration::from_secs(30);
+/// An agent that is alive answers.
+const AGENT_PATIENCE: Duration = Duration::from_secs(10);
+/// What the guest's other processes have, after the main one.
+const OTHERS_GRACE_MS: u32 = 2000;
+/// The guest's end, after that.
+const OFF_PATIENCE: Duration = Duration::from_secs(10);
+/// Clients that know the end go at once.
+const CLIENTS_PATIENCE: Duration = Duration::from_secs(5);
+/// Between an end and the next start by itself; doubled each time, up to a minute; begun anew after a good while.
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+const GOOD_WHILE: Duration = Duration::from_secs(10);
+/// A console's text that has grown so far is put aside, and the one before it is gone.
+const MAX_CONSOLE_BYTES: u64 = 1 << 20;
+/// How much of what the monitor said last is told.
+const TOLD_BYTES: usize = 600;
+
+/// What a start of the machine needs.
+pub struct Machine {
+    /// The monitor, with all its words and descriptors. It runs until it, or the keeper, ends.
+    pub monitor: Command,
+    /// What the guest is to be.
+    pub setup: Setup,
+    /// What must live as long as the machine does.
+    pub held: Vec<Box<dyn Send>>,
+}
+
+/// What clients can do to the VM while it is kept.
+struct Kept {
+    hub: Arc<Hub>,
+    now: Mutex<Now>,
+    stop_signal: u8,
+    vm: Vm,
+}
+
+#[derive(Default)]
+struct Now {
+    controls: Option<Controls>,
+    input: Option<Input>,
+    /// The monitor's process, by a descriptor: no other process can be meant.
+    monitor: Option<OwnedFd>,
+    /// Somebody asked for its end: it is not started again.
+    stopping: bool,
+}
+
+/// What a keeper tells who started it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told<'a> {
+    /// It can be asked.
+    Serves,
+    /// The main process runs.
+    Runs,
+    /// It does not.
+    Failed(&'a str),
+}
+
+/// Keeps a VM until it has ended for good, and gives how. The main thread calls it, as the monitor ends with who started it.
+/// `machine` makes what each start needs; `tell` is told how far it is.
+///
+/// # Errors
+///
+/// The folder cannot be used. How the guest fares is no error of this.
+pub fn keep(
+    vm: &Vm,
+    lock_of_vm: &KeeperLock,
+    with_client: bool,
+    mut machine: impl FnMut() -> Result<Machine, String>,
+    mut tell: impl FnMut(Told<'_>),
+) -> Result<Ended, InstanceError> {
+    let _ = lock_of_vm;
+    for old in [
+        vm.at("ended.json"),
+        vm.at("phase.json"),
+        vm.socket("keeper"),
+    ] {
+        remove(&old)?;
+    }
+    let mut phase = Phase {
+        phase: "starting".into(),
+        started_ms: now_ms(),
+        restarts: 0,
+        monitor_pid: None,
+        keeper_pid: rustix::process::getpid()
+            .as_raw_nonzero()
+            .get()
+            .cast_unsigned(),
+    };
+    write_json(&vm.at("phase.json"), &phase)?;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(vm.run_folder())
+        .map_err(InstanceError::file("make the folder", vm.run_folder()))?;
+    let log = LogWriter::open(&vm.at("log")).map_err(InstanceError::file("open", vm.at("log")))?;
+    let control = Arc::new(Kept {
+        hub: Hub::new(log),
+        now: Mutex::default(),
+        stop_signal: vm.record.stop_signal,
+        vm: vm.clone(),
+    });
+    // Before anybody can ask for it.
+    let mut input = new_input(&control)?;
+    let socket = vm.socket("keeper");
+    let listener = UnixListener::bind(&socket).map_err(InstanceError::file("make", &socket))?;
+    let serving = Arc::clone(&control);
+    thread::Builder::new()
+        .name("clients".into())
+        .spawn(move || serve(&listener, &serving))
+        .map_err(InstanceError::file("serve", &socket))?;
+
+    tell(Told::Serves);
+    let mut pause = RESTART_PAUSE;
+    let ended = loop {
+        let begun = Instant::now();
+        let with_first = with_client && phase.restarts == 0;
+        let once = Once {
+            vm,
+            control: &control,
+            with_first,
+            input: input.take(),
+        };
+        let outcome = once.run(&mut machine, &mut phase, &mut tell);
+        let (status, why) = match outcome {
+            Ok(exit) => (exit.status(), None),
+            Err(failure) => {
+                tell(Told::Failed(&failure.why));
+                (failure.status, Some(failure.why))
+            }
+        };
+        let ended = Ended {
+            status,
+            at_ms: now_ms(),
+            why,
+        };
+        let stopping = lock(&control.now).stopping;
+        let again = !stopping
+            && match vm.record.restart {
+                Restart::No => false,
+                Restart::OnFailure(most) => {
+                    ended.status != 0 && most.is_none_or(|most| phase.restarts < most)
+                }
+                Restart::Always => true,
+            };
+        if !again {
+            break ended;
+        }
+        control.hub.again();
+        input = new_input(&control)?;
+        if begun.elapsed() > GOOD_WHILE {
+            pause = RESTART_PAUSE;
+        }
+        thread::sleep(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
+        phase.restarts += 1;
+        if lock(&control.now).stopping {
+            break ended;
+        }
+    };
+    write_json(&vm.at("ended.json"), &ended)?;
+    let answer = match &ended.why {
+        Some(why) => Answer::Refused(Refusal {
+            code: code_of(ended.status).into(),
+            text: why.clone(),
+        }),
+        // Whatever it was, its status is what shells and people have.
+        None => Answer::Exited(Exit::Code(ended.status)),
+    };
+    control.hub.end(&answer);
+    control.hub.wait_for_none(CLIENTS_PATIENCE);
+    remove(&vm.at("phase.json"))?;
+    let _ = fs::remove_dir_all(vm.run_folder());
+    Ok(ended)
+}
+
+fn remove(path: &Path) -> Result<(), InstanceError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(InstanceError::file("remove", path)(e))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Why a machine did not do what it was to, and the status that says so.
+struct Failure {
+    status: u8,
+    why: String,
+}
+
+/// As `docker run` has them: 125 it could not be started, 126 the program cannot be executed, 127 there is none.
+const NOT_STARTED: u8 = 125;
+
+fn code_of(status: u8) -> &'static str {
+    match status {
+        126 => Refusal::NOT_EXECUTABLE,
+        127 => Refusal::NOT_FOUND,
+        _ => Refusal::FAILED,
+    }
+}
+
+fn not_started(why: impl Into<String>) -> Failure {
+    Failure {
+        status: NOT_STARTED,
+        why: why.into(),
+    }
+}
+
+/// The monitor, which ends with this.
+struct Monitor {
+    child: Child,
+    said: PathBuf,
+    /// Goes after the monitor.
+    _held: Vec<Box<dyn Send>>,
+}
+
+impl Monitor {
+    fn start(vm: &Vm, machine: Machine) -> io::Result<Self> {
+        let said = vm.at("monitor");
+        let out = File::create(&said)?;
+        let mut command = machine.monitor;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(out);
+        // SAFETY: one system call, nothing is allocated.
+        unsafe {
+            command.pre_exec(|| {
+                // A keeper that is killed leaves no guest behind.
+                set_parent_process_death_signal(Some(Signal::KILL))?;
+                Ok(())
+            });
+        }
+        let mut child = command.spawn()?;
+        if let Some(console) = child.stdout.take() {
+            let path = vm.at("console");
+            thread::Builder::new()
+                .name("console".into())
+                .spawn(move || keep_console(console, &path))?;
+        }
+        Ok(Self {
+            child,
+            said,
+            _held: machine.held,
+        })
+    }
+
+    fn has_ended(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Waits for its end, and kills it if that does not come.
+    fn end(&mut self, patience: Duration) {
+        let until = Instant::now() + patience;
+        while !self.has_ended() {
+            if Instant::now() > until {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// How it ended, in its own words.
+    fn last_words(&mut self) -> String {
+        let status = match self.child.try_wait() {
+            Ok(Some(status)) => match (status.code(), status.signal()) {
+                (Some(code), _) => format!("exit status {code}"),
+                (_, Some(signal)) => format!("signal {signal}"),
+                _ => "unknown status".into(),
+            },
+            _ => "it still runs".into(),
+        };
+        let said = fs::read(&self.said).unwrap_or_default();
+        let said =
+            String::from_utf8_lossy(&said[said.len().saturating_sub(TOLD_BYTES)..]).into_owned();
+        // It says in one line, the last, how it ended.
+        let said = said
+            .lines()
+            .rfind(|l| !l.trim().is_empty())
+            .unwrap_or_default();
+        if said.is_empty() {
+            return status;
+        }
+        format!("{status}: {said}")
+    }
+}
+
+/// What the guest writes to its console, as far as that is kept. A guest can write for ever, and a disk may be full: it goes on.
+fn keep_console(mut from: impl Read, path: &Path) {
+    let mut buffer = [0; 4096];
+    let mut file = File::create(path);
+    let mut size = 0;
+    loop {
+        let count = match from.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => count,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => return,
+        };
+        if size >= MAX_CONSOLE_BYTES {
+            let _ = fs::rename(path, path.with_extension("1"));
+            file = File::create(path);
+            size = 0;
+        }
+        if let Ok(file) = &mut file {
+            let _ = file.write_all(&buffer[..count]);
+        }
+        size += count as u64;
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The main process's input, if it has one; the end that the process reads.
+fn new_input(control: &Kept) -> Result<Option<File>, InstanceError> {
+    if !control.vm.record.process.input {
+        return Ok(None);
+    }
+    let (theirs, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .map_err(|e| InstanceError::file("make a pipe for", control.vm.folder())(e.into()))?;
+    lock(&control.now).input = Some(Input::new(File::from(ours)));
+    Ok(Some(File::from(theirs)))
+}
+
+/// One start of the machine, to its end.
+struct Once<'a> {
+    vm: &'a Vm,
+    control: &'a Arc<Kept>,
+    with_first: bool,
+    input: Option<File>,
+}
+
+impl Once<'_> {
+    fn run(
+        mut self,
+        machine: &mut impl FnMut() -> Result<Machine, String>,
+        phase: &mut Phase,
+        tell: &mut impl FnMut(Told<'_>),
+    ) -> Result<Exit, Failure> {
+        let vm = self.vm;
+        let told = |e: InstanceError| not_started(e.to_string());
+        let ready = vm.socket(&format!("vsock_{READY_PORT}"));
+        let sockets = [ready.clone(), vm.socket("vsock"), vm.socket("api")];
+        for old in &sockets {
+            remove(old).map_err(told)?;
+        }
+        let listener =
+            UnixListener::bind(&ready).map_err(|e| told(InstanceError::file("make", &ready)(e)))?;
+        let mut machine = machine().map_err(not_started)?;
+        let setup = Setup {
+            unix_ns: Some(now_ms().saturating_mul(1_000_000)),
+            ..std::mem::take(&mut machine.setup)
+        };
+        let mut monitor = Monitor::start(vm, machine)
+            .map_err(|e| not_started(format!("cannot start the monitor: {e}")))?;
+        let pid = rustix::process::Pid::from_child(&monitor.child);
+        lock(&self.control.now).monitor = pidfd_open(pid, PidfdFlags::empty()).ok();
+        let result = self.in_machine(&listener, setup, &mut monitor, phase, tell);
+        {
+            let mut now = lock(&self.control.now);
+            now.controls = None;
+            now.input = None;
+        }
+        if result.is_ok() && !monitor.has_ended() {
+            let guest = Guest::new(&vm.socket("vsock"), AGENT_PATIENCE);
+            let how = Shutdown {
+                how: ShutdownHow::PowerOff,
+                signal: 15,
+                grace_ms: OTHERS_GRACE_MS,
+            };
+            if guest.shut_down(how).is_ok() {
+                monitor.end(Duration::from_millis(OTHERS_GRACE_MS.into()) + OFF_PATIENCE);
+            }
+        }
+        lock(&self.control.now).monitor = None;
+        drop(monitor);
+        for gone in &sockets {
+            let _ = fs::remove_file(gone);
+        }
+        result
+    }
+
+    fn in_machine(
+        &mut self,
+        listener: &UnixListener,
+        setup: Setup,
+        monitor: &mut Monitor,
+        phase: &mut Phase,
+        tell: &mut impl FnMut(Told<'_>),
+    ) -> Result<Exit, Failure> {
+        let (vm, control) = (self.vm, self.control);
+        let connection = wait_for_guest(listener, monitor)?;
+        let session = Session::begin(connection, BOOT_PATIENCE);
+        session
+            .and_then(|session| session.ask(&Request::Setup(Box::new(setup))))
+            .map_err(|e| broken(monitor, &e, "the guest cannot be set up"))?;
+        if self.with_first && !control.hub.wait_for_first(FIRST_CLIENT_PATIENCE) {
+            return Err(not_started("who started it is gone"));
+        }
+        let streams = Streams {
+            input: self
+                .input
+                .take()
+                .map(|pipe| Box::new(pipe) as Box<dyn Read + Send>),
+            output: Some(Box::new(Fanout::new(&control.hub, Stream::Output))),
+            errors: Some(Box::new(Fanout::new(&control.hub, Stream::Errors))),
+        };
+        phase.phase = "running".into();
+        phase.started_ms = now_ms();
+        phase.monitor_pid = Some(monitor.child.id());
+        let guest = Guest::new(&vm.socket("vsock"), AGENT_PATIENCE);
+        let exit = guest.run(&vm.record.process, streams, |controls, pid| {
+            if let Err(e) = write_json(&vm.at("phase.json"), phase) {
+                log::warn!("{e}");
+            }
+            lock(&control.now).controls = Some(controls);
+            control.hub.begun(pid);
+            tell(Told::Runs);
+        });
+        match exit {
+            Ok(exit) => Ok(exit),
+            Err(AgentError::Refused(refusal)) => Err(Failure {
+                status: match refusal.code.as_str() {
+                    Refusal::NOT_EXECUTABLE => 126,
+                    Refusal::NOT_FOUND => 127,
+                    _ => NOT_STARTED,
+                },
+                why: refusal.shown(),
+            }),
+            Err(e) => Err(broken(monitor, &e, "the guest ended before its process")),
+        }
+    }
+}
+
+/// What is known of a machine that does not go on.
+fn broken(monitor: &mut Monitor, error: &AgentError, what: &str) -> Failure {
+    // The connection is gone a moment before the monitor is.
+    let until = Instant::now() + Duration::from_millis(500);
+    while !monitor.has_ended() && Instant::now() < until {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let why = if monitor.has_ended() {
+        format!("{what}: the monitor ended, {}", monitor.last_words())
+    } else {
+        format!("{what}: {error}")
+    };
+    not_started(why)
+}
+
+fn wait_for_guest(listener: &UnixListener, monitor: &mut Monitor) -> Result<UnixStream, Failure> {
+    let cannot = |e: io::Error| not_started(format!("cannot wait for the guest: {e}"));
+    listener.set_nonblocking(true).map_err(cannot)?;
+    let until = Instant::now() + BOOT_PATIENCE;
+    loop {
+        match listener.accept() {
+            Ok((connection, _)) => {
+                connection.set_nonblocking(false).map_err(cannot)?;
+                return Ok(connection);
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(cannot(e)),
+        }
+        if monitor.has_ended() {
+            return Err(not_started(format!(
+                "the guest ended before its agent was there: {}; its console is in the VM's folder",
+                monitor.last_words()
+            )));
+        }
+        if Instant::now() > until {
+            return Err(not_started(format!(
+                "the guest's agent is not there after {} s; the guest's console is in the VM's folder",
+                BOOT_PATIENCE.as_secs()
+            )));
+        }
+        let ready = rustix::event::PollFd::new(listener, rustix::event::PollFlags::IN);
+        let moment = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 20_000_000,
+        };
+        let _ = rustix::event::poll(&mut [ready], Some(&moment));
+    }
+}
+
+fn serve(listener: &UnixListener, control: &Arc<Kept>) {
+    for connection in listener.incoming().flatten() {
+        let control = Arc::clone(control);
+        let _ = thread::Builder::new().name("client".into()).spawn(move || {
+            // Whoever breaks off is not answered any more.
+            let _ = client(connection, &control);
+        });
+    }
+}
+
+fn client(connection: UnixStream, control: &Arc<Kept>) -> Result<(), AgentError> {
+    let mut session = Session::begin(connection, AGENT_PATIENCE)?;
+    match session.request::<Ask>()? {
+        Ask::Attach(how) => attached(session, control, &how),
+        Ask::Stop { signal, grace_ms } => {
+            stop(control, signal, grace_ms);
+            session.answer_with(&Answer::Done)
+        }
+        Ask::Signal(signal) => {
+            // As containers have it: after this one it is not started again.
+            if signal == 9 || signal == 15 || signal == control.stop_signal {
+                lock(&control.now).stopping = true;
+            }
+            let answer = match &lock(&control.now).controls {
+                Some(controls) => {
+                    controls.signal(signal);
+                    Answer::Done
+                }
+                None => Answer::Refused(Refusal {
+                    code: Refusal::NOT_FOUND.into(),
+                    text: format!("the main process of '{}' does not run now", control.vm.name),
+                }),
+            };
+            session.answer_with(&answer)
+        }
+        Ask::Kill => {
+            kill(control);
+            session.answer_with(&Answer::Done)
+        }
+    }
+}
+
+/// Asks for the end, and sees that it comes.
+fn stop(control: &Arc<Kept>, signal: Option<u8>, grace_ms: u32) {
+    let controls = {
+        let mut now = lock(&control.now);
+        now.stopping = true;
+        now.controls.clone()
+    };
+    let Some(controls) = controls else {
+        // It is just starting, or ends by itself.
+        kill(control);
+        return;
+    };
+    controls.signal(signal.unwrap_or(control.stop_signal));
+    let control = Arc::clone(control);
+    let _ = thread::Builder::new().name("stop".into()).spawn(move || {
+        thread::sleep(Duration::from_millis(grace_ms.into()));
+        controls.signal(9);
+        // An agent that is dead or hung does not carry it out.
+        thread::sleep(AGENT_PATIENCE);
+        if lock(&control.now).controls.is_some() {
+            kill(&control);
+        }
+    });
+}
+
+fn kill(control: &Kept) {
+    let mut now = lock(&control.now);
+    now.stopping = true;
+    if let Some(monitor) = &now.monitor {
+        // One that has ended is as good.
+        let _ = pidfd_send_signal(monitor, Signal::KILL);
+    }
+}
+
+fn attached(
+    mut session: Session,
+    control: &Arc<Kept>,
+    how: &crate::Attach,
+) -> Result<(), AgentError> {
+    // The process waits for the first; all others wait for the process.
+    let started = if how.first {
+        Ok(0)
+    } else {
+        control.hub.wait_for_start()
+    };
+    match started {
+        Ok(pid) => session.answer_with(&Answer::Started { pid })?,
+        Err(last) => return session.answer_with(&last),
+    }
+    let mut duplex = Duplex::begin(session)?;
+    let input = lock(&control.now).input.clone().filter(|_| how.input);
+    let terminal = control.vm.record.process.terminal.is_some();
+    let writer = input.map(|input| input.writer(how.first && !terminal));
+    duplex.take(Stream::Input, writer)?;
+    let sender = duplex.sender();
+    let Some(number) = control.hub.add(sender.clone(), how.first, how.history) else {
+        let _ = sender.message(&Answer::Refused(Refusal {
+            code: Refusal::FAILED.into(),
+            text: "too many are attached already".into(),
+        }));
+        return Ok(());
+    };
+    let result = loop {
+        match duplex.message() {
+            Ok(json) => {
+                if let (Ok(wish), Some(controls)) = (
+                    from_json::<Control>(&json, "control"),
+                    &lock(&control.now).controls,
+                ) {
+                    match wish {
+                        Control::Resize(size) => controls.resize(size),
+                        Control::Signal(signal) => controls.signal(signal),
+                    }
+                }
+            }
+            Err(AgentError::Ended) => break Ok(()),
+            Err(e) => break Err(e),
+        }
+    };
+    control.hub.remove(number);
+    sender.over();
+    result
+}

@@ -1,0 +1,24 @@
+//! Guests that run images on this host: a folder for each, a process that keeps it, what it said.
+//!
+//! There is no daemon. A VM is a folder, and while it runs, a keeper: an ordinary process that holds the folder's lock, has the
+//! monitor as its child, carries the guest's main process's streams into the log and to who is attached, and writes down how it ended. Whoever
+//! wants something of a VM looks at its folder and asks its keeper by a socket there; nobody is found by a number that might be
+//! another's by now.
+//!
+//! Deliberately does not know: images, networks, what people type, how the machine is described.
+
+mod ask;
+mod error;
+mod folder;
+#[expect(unsafe_code, reason = "what runs between fork and exec")]
+mod keeper;
+mod log;
+mod record;
+mod streams;
+
+pub use ask::{Ask, Attach, ask, attach};
+pub use error::InstanceError;
+pub use folder::{KeeperLock, Vm, Vms};
+pub use keeper::{Machine, Told, keep};
+pub use log::{LogEntry, LogReader};
+pub use record::{Ended, Phase, Record, Restart, State};

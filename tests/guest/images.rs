@@ -1,0 +1,333 @@
+//! `alveole run IMAGE` and the commands about what it started, as people type them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Instant;
+
+use tempfile::TempDir;
+
+use crate::harness::images::{path, root_files, tool};
+use crate::harness::{Vm, patience};
+
+/// A user's home with a kernel and a root disk.
+struct Home {
+    dir: TempDir,
+    root: PathBuf,
+}
+
+impl Home {
+    #[track_caller]
+    fn new() -> Option<Self> {
+        let vm = Vm::any()?;
+        let dir = TempDir::new().unwrap();
+        let files = root_files(dir.path(), "");
+        fs::create_dir_all(files.join("etc")).unwrap();
+        fs::write(
+            files.join("etc/passwd"),
+            "root:x:0:0::/root:/bin/sh\nweb:x:33:44::/:/bin/sh\n",
+        )
+        .unwrap();
+        let root = dir.path().join("root.erofs");
+        if !tool(
+            "mkfs.erofs",
+            &["-Enoinline_data", path(&root), path(&files)],
+        ) {
+            return None;
+        }
+        let home = Self { dir, root };
+        let kernel = vm.kernel_path();
+        let tree = fs::read_dir(kernel.with_file_name("lib/modules"));
+        let tree = tree.into_iter().flatten().flatten().next();
+        let mut words = vec!["kernel", "add", "--name", "test", path(kernel)];
+        let tree = tree.map(|entry| entry.path());
+        if let Some(tree) = &tree {
+            words.extend(["--modules", path(tree)]);
+        }
+        home.does(&words);
+        Some(home)
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let monitor = Path::new(env!("CARGO_BIN_EXE_alveole-vmm"));
+        let mut command = Command::new(monitor.with_file_name("alveole"));
+        command
+            .args(words)
+            .env("ALVEOLE_HOME", self.dir.path().join("home"));
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn output(&self, words: &[&str]) -> Output {
+        self.command(words).output().unwrap()
+    }
+
+    /// What a command that succeeds prints.
+    #[track_caller]
+    fn does(&self, words: &[&str]) -> String {
+        let output = self.output(words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .trim_end()
+            .to_owned()
+    }
+
+    /// Words of a run of this root without network.
+    fn run<'a>(&'a self, before: &[&'a str], after: &[&'a str]) -> Vec<&'a str> {
+        let mut words = vec!["run", "--net", "none"];
+        words.extend(before);
+        words.push(path(&self.root));
+        words.extend(after);
+        words
+    }
+
+    #[track_caller]
+    fn wait_until(&self, seconds: u64, what: &str, mut so: impl FnMut() -> bool) {
+        let until = Instant::now() + patience(seconds);
+        while !so() {
+            assert!(
+                Instant::now() < until,
+                "no {what}; ps: {}",
+                self.does(&["ps", "-a"])
+            );
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    }
+
+    fn state(&self, name: &str) -> String {
+        let json: serde_json::Value = serde_json::from_str(&self.does(&["inspect", name])).unwrap();
+        json[0]["state"].as_str().unwrap().to_owned()
+    }
+}
+
+/// Whatever a test leaves running ends with it.
+impl Drop for Home {
+    fn drop(&mut self) {
+        let left = self.output(&["ps", "-aq"]).stdout;
+        let left = String::from_utf8(left).unwrap_or_default();
+        let ids: Vec<_> = left.split_whitespace().collect();
+        if !ids.is_empty() {
+            self.output(&[&["rm", "-f"], ids.as_slice()].concat());
+        }
+    }
+}
+
+#[test]
+fn exit_statuses_and_streams_are_the_processes_own() {
+    let Some(home) = Home::new() else { return };
+    let run = |before: &[&str], after: &[&str]| {
+        let before = [&["--rm"], before].concat();
+        let output = home.output(&home.run(&before, after));
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (
+            output.status.code().unwrap(),
+            text(output.stdout),
+            text(output.stderr),
+        )
+    };
+    assert_eq!(
+        run(&[], &["echo", "hello"]),
+        (0, "hello\n".into(), String::new())
+    );
+    let script = "echo out; echo err >&2; exit 7";
+    assert_eq!(
+        run(&[], &["sh", "-c", script]),
+        (7, "out\n".into(), "err\n".into())
+    );
+    assert_eq!(run(&[], &["sh", "-c", "kill -9 $$"]).0, 137);
+    let (status, _, errors) = run(&[], &["no-such-program"]);
+    assert!(
+        status == 127 && errors.contains("no-such-program"),
+        "{status} {errors}"
+    );
+    let (status, _, errors) = run(&[], &["/etc/passwd"]);
+    assert!(
+        status == 126 && errors.contains("/etc/passwd"),
+        "{status} {errors}"
+    );
+    let words = [
+        "-e",
+        "A=1 2",
+        "-w",
+        "/made/here",
+        "-u",
+        "web",
+        "--hostname",
+        "web1",
+    ];
+    let (status, output, errors) = run(&words, &["sh", "-c", "echo $A; pwd; id -u; hostname"]);
+    assert_eq!(
+        (status, &*output),
+        (0, "1 2\n/made/here\n33\nweb1\n"),
+        "{errors}"
+    );
+    let (status, _, errors) = run(&["--read-only"], &["sh", "-c", "echo x >/x"]);
+    assert!(status != 0 && errors.contains("Read-only"), "{errors}");
+    // Nothing of all these is left.
+    assert_eq!(home.does(&["ps", "-aq"]), "");
+}
+
+#[test]
+fn input_reaches_its_process_whole() {
+    let Some(home) = Home::new() else { return };
+    let content = "0123456789abcdef".repeat(100_000);
+    let file = home.dir.path().join("input");
+    fs::write(&file, &content).unwrap();
+    let output = home
+        .command(&home.run(&["--rm", "-i"], &["cat"]))
+        .stdin(fs::File::open(&file).unwrap())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(
+        output.stdout == content.as_bytes(),
+        "{} bytes",
+        output.stdout.len()
+    );
+}
+
+#[test]
+fn a_vm_is_looked_after() {
+    let Some(home) = Home::new() else { return };
+    let script = "trap 'echo asked; exit 3' TERM; i=0; while :; do echo line $i; i=$((i+1)); sleep 0.1; done";
+    let id = home.does(&home.run(
+        &["-d", "--name", "web", "--label", "a=b"],
+        &["sh", "-c", script],
+    ));
+    assert_eq!(home.state("web"), "running");
+    assert!(home.does(&["ps"]).contains(&id));
+    // Names and ids.
+    let taken = home.output(&home.run(&["-d", "--name", "web"], &["true"]));
+    assert_eq!(taken.status.code(), Some(125));
+    assert!(String::from_utf8_lossy(&taken.stderr).contains("already"));
+    assert_eq!(home.does(&["exec", &id[..6], "hostname"]), "web");
+    let refused = home.output(&["rm", "web"]);
+    assert!(
+        !refused.status.success()
+            && String::from_utf8_lossy(&refused.stderr).contains("alveole stop web")
+    );
+    // A further process has what the first has.
+    assert_eq!(
+        home.output(&["exec", "web", "sh", "-c", "exit 5"])
+            .status
+            .code(),
+        Some(5)
+    );
+    let echoed = home
+        .command(&["exec", "-i", "web", "cat"])
+        .stdin(fs::File::open(&home.root).unwrap())
+        .output()
+        .unwrap();
+    assert!(
+        echoed.stdout == fs::read(&home.root).unwrap(),
+        "{} bytes",
+        echoed.stdout.len()
+    );
+    home.does(&["exec", "web", "sh", "-c", "echo kept >/kept"]);
+    home.wait_until(20, "line", || {
+        home.does(&["logs", "web"]).contains("line 3\n")
+    });
+    let timed = home.does(&["logs", "--timestamps", "web"]);
+    assert!(
+        timed.lines().next().unwrap().ends_with("Z line 0"),
+        "{timed}"
+    );
+    assert_eq!(
+        home.does(&["logs", "--since", "2100-01-01T00:00:00Z", "web"]),
+        ""
+    );
+    // It is asked, and its own status is what remains.
+    assert_eq!(home.does(&["stop", "web"]), "web");
+    assert_eq!(home.does(&["wait", "web"]), "3");
+    assert!(home.does(&["logs", "web"]).ends_with("asked"));
+    assert_eq!(home.does(&["ps", "-q"]), "");
+    let stopped = home.output(&["exec", "web", "true"]);
+    assert!(String::from_utf8_lossy(&stopped.stderr).contains("alveole start web"));
+    // What it wrote is there again.
+    home.does(&["start", "web"]);
+    assert_eq!(home.does(&["exec", "web", "cat", "/kept"]), "kept");
+    home.does(&["kill", "web"]);
+    assert_eq!(home.does(&["wait", "web"]), "137");
+    home.does(&["rename", "web", "other"]);
+    assert!(!home.output(&["inspect", "web"]).status.success());
+    home.does(&["rm", "other"]);
+    assert_eq!(home.does(&["ps", "-aq"]), "");
+}
+
+/// Of whatever is killed, the next command makes sense.
+#[test]
+fn killed_processes_leave_what_the_next_command_understands() {
+    let Some(home) = Home::new() else { return };
+    let pids = |name: &str| -> (i32, i32) {
+        let json: serde_json::Value = serde_json::from_str(&home.does(&["inspect", name])).unwrap();
+        let pid =
+            |what: &str| i32::try_from(json[0]["details"]["kept"][what].as_i64().unwrap()).unwrap();
+        (pid("keeper_pid"), pid("monitor_pid"))
+    };
+    let kill = |pid: i32| {
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(pid),
+            nix::sys::signal::Signal::SIGKILL,
+        )
+        .unwrap()
+    };
+    let gone = |pid: i32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.is_empty() || stat.contains(") Z ")
+    };
+    home.does(&home.run(&["-d", "--name", "a"], &["sleep", "1000"]));
+    let (keeper, monitor) = pids("a");
+    kill(keeper);
+    home.wait_until(20, "end of the monitor", || gone(monitor));
+    home.wait_until(20, "lost VM", || home.state("a") == "lost");
+    assert_eq!(home.does(&["ps", "-q"]), "");
+    home.does(&["start", "a"]);
+    assert_eq!(home.does(&["exec", "a", "echo", "again"]), "again");
+    // The monitor alone: its keeper tells why.
+    let (_, monitor) = pids("a");
+    kill(monitor);
+    home.wait_until(20, "ended VM", || home.state("a") == "exited");
+    let facts = home.does(&["inspect", "a"]);
+    assert!(facts.contains("signal 9"), "{facts}");
+    home.does(&["rm", "a"]);
+    // One that is started again by itself.
+    home.does(&home.run(
+        &["-d", "--name", "b", "--restart", "always"],
+        &["sleep", "1000"],
+    ));
+    let (_, monitor) = pids("b");
+    kill(monitor);
+    home.wait_until(60, "restart", || {
+        home.state("b") == "running" && pids("b").1 != monitor
+    });
+    home.does(&["stop", "-t", "0", "b"]);
+    assert_eq!(home.state("b"), "exited");
+}
+
+/// What is wrong is said before anything is made.
+#[test]
+fn what_cannot_be_run_leaves_nothing() {
+    let Some(home) = Home::new() else { return };
+    let text = home.dir.path().join("text");
+    fs::write(&text, "no file system\n".repeat(4096)).unwrap();
+    let root = path(&home.root).to_owned();
+    for (words, said) in [
+        (vec!["run", "no-such-image"], "no-such-image"),
+        (vec!["run", "./no/such/file"], "./no/such/file"),
+        (vec!["run", "--kernel", "other", &root], "alveole kernel ls"),
+        (vec!["run", "--name", "Not A Name", &root], "Not A Name"),
+        (vec!["run", "--disk", "much", &root], "--disk much"),
+        (vec!["run", "--initrd", "x", &root], "--initrd"),
+        (vec!["run", "--restart", "maybe", &root], "on-failure"),
+        (vec!["run", "--rm", "--net", "none", path(&text)], "erofs"),
+    ] {
+        let output = home.output(&words);
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success() && errors.contains(said),
+            "{words:?}: {errors}"
+        );
+    }
+    assert_eq!(home.does(&["ps", "-aq"]), "");
+}
