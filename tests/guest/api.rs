@@ -253,3 +253,96 @@ fn a_cable_is_pulled_and_put_back() {
     }
     guest.leave().assert_code(0);
 }
+
+/// A first process that is told of the three keys, as busybox's and systemd are.
+const TAKES_KEYS: &str = "
+    trap 'echo keys taken; sync; stty -F /dev/console opost; reboot -f' INT
+    echo 0 >/proc/sys/kernel/ctrl-alt-del
+    echo ready for keys
+    while :; do sleep 0.1; done
+";
+
+#[test]
+fn ctrl_alt_del_restarts_a_guest_in_good_order() {
+    // Others have no virtual terminals, whose part of the kernel takes the keys.
+    let Some(vm) = Vm::stock() else { return };
+    let dir = TempDir::new().unwrap();
+    let image = disk(dir.path(), "disk", "");
+    let Some(mut guest) = start(vm, dir.path(), TAKES_KEYS, &image) else {
+        return;
+    };
+    guest.wait_for("ready for keys");
+    let keys = json!({"action_type": "SendCtrlAltDel"});
+    guest.client().done("PUT", "/actions", keys);
+    guest.wait_for("keys taken");
+    let end = guest.wait();
+    end.assert_code(3)
+        .assert_line("the guest asked for a reset (vCPU ");
+}
+
+/// While it is paused, nothing happens; afterwards it takes them.
+#[test]
+fn ctrl_alt_del_waits_for_a_guest_that_is_paused() {
+    let Some(vm) = Vm::stock() else { return };
+    let dir = TempDir::new().unwrap();
+    let image = disk(dir.path(), "disk", "");
+    let vm = vm.cpus(2).option("--enable-pci");
+    let Some(mut guest) = start(vm, dir.path(), TAKES_KEYS, &image) else {
+        return;
+    };
+    guest.wait_for("ready for keys");
+    let mut client = guest.client();
+    client.done("PATCH", "/vm", json!({"state": "Paused"}));
+    let keys = json!({"action_type": "SendCtrlAltDel"});
+    client.done("PUT", "/actions", keys.clone());
+    let told = client.refused("PUT", "/actions", keys);
+    assert!(told.contains("has not read the keys"), "{told}");
+    client.done("PATCH", "/vm", json!({"state": "Resumed"}));
+    guest.wait_for("keys taken");
+    guest.wait().assert_code(3);
+}
+
+/// The driver of every kernel reads the keys, whatever it makes of them: one interrupt for each byte at least.
+#[test]
+fn a_guest_reads_the_keys() {
+    let Some(vm) = Vm::any() else { return };
+    let mut guest = vm.takes_commands().by_api().boot();
+    guest.wait_for_commands();
+    let taken = "awk '/i8042/ { for (i = 2; $i ~ /^[0-9]+$/; i++) n += $i } END { print n + 0 }' /proc/interrupts";
+    let count = |guest: &mut Running| {
+        let (status, said) = guest.ask(taken);
+        assert_eq!(status, 0, "{said}");
+        said.trim().parse::<u64>().unwrap()
+    };
+    // Nobody is to take the keys for the wish to restart.
+    let (_, before) = (
+        guest.ask("echo 0 >/proc/sys/kernel/ctrl-alt-del; trap '' INT"),
+        count(&mut guest),
+    );
+    let mut client = guest.client();
+    for round in 1..=3 {
+        client.done("PUT", "/actions", json!({"action_type": "SendCtrlAltDel"}));
+        let until = Instant::now() + patience(10);
+        while count(&mut guest) < before + round * 8 {
+            assert!(
+                Instant::now() < until,
+                "round {round}: the guest reads no keys"
+            );
+        }
+    }
+    guest.leave().assert_code(0);
+}
+
+#[test]
+fn a_guest_without_a_keyboard_hears_the_power_button_instead() {
+    let Some(vm) = Vm::stock_elf() else { return };
+    let vm = vm.cmdline(crate::ends::NO_KEYBOARD).init_does("sleep");
+    let mut guest = vm.by_api().boot();
+    guest.wait_for("alveole-guest: power-button event");
+    let keys = json!({"action_type": "SendCtrlAltDel"});
+    guest.client().done("PUT", "/actions", keys);
+    guest.wait_for("alveole-guest: power button pressed");
+    let end = guest.wait();
+    end.assert_code(0)
+        .assert_line("the guest powered off (vCPU ");
+}

@@ -110,7 +110,7 @@ fn a_guest_finds_its_tables_its_features_and_its_first_state() {
 
     let mut lines: Vec<u32> = partition.lines().into_iter().map(|(gsi, _)| gsi).collect();
     lines.sort_unstable();
-    assert_eq!(lines, [4, 5], "serial port and power button");
+    assert_eq!(lines, [1, 4, 5], "keyboard, serial port and power button");
 }
 
 /// A machine of `cpus` processors whose description has this `cpu-config`.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use alveole_board_devices::PowerButton;
+use alveole_board_devices::{Keys, PowerButton};
 use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{InitialState, Partition};
@@ -23,6 +23,7 @@ pub(super) struct WithProcessors {
     pub(super) ram: GuestRam,
     pub(super) partition: Box<dyn Partition>,
     pub(super) power_button: PowerButton,
+    pub(super) keys: Keys,
     pub(super) console: ConsoleHandle,
     pub(super) console_worker: ConsoleWorker,
     pub(super) threads: Threads,
@@ -51,6 +52,7 @@ impl WithBoot {
             ports,
             memory,
             power_button,
+            keys,
             console,
             console_worker,
             threads,
@@ -111,6 +113,7 @@ impl WithBoot {
             ram,
             partition,
             power_button,
+            keys,
             console,
             console_worker,
             threads,
