@@ -117,6 +117,7 @@ impl<'a> Session<'a> {
             placement: self.args.placement,
             disk_threads: self.args.disk_threads,
             transport: self.args.transport,
+            on_sigterm: self.args.on_sigterm,
         };
         let to_control = self.mailbox.clone();
         let console = Console::open(

@@ -11,6 +11,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -20,7 +21,9 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use nix::sys::termios::{Termios, tcgetattr};
 use tiny_guest::code::{kernel_of_size, tiny_kernel};
-use tiny_guest::{Bench, Ended, hang, no_kvm, power_off, print, skipped, start_on, terminal};
+use tiny_guest::{
+    Bench, Ended, hang, no_kvm, power_off, print, skipped, start_on, start_on_with, terminal,
+};
 
 /// The host or a file cannot give what is needed.
 const HOST: i32 = 1;
@@ -1004,7 +1007,7 @@ fn a_vanished_terminal_ends_the_guest() {
         drop(slave);
         drop(master);
         let start = Instant::now();
-        running.end().assert(129, &[]);
+        running.end().assert(156, &[]);
         assert!(
             start.elapsed() < Duration::from_secs(10),
             "took {:?}",
@@ -1018,18 +1021,22 @@ fn every_signal_ends_it_and_gives_the_terminal_back() {
     if no_kvm("every_signal_ends_it_and_gives_the_terminal_back") {
         return;
     }
-    let signals: [(&[Signal], i32); 5] = [
-        (&[SIGINT], 130),
-        (&[SIGHUP], 129),
-        (&[SIGQUIT], 131),
-        (&[SIGTERM, SIGTERM], 143),
-        (&[SIGTERM, SIGINT], 130),
+    type Case<'a> = (&'a [&'a str], &'a [Signal], i32);
+    let ask = &["--on-sigterm", "power-button"][..];
+    let signals: [Case<'_>; 7] = [
+        (&[], &[SIGINT], 130),
+        (&[], &[SIGHUP], 156),
+        (&[], &[SIGQUIT], 131),
+        (&[], &[SIGTERM], 143),
+        (&["--on-sigterm", "end"], &[SIGTERM], 143),
+        (ask, &[SIGTERM, SIGTERM], 143),
+        (ask, &[SIGTERM, SIGINT], 130),
     ];
-    for (sent, code) in signals {
+    for (options, sent, code) in signals {
         let bench = Bench::new(&up());
         let (mut master, slave) = terminal();
         let before = settings(&slave);
-        let mut running = start_on(&bench, &slave, &mut master);
+        let mut running = start_on_with(&bench, &slave, &mut master, options);
         assert_ne!(
             settings(&slave),
             before,
@@ -1046,7 +1053,12 @@ fn every_signal_ends_it_and_gives_the_terminal_back() {
             }
             running.signal(*signal);
         }
-        running.end().assert(code, &["ended by signal"]);
+        let ended = running.end();
+        ended.assert(code, &["ended by signal"]);
+        // Supervisors look at whether it died of the signal.
+        let last = *sent.last().unwrap();
+        let died = matches!(last, SIGTERM | SIGINT).then_some(last as i32);
+        assert_eq!(ended.status.signal(), died, "after {sent:?}");
         assert_eq!(settings(&slave), before, "after {sent:?}");
     }
 }
@@ -1174,10 +1186,6 @@ fn run_for_a_while(bench: &Bench) -> Ended {
     let mut running = bench.start(&["--console", "none"]);
     if !running.ends_within(Duration::from_millis(300)) {
         running.signal(SIGTERM);
-        running.signal(SIGTERM);
-        if !running.ends_within(Duration::from_millis(300)) {
-            running.signal(SIGTERM); // two that come together are one
-        }
     }
     running.end()
 }

@@ -250,10 +250,11 @@ impl Machine {
         }
     }
 
-    /// SIGTERM asks the guest to power off; the second one, and any other signal, ends the machine.
+    /// Every signal ends the machine, but for the first SIGTERM where that is to ask the guest to power off.
     fn handle_signal(&mut self, number: i32) -> Option<End> {
         const SIGTERM: i32 = 15;
-        if number != SIGTERM || self.asked_to_stop {
+        let ask = self.options.on_sigterm == OnSigterm::PressPowerButton;
+        if number != SIGTERM || !ask || self.asked_to_stop {
             return Some(End::Signal(number));
         }
         self.asked_to_stop = true;

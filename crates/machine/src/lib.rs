@@ -19,7 +19,7 @@ mod resources;
 mod validate;
 
 pub use alveole_virtio_blk::BlkHandle;
-pub use build::{BuildError, DiskThreads, Options, Placement, Transport, build};
+pub use build::{BuildError, DiskThreads, OnSigterm, Options, Placement, Transport, build};
 pub use control::{Event, Machine, Mailbox, Milestones, Tick};
 pub use desk::{Desk, Identity};
 pub use end::End;

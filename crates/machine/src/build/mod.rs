@@ -31,6 +31,18 @@ pub struct Options {
     pub disk_threads: DiskThreads,
     /// What carries virtio devices.
     pub transport: Transport,
+    /// What the first SIGTERM does.
+    pub on_sigterm: OnSigterm,
+}
+
+/// What the first SIGTERM does; a second one always ends the machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnSigterm {
+    /// It ends the machine, as any other signal does.
+    #[default]
+    End,
+    /// It asks the guest to power off.
+    PressPowerButton,
 }
 
 /// What carries virtio devices.
