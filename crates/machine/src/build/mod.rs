@@ -16,6 +16,7 @@ use alveole_vcpu::template::NoSuchLeaf;
 
 pub use alveole_boot_loader::Placement;
 
+use crate::validate::NotForHost;
 use crate::{HostResources, Machine, Mailbox, ValidConfig};
 
 /// What a machine is to do beyond its description.
@@ -93,6 +94,9 @@ pub enum BuildError {
         /// What is possible.
         most: u32,
     },
+    /// A CPU template of another processor than the host's.
+    #[error(transparent)]
+    CpuTemplate(#[from] NotForHost),
     /// What the processors are to say of themselves cannot be had here.
     #[error("cpu-config cannot be had on this host: {}", listed(.0))]
     CpuConfig(Vec<CpuProblem>),
@@ -153,6 +157,7 @@ impl BuildError {
             Self::Memory(MapError::MoreThanHost { .. })
             | Self::Boot(_)
             | Self::TooManyCpus { .. }
+            | Self::CpuTemplate(_)
             | Self::CpuConfig(_)
             | Self::TooManyDevices => true,
             Self::Memory(MapError::Refused { .. } | MapError::Ranges(_))

@@ -16,6 +16,7 @@ use alveole_virtio_vsock::VsockHandle;
 use crate::build::boot::WithBoot;
 use crate::build::{BuildError, CpuProblem};
 use crate::catalog::{Devices, SharedTransport, Threads};
+use crate::validate::check_host;
 use crate::{Event, Mailbox, ValidConfig};
 
 /// The processors exist.
@@ -72,6 +73,7 @@ impl WithBoot {
             memory: memory.freeze(),
         };
         let supported = partition.supported_cpuid()?;
+        check_host(config.cpu_template, &supported)?;
         let tsc_deadline = partition.has_tsc_deadline_timer();
         let wanted = &config.cpu_config;
         let mut problems = Vec::new();
