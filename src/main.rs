@@ -51,6 +51,9 @@ fn run(args: &Args, started: Instant) -> Result<End, Failure> {
     let (mailbox, events) = Mailbox::new();
     let config = config.unwrap_or_default();
     let mut session = Session::new(args, config, mailbox.clone(), started)?;
+    if !at_once {
+        session.opened()?;
+    }
     alveole_thread_sandbox::install_refusal_report(alveole_serial::restore_terminal)
         .map_err(|e| host(&e))?;
     let signals = signals::SignalWorker::new(mailbox.clone()).map_err(Failure::Host)?;
