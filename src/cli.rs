@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use alveole_api_server::DEFAULT_MAX_BODY_BYTES;
-use alveole_machine::{DiskThreads, Placement, Transport};
+use alveole_machine::{DiskThreads, OnSigterm, Placement, Transport};
 use alveole_serial::{ConsoleTarget, FileStart};
 use alveole_vm_config::LogLevel;
 
@@ -32,6 +32,8 @@ usage: alveole-vmm [--api-sock PATH] [--config-file FILE [--no-api]] [options]
                         virtio-mmio register blocks
   --disk-threads WHICH  threads that serve disks: disk (default): one for each; queue: one for each
                         queue, as far as the host has processors; shared: that of all devices
+  --on-sigterm WHAT     end (default): end at once, as by any other signal; power-button: ask the
+                        guest to power off, and end at the second one
   --boot-timer          say how long it took from the start of this process to the first
                         guest instruction and to the guest's init
   --id ID               name of this machine in log lines (default: anonymous-instance)
@@ -48,7 +50,8 @@ usage: alveole-vmm [--api-sock PATH] [--config-file FILE [--no-api]] [options]
 exit status: 0 the guest powered off or was ended from the console, 3 it asked for a reset,
 4 its kernel panicked, 5 a triple fault, 6 KVM could not run it, 1 the host failed,
 148 a system call was refused by the sandbox, 152 the description, or what it names, is wrong,
-153 the command line is wrong, 128+N ended by signal N
+153 the command line is wrong, 156 the terminal is gone, or SIGHUP, 131 SIGQUIT; by SIGTERM and
+SIGINT it dies, which shells show as 143 and 130
 ";
 
 /// What the command line asks for.
@@ -65,6 +68,7 @@ pub(crate) struct Args {
     pub(crate) placement: Option<Placement>,
     pub(crate) disk_threads: DiskThreads,
     pub(crate) transport: Transport,
+    pub(crate) on_sigterm: OnSigterm,
     pub(crate) id: Option<String>,
     pub(crate) log_path: Option<PathBuf>,
     pub(crate) level: Option<LogLevel>,
@@ -88,6 +92,7 @@ impl Default for Args {
             placement: None,
             disk_threads: DiskThreads::default(),
             transport: Transport::default(),
+            on_sigterm: OnSigterm::default(),
             id: None,
             log_path: None,
             level: None,
@@ -184,6 +189,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "module" => args.module = Some(text()?),
             "kernel-memory" => args.placement = placement(&text()?)?,
             "disk-threads" => args.disk_threads = disk_threads(&text()?)?,
+            "on-sigterm" => args.on_sigterm = on_sigterm(&text()?)?,
             "console" => args.console = Some(console(&text()?)?),
             "level" => args.level = Some(level(&text()?)?),
             "id" => args.id = Some(id(text()?)?),
@@ -223,6 +229,16 @@ fn disk_threads(value: &str) -> Result<DiskThreads, String> {
         "queue" => Ok(DiskThreads::PerQueue),
         _ => Err(format!(
             "--disk-threads {value:?}: expected disk, queue or shared"
+        )),
+    }
+}
+
+fn on_sigterm(value: &str) -> Result<OnSigterm, String> {
+    match value {
+        "end" => Ok(OnSigterm::End),
+        "power-button" => Ok(OnSigterm::PressPowerButton),
+        _ => Err(format!(
+            "--on-sigterm {value:?}: expected end or power-button"
         )),
     }
 }

@@ -4,6 +4,10 @@ use std::process::ExitCode;
 
 use alveole_machine::End;
 
+use crate::signals;
+
+const SIGHUP: i32 = 1;
+
 /// Why the program ends without, or before, a guest.
 #[derive(Debug)]
 pub(crate) enum Failure {
@@ -33,7 +37,8 @@ fn code_of(end: &End) -> u8 {
         End::Panic { .. } => 4,
         End::TripleFault { .. } => 5,
         End::Stuck { .. } => 6,
-        End::TerminalLost => 129,
+        // Firecracker's for SIGHUP, which comes with it where the terminal is the controlling one.
+        End::TerminalLost | End::Signal(SIGHUP) => 156,
         End::Signal(number) => u8::try_from(128 + number).unwrap_or(128),
     }
 }
@@ -47,6 +52,9 @@ pub(crate) fn ended(end: &End) -> ExitCode {
     log::info!(target: LOG_TARGET, "{end}");
     log::logger().flush();
     say(&end.to_string());
+    if let End::Signal(number) = end {
+        signals::die_of(*number);
+    }
     ExitCode::from(code)
 }
 

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use alveole_api_server::{ApiSocket, ApiThread};
 use alveole_event_loop::Worker;
-use alveole_machine::{Event, Files, Mailbox};
+use alveole_machine::{End, Event, Files, Mailbox};
 use cli::{Args, Request};
 use exit::Failure;
 use session::{Session, Started};
@@ -32,14 +32,15 @@ fn main() -> ExitCode {
         Ok(Request::Help) => print(cli::HELP),
         Ok(Request::Version) => print(concat!("alveole-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Request::Run(args)) => match run(&args, started) {
-            Ok(code) => code,
+            // Not before everything is put away: it may die here.
+            Ok(end) => exit::ended(&end),
             Err(failure) => exit::failed(&failure),
         },
         Err(text) => exit::failed(&Failure::Usage(text)),
     }
 }
 
-fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
+fn run(args: &Args, started: Instant) -> Result<End, Failure> {
     logger::start(args.id.as_deref().unwrap_or(session::DEFAULT_ID));
     raise_descriptor_limit();
     let host = |e: &dyn std::error::Error| Failure::Host(e.to_string());
@@ -50,6 +51,9 @@ fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
     let (mailbox, events) = Mailbox::new();
     let config = config.unwrap_or_default();
     let mut session = Session::new(args, config, mailbox.clone(), started)?;
+    if !at_once {
+        session.opened()?;
+    }
     alveole_thread_sandbox::install_refusal_report(alveole_serial::restore_terminal)
         .map_err(|e| host(&e))?;
     let signals = signals::SignalWorker::new(mailbox.clone()).map_err(Failure::Host)?;
@@ -65,7 +69,7 @@ fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
     } else {
         match session.wait_for_start(&events)? {
             Started::Machine(machine) => *machine,
-            Started::Ended(end) => return Ok(exit::ended(&end)),
+            Started::Ended(end) => return Ok(*end),
         }
     };
     if api.is_some() {
@@ -81,7 +85,7 @@ fn run(args: &Args, started: Instant) -> Result<ExitCode, Failure> {
     // What clients still wait for is answered by being dropped; then the API writes that, and goes.
     drop((machine, events));
     drop(api);
-    Ok(exit::ended(&end))
+    Ok(end)
 }
 
 /// Starts the API, with `workers` on its loop.

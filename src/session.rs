@@ -40,13 +40,16 @@ pub(crate) struct Session<'a> {
     begun: (Instant, &'static str),
     /// The times of the boot have been told, or are not wanted.
     told: bool,
+    /// Why log and counters cannot be written; told with whatever else is wrong.
+    unopened: Vec<String>,
 }
 
 impl<'a> Session<'a> {
-    /// A session whose log and counters are as `args` and, where they are silent, `config` say.
+    /// A session whose log and counters are as `args` and, where they are silent, `config` say. Whether these can be written is
+    /// told by [`Self::opened`], and by [`Self::build`] with all else that is wrong.
     ///
     /// # Errors
-    /// A file cannot be opened.
+    /// The metadata cannot be read.
     pub(crate) fn new(
         args: &'a Args,
         config: VmConfig,
@@ -54,7 +57,7 @@ impl<'a> Session<'a> {
         process_start: Instant,
     ) -> Result<Self, Failure> {
         let file = config.logger.clone().unwrap_or_default();
-        logger::change(&Logger {
+        let log = logger::change(&Logger {
             log_path: args.log_path.clone().or(file.log_path),
             level: args.level.or(file.level),
             show_level: args.show_level.then_some(true).or(file.show_level),
@@ -63,14 +66,14 @@ impl<'a> Session<'a> {
                 .then_some(true)
                 .or(file.show_log_origin),
             module: args.module.clone().or(file.module),
-        })
-        .map_err(Failure::Host)?;
+        });
         let path = args.metrics_path.as_ref();
         let path = path.or(config.metrics.as_ref().map(|m| &m.metrics_path));
-        let counters = path
-            .map(|path| MetricsFile::open(path, process_start))
-            .transpose()
-            .map_err(Failure::Host)?;
+        let mut unopened: Vec<_> = log.err().into_iter().collect();
+        let counters = path.and_then(|path| {
+            let opened = MetricsFile::open(path, process_start);
+            opened.map_err(|why| unopened.push(why)).ok()
+        });
         let identity = Identity {
             id: args.id.clone().unwrap_or_else(|| DEFAULT_ID.into()),
             app_name: "Alveole".into(),
@@ -85,7 +88,27 @@ impl<'a> Session<'a> {
             counters,
             begun: (process_start, "process start"),
             told: !args.boot_timer,
+            unopened,
         })
+    }
+
+    /// Whether log and counters can be written.
+    ///
+    /// # Errors
+    /// One of them cannot, or both.
+    pub(crate) fn opened(&self) -> Result<(), Failure> {
+        match self.unopened.is_empty() {
+            true => Ok(()),
+            false => Err(Failure::Host(self.unopened.join("; "))),
+        }
+    }
+
+    /// `wrong`, and what else of the files that are written cannot be opened.
+    fn all_wrong(&self, wrong: impl Iterator<Item = String>) -> String {
+        let console = Console::try_file(&self.console_target()).err();
+        let console = console.map(|e| e.to_string());
+        let all = wrong.chain(self.unopened.iter().cloned()).chain(console);
+        all.collect::<Vec<_>>().join("; ")
     }
 
     /// What clients have said, for the machine to answer them.
@@ -100,15 +123,17 @@ impl<'a> Session<'a> {
     pub(crate) fn build(&self, workers: Vec<Box<dyn Worker>>) -> Result<Machine, Failure> {
         let config = self.desk.config();
         let valid = alveole_machine::validate(config).map_err(|broken| {
-            let all: Vec<_> = broken.iter().map(ToString::to_string).collect();
-            Failure::Config(format!("this machine cannot be built: {}", all.join("; ")))
+            let all = self.all_wrong(broken.iter().map(ToString::to_string));
+            Failure::Config(format!("this machine cannot be built: {all}"))
         })?;
         let host = |e: &dyn std::error::Error| Failure::Host(e.to_string());
         let resources = HostResources::open(&valid, self.desk.metadata()).map_err(|first| {
             let all = HostResources::all_refused(&valid, first);
-            let all: Vec<_> = all.iter().map(ToString::to_string).collect();
-            Failure::Config(all.join("; "))
+            Failure::Config(self.all_wrong(all.iter().map(ToString::to_string)))
         })?;
+        if !self.unopened.is_empty() {
+            return Err(Failure::Host(self.all_wrong(std::iter::empty())));
+        }
         let partition = KvmPartition::new().map_err(|e| host(&e))?;
         let target = self.console_target();
         let options = Options {
@@ -117,6 +142,7 @@ impl<'a> Session<'a> {
             placement: self.args.placement,
             disk_threads: self.args.disk_threads,
             transport: self.args.transport,
+            on_sigterm: self.args.on_sigterm,
         };
         let to_control = self.mailbox.clone();
         let console = Console::open(

@@ -5,7 +5,7 @@
 
 use alveole_event_loop::{Event, EventLoopError, Interest, Ops, Token, Worker};
 use alveole_machine::{Event as MachineEvent, Mailbox};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal, raise};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 /// What ends a program. Those that the parent has ignored (nohup) stay ignored.
@@ -41,6 +41,22 @@ impl SignalWorker {
         let fd = SignalFd::with_flags(&set, flags).map_err(failed)?;
         Ok(Self { fd, mailbox })
     }
+}
+
+/// Ends this process by the signal that was to end it, so that whoever waits for it sees that: supervisors take an end by
+/// SIGTERM for a good one, and an exit status of 143 not. Comes back for other signals (SIGQUIT would write the guest's memory
+/// into a file), and where the signal does nothing by itself, as for the first process of a namespace.
+pub(crate) fn die_of(number: i32) {
+    let mut set = SigSet::empty();
+    match Signal::try_from(number) {
+        Ok(signal @ (Signal::SIGTERM | Signal::SIGINT)) => set.add(signal),
+        _ => return,
+    }
+    for signal in &set {
+        // What fails here is said by the exit status that follows.
+        let _ = raise(signal);
+    }
+    let _ = set.thread_unblock();
 }
 
 /// The set of ignored signals as the kernel shows it: bit N-1 for signal N.

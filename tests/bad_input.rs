@@ -7,10 +7,11 @@
 mod tiny_guest;
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -20,7 +21,9 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use nix::sys::termios::{Termios, tcgetattr};
 use tiny_guest::code::{kernel_of_size, tiny_kernel};
-use tiny_guest::{Bench, Ended, hang, no_kvm, power_off, print, skipped, start_on, terminal};
+use tiny_guest::{
+    Bench, Ended, hang, no_kvm, power_off, print, skipped, start_on, start_on_with, terminal,
+};
 
 /// The host or a file cannot give what is needed.
 const HOST: i32 = 1;
@@ -695,7 +698,6 @@ fn consoles_that_cannot_be_had() {
         return;
     }
     let bench = Bench::new(&power_off());
-    nix::unistd::mkfifo(&bench.file("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     let _taken = UnixListener::bind(bench.file("taken")).unwrap();
     let long = format!("unix:{}", "x".repeat(120));
     for (console, words) in [
@@ -706,10 +708,6 @@ fn consoles_that_cannot_be_had() {
         (
             "file:.",
             &["console file .", "directory", "name a file in it"],
-        ),
-        (
-            "file:pipe",
-            &["console file pipe", "nobody reads this pipe"],
         ),
         (
             "unix:no/such/sock",
@@ -736,6 +734,100 @@ fn consoles_that_cannot_be_had() {
             .end()
             .assert(HOST, words);
     }
+}
+
+/// What the guest says waits for who reads it, as far as a pipe has room; a reader that goes takes nothing away, and one that never
+/// comes holds nobody up.
+#[test]
+fn a_console_in_a_pipe_that_nobody_reads_yet() {
+    if no_kvm("a_console_in_a_pipe_that_nobody_reads_yet") {
+        return;
+    }
+    let pipe = |bench: &Bench| {
+        let mode = nix::sys::stat::Mode::S_IRWXU;
+        nix::unistd::mkfifo(&bench.file("pipe"), mode).unwrap();
+    };
+    let bench = Bench::new(&up());
+    pipe(&bench);
+    let mut running = bench.start(&["--console", "file:pipe"]);
+    let open_files = format!("/proc/{}/fd", running.id());
+    let is_open = || {
+        let mut all = fs::read_dir(&open_files).unwrap().flatten();
+        all.any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.ends_with("pipe")))
+    };
+    assert!(running.wait_until(is_open), "{}", running.said());
+    let mut said = [0; 3];
+    let mut reader = File::open(bench.file("pipe")).unwrap();
+    reader.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"up\n");
+    drop(reader);
+    running.signal(SIGTERM);
+    running.end().assert(143, &["ended by signal 15"]);
+
+    // By the description, and more than a pipe takes: 64 KiB wait, the rest is dropped.
+    // mov ecx, 100000; mov dx, 0x3f8; mov al, 'a'; out dx, al; loop to out
+    let flood = b"\xb9\xa0\x86\x01\x00\x66\xba\xf8\x03\xb0\x61\xee\xe2\xfd";
+    let bench = Bench::new(&[&flood[..], &power_off()].concat());
+    pipe(&bench);
+    let described = br#"{"boot-source": {"kernel_image_path": "kernel"},
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 64}, "serial": {"serial_out_path": "pipe"}}"#;
+    bench.write("vm.json", described);
+    let arguments = ["--config-file", "vm.json", "--no-api"];
+    bench.run_with(&arguments).assert(0, &["powered off"]);
+}
+
+#[test]
+fn every_file_that_cannot_be_had_is_told_at_once() {
+    let bench = Bench::new(&power_off());
+    // The console is the description's.
+    let described = |text: &str| {
+        bench.write("vm.json", text.as_bytes());
+        bench.run_with(&["--config-file", "vm.json", "--no-api"])
+    };
+    let missing = r#"{
+        "boot-source": {"kernel_image_path": "no-kernel", "initrd_path": "no-initrd"},
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 64},
+        "drives": [{"drive_id": "a", "path_on_host": "no-disk", "is_root_device": true}],
+        "logger": {"log_path": "none/log"}, "metrics": {"metrics_path": "none/metrics"},
+        "serial": {"serial_out_path": "none/serial"}
+    }"#;
+    let files = [
+        "no-kernel",
+        "no-initrd",
+        "no-disk",
+        "none/log",
+        "none/metrics",
+        "none/serial",
+    ];
+    described(missing).assert(CONFIG, &files);
+    // With rules that are broken; and alone.
+    let broken = missing.replace("\"mem_size_mib\": 64", "\"mem_size_mib\": 1");
+    let words = [
+        "mem_size_mib is 1",
+        "none/log",
+        "none/metrics",
+        "none/serial",
+    ];
+    described(&broken).assert(CONFIG, &words);
+    let options = [
+        "--log-path",
+        "none/log",
+        "--metrics-path",
+        "none/metrics",
+        "--console",
+        "file:none/serial",
+    ];
+    let bench = Bench::new(&power_off());
+    bench.start(&options).end().assert(HOST, &files[3..]);
+    let api = [
+        "--api-sock",
+        "api",
+        "--log-path",
+        "none/log",
+        "--metrics-path",
+        "none/metrics",
+    ];
+    bench.run_with(&api).assert(HOST, &files[3..5]);
 }
 
 #[test]
@@ -1004,7 +1096,7 @@ fn a_vanished_terminal_ends_the_guest() {
         drop(slave);
         drop(master);
         let start = Instant::now();
-        running.end().assert(129, &[]);
+        running.end().assert(156, &[]);
         assert!(
             start.elapsed() < Duration::from_secs(10),
             "took {:?}",
@@ -1018,18 +1110,22 @@ fn every_signal_ends_it_and_gives_the_terminal_back() {
     if no_kvm("every_signal_ends_it_and_gives_the_terminal_back") {
         return;
     }
-    let signals: [(&[Signal], i32); 5] = [
-        (&[SIGINT], 130),
-        (&[SIGHUP], 129),
-        (&[SIGQUIT], 131),
-        (&[SIGTERM, SIGTERM], 143),
-        (&[SIGTERM, SIGINT], 130),
+    type Case<'a> = (&'a [&'a str], &'a [Signal], i32);
+    let ask = &["--on-sigterm", "power-button"][..];
+    let signals: [Case<'_>; 7] = [
+        (&[], &[SIGINT], 130),
+        (&[], &[SIGHUP], 156),
+        (&[], &[SIGQUIT], 131),
+        (&[], &[SIGTERM], 143),
+        (&["--on-sigterm", "end"], &[SIGTERM], 143),
+        (ask, &[SIGTERM, SIGTERM], 143),
+        (ask, &[SIGTERM, SIGINT], 130),
     ];
-    for (sent, code) in signals {
+    for (options, sent, code) in signals {
         let bench = Bench::new(&up());
         let (mut master, slave) = terminal();
         let before = settings(&slave);
-        let mut running = start_on(&bench, &slave, &mut master);
+        let mut running = start_on_with(&bench, &slave, &mut master, options);
         assert_ne!(
             settings(&slave),
             before,
@@ -1046,7 +1142,12 @@ fn every_signal_ends_it_and_gives_the_terminal_back() {
             }
             running.signal(*signal);
         }
-        running.end().assert(code, &["ended by signal"]);
+        let ended = running.end();
+        ended.assert(code, &["ended by signal"]);
+        // Supervisors look at whether it died of the signal.
+        let last = *sent.last().unwrap();
+        let died = matches!(last, SIGTERM | SIGINT).then_some(last as i32);
+        assert_eq!(ended.status.signal(), died, "after {sent:?}");
         assert_eq!(settings(&slave), before, "after {sent:?}");
     }
 }
@@ -1174,10 +1275,6 @@ fn run_for_a_while(bench: &Bench) -> Ended {
     let mut running = bench.start(&["--console", "none"]);
     if !running.ends_within(Duration::from_millis(300)) {
         running.signal(SIGTERM);
-        running.signal(SIGTERM);
-        if !running.ends_within(Duration::from_millis(300)) {
-            running.signal(SIGTERM); // two that come together are one
-        }
     }
     running.end()
 }

@@ -192,15 +192,90 @@ fn a_template_is_told_as_it_was_set_and_the_last_one_counts() {
     client.done("PUT", "/cpu-config", json!({}));
     let nothing = json!({"kvm_capabilities": [], "cpuid_modifiers": [], "msr_modifiers": []});
     assert_eq!(shown(&mut client), nothing);
-    // Names of templates are not had; the refusal says what is.
-    let machine = json!({"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "T2"});
-    let why = client.refused("PUT", "/machine-config", machine);
-    assert!(
-        why.contains("\"T2\" cannot be had") && why.contains("cpu-config"),
-        "{why}"
+    // A name takes the place of bits, and bits that of a name; who says nothing changes nothing.
+    let machine =
+        |template: &str| json!({"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": template});
+    let silent = json!({"vcpu_count": 2, "mem_size_mib": 64});
+    let named = |client: &mut Client| client.get("/machine-config")["cpu_template"].clone();
+    client.done("PUT", "/machine-config", silent.clone());
+    assert_eq!(shown(&mut client), nothing);
+    for template in ["C3", "T2", "T2S", "T2CL", "T2A"] {
+        client.done("PUT", "/machine-config", machine(template));
+        assert_eq!(
+            (named(&mut client), shown(&mut client)),
+            (json!(template), Value::Null)
+        );
+        client.done("PUT", "/machine-config", silent.clone());
+        client.done("PATCH", "/machine-config", json!({"vcpu_count": 1}));
+        assert_eq!(named(&mut client), template);
+        client.done("PUT", "/cpu-config", some_config());
+        assert_eq!(
+            (named(&mut client), shown(&mut client)),
+            (Value::Null, want.clone())
+        );
+        client.done(
+            "PATCH",
+            "/machine-config",
+            json!({"cpu_template": template}),
+        );
+        assert_eq!(
+            (named(&mut client), shown(&mut client)),
+            (json!(template), Value::Null)
+        );
+    }
+    for nobody in ["V1N1", "T9"] {
+        let why = client.refused("PUT", "/machine-config", machine(nobody));
+        assert!(why.contains(nobody), "{why}");
+        assert_eq!(named(&mut client), "T2A");
+    }
+    client.done("PUT", "/machine-config", machine("None"));
+    assert_eq!(
+        (named(&mut client), shown(&mut client)),
+        (Value::Null, Value::Null)
     );
-    assert_eq!(client.get("/machine-config")["cpu_template"], "None");
+    client.done("PUT", "/cpu-config", some_config());
+    client.done("PATCH", "/machine-config", json!({"cpu_template": "None"}));
+    assert_eq!(
+        (named(&mut client), shown(&mut client)),
+        (Value::Null, Value::Null)
+    );
     drop(running);
+}
+
+/// A host has one processor: of the templates for Intel's and that for AMD's, at least one is refused, at the start.
+#[test]
+fn a_template_for_another_processor_is_refused_when_the_guest_is_started() {
+    if no_kvm("a_template_for_another_processor_is_refused_when_the_guest_is_started") {
+        return;
+    }
+    let mut refused = Vec::new();
+    for template in ["T2CL", "T2A"] {
+        let bench = Bench::new(&hang());
+        let words = ["--api-sock", "api", "--console", "none"];
+        let running = bench.start_command(bench.command(&words));
+        let mut client = Client::at(&bench.file("api"));
+        client.done(
+            "PUT",
+            "/boot-source",
+            json!({"kernel_image_path": "kernel"}),
+        );
+        let machine = json!({"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": template});
+        client.done("PUT", "/machine-config", machine);
+        let start = json!({"action_type": "InstanceStart"});
+        let response = client.ask("PUT", "/actions", &start);
+        if response.status != 204 {
+            refused.push(response.fault().to_owned());
+        }
+        drop(running);
+    }
+    assert!(!refused.is_empty());
+    for why in refused {
+        let words = [
+            "cannot start the guest: cpu_template T2",
+            " only, and this host has a \"",
+        ];
+        assert!(words.iter().all(|w| why.contains(w)), "{why}");
+    }
 }
 
 #[test]

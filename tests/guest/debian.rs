@@ -1,5 +1,6 @@
 //! A real Debian as the root file system, from every kind of disk that people put one on.
 
+use std::fs;
 use std::path::Path;
 
 use serde_json::json;
@@ -97,4 +98,35 @@ fn a_debian_root_boots_from_an_overlay_and_its_base_stays_as_it_was() {
     assert_eq!(mark(&again, "mark"), mark(&first, "wrote"), "{again}");
     assert_eq!(sum(&base), before, "the base was written");
     output("e2fsck", &["-fn", path(&as_raw(&overlay, Qcow2))]);
+}
+
+/// What a client means by the three keys: services are stopped, the root is put away, the machine restarts.
+#[test]
+fn ctrl_alt_del_has_systemd_restart_in_good_order() {
+    // Others have no virtual terminals, whose part of the kernel takes the keys.
+    let (Some(vm), Some(debian)) = (Vm::stock_elf(), DebianRoot::find()) else {
+        return;
+    };
+    let dir = TempDir::new().unwrap();
+    let image = debian.copy(dir.path());
+    let script = dir.path().join("script");
+    let mut text = b"#!/bin/sh\necho debian: waits; trap 'echo debian: stopped; exit 0' TERM; while :; do sleep 0.2; done\nexit 0\n".to_vec();
+    text.resize(4096, b'\n');
+    fs::write(&script, text).unwrap();
+    let vm = vm.cpus(2).cmdline(SYSTEMD).option("--enable-pci");
+    let vm = vm.disk(&image, json!({"is_root_device": true}));
+    let mut guest = vm
+        .disk(&script, json!({"is_read_only": true}))
+        .by_api()
+        .boot();
+    guest.wait_for("debian: waits");
+    let keys = json!({"action_type": "SendCtrlAltDel"});
+    guest.client().done("PUT", "/actions", keys);
+    let end = guest.wait();
+    end.assert_code(3)
+        .assert_line("the guest asked for a reset (vCPU ");
+    assert!(end.console.contains("debian: stopped"), "{end}");
+    // Nothing to recover: it was unmounted, not cut off.
+    let state = output("dumpe2fs", &["-h", path(&image)]);
+    assert!(!state.contains("needs_recovery"), "{state}");
 }

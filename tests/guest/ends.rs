@@ -18,6 +18,9 @@ fn assert_one_line(end: &End, begins: &str) {
     );
 }
 
+/// The driver of the keyboard writes to port 0x64, too.
+pub(crate) const NO_KEYBOARD: &str = "initcall_blacklist=i8042_init";
+
 #[test]
 fn power_off() {
     let Some(vm) = Vm::any() else { return };
@@ -30,6 +33,7 @@ fn power_off() {
 #[test]
 fn reboot() {
     let Some(vm) = Vm::any() else { return };
+    let vm = vm.cmdline(NO_KEYBOARD);
     let end = vm.init_does("reboot").boot().wait();
     assert_one_line(end.assert_code(3), "the guest asked for a reset (vCPU ");
     // Not by the keyboard controller that kernels fall back to.
@@ -39,7 +43,8 @@ fn reboot() {
 #[test]
 fn reboot_by_the_tables() {
     let Some(vm) = Vm::any() else { return };
-    let vm = vm.cmdline("reboot=acpi,force").init_does("reboot");
+    let vm = vm.cmdline(NO_KEYBOARD).cmdline("reboot=acpi,force");
+    let vm = vm.init_does("reboot");
     let end = vm.boot().wait();
     assert_one_line(end.assert_code(3), "the guest asked for a reset (vCPU ");
     assert_eq!(end.counter("exits_port_write_0x64"), 0, "{end}");
@@ -49,7 +54,8 @@ fn reboot_by_the_tables() {
 #[test]
 fn reboot_by_the_keyboard_controller() {
     let Some(vm) = Vm::any() else { return };
-    let end = vm.cmdline("reboot=k").init_does("reboot").boot().wait();
+    let vm = vm.cmdline(NO_KEYBOARD).cmdline("reboot=k");
+    let end = vm.init_does("reboot").boot().wait();
     assert_one_line(end.assert_code(3), "the guest asked for a reset (vCPU ");
     assert!(end.counter("exits_port_write_0x64") >= 1, "{end}");
 }
@@ -96,6 +102,7 @@ fn a_panic_that_stands_still_ends_too() {
 #[test]
 fn the_power_button_ends_a_guest_in_good_order() {
     let Some(vm) = Vm::stock_elf() else { return };
+    let vm = vm.option("--on-sigterm").option("power-button");
     let mut vm = vm.init_does("sleep").boot();
     vm.wait_for("alveole-guest: power-button event");
     vm.signal(Signal::SIGTERM);
@@ -107,6 +114,7 @@ fn the_power_button_ends_a_guest_in_good_order() {
 #[test]
 fn a_second_sigterm_ends_a_guest_that_does_not_listen() {
     let Some(vm) = Vm::any() else { return };
+    let vm = vm.option("--on-sigterm").option("power-button");
     let mut vm = vm.init_does("shell").boot();
     vm.wait_for_boot();
     vm.signal(Signal::SIGTERM);
@@ -119,14 +127,19 @@ fn a_second_sigterm_ends_a_guest_that_does_not_listen() {
 }
 
 #[test]
-fn interrupt_and_hang_up_end_it_at_once() {
-    for (signal, number) in [(Signal::SIGINT, 2), (Signal::SIGHUP, 1)] {
+fn signals_end_it_at_once() {
+    let signals = [
+        (Signal::SIGTERM, 15, 143),
+        (Signal::SIGINT, 2, 130),
+        (Signal::SIGHUP, 1, 156),
+    ];
+    for (signal, number, code) in signals {
         let Some(vm) = Vm::any() else { return };
         let mut vm = vm.init_does("shell").boot();
         vm.wait_for_boot();
         vm.signal(signal);
         let end = vm.wait();
-        end.assert_code(128 + number);
+        end.assert_code(code);
         end.assert_line(&format!("ended by signal {number}"));
     }
 }

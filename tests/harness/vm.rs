@@ -457,7 +457,7 @@ impl Vm {
 /// How a monitor ended.
 #[derive(Debug)]
 pub(crate) struct End {
-    /// Its exit code, if it had one.
+    /// Its exit code; 128 more than the signal that killed it, as in a shell.
     pub(crate) code: Option<i32>,
     /// The signal that killed it, if one did.
     pub(crate) signal: Option<i32>,
@@ -775,7 +775,7 @@ impl Running {
         let after = self.terminal.as_ref().map(Terminal::settings);
         self.finish_reading();
         let end = End {
-            code: status.code(),
+            code: status.code().or_else(|| Some(128 + status.signal()?)),
             signal: status.signal(),
             stderr: self.errors.text(),
             console: self.output.text(),

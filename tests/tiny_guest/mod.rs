@@ -255,10 +255,16 @@ impl Drop for Running<'_> {
 }
 
 impl Ended {
+    /// Its exit code; 128 more than the signal that killed it, as in a shell.
+    pub(crate) fn code(&self) -> Option<i32> {
+        let killed = || Some(128 + self.status.signal()?);
+        self.status.code().or_else(killed)
+    }
+
     /// That it ended with this code, said all of `words` and left nothing behind.
     #[track_caller]
     pub(crate) fn assert(&self, code: i32, words: &[&str]) {
-        assert_eq!(self.status.code(), Some(code), "{words:?}: {self:?}");
+        assert_eq!(self.code(), Some(code), "{words:?}: {self:?}");
         for word in words {
             assert!(self.said.contains(word), "does not say {word:?}: {self:?}");
         }
@@ -269,7 +275,7 @@ impl Ended {
     #[track_caller]
     pub(crate) fn assert_orderly(&self, input: &dyn std::fmt::Debug) {
         let orderly = [0, 1, 3, 4, 5, 6, 143, 152, 153];
-        let code = self.status.code();
+        let code = self.code();
         assert!(
             code.is_some_and(|c| orderly.contains(&c)),
             "signal {:?}, {self:?} after {input:?}",
@@ -331,7 +337,18 @@ pub(crate) fn terminal() -> (File, OwnedFd) {
 
 /// Starts a guest that says "up" on a terminal and waits until it is seen there.
 pub(crate) fn start_on<'a>(bench: &'a Bench, slave: &OwnedFd, master: &mut File) -> Running<'a> {
-    let mut command = bench.command(&["--config-file", "vm.json", "--no-api"]);
+    start_on_with(bench, slave, master, &[])
+}
+
+/// The same, with more words for the program.
+pub(crate) fn start_on_with<'a>(
+    bench: &'a Bench,
+    slave: &OwnedFd,
+    master: &mut File,
+    more: &[&str],
+) -> Running<'a> {
+    let words = [&["--config-file", "vm.json", "--no-api"], more].concat();
+    let mut command = bench.command(&words);
     let end = || Stdio::from(slave.try_clone().unwrap());
     command.stdin(end()).stdout(end());
     let running = bench.start_command(command);

@@ -19,6 +19,8 @@ pub use mp_table::{MP_TABLE_ADDR, mp_table};
 /// The sleep type that switches the machine off: what `\_S5` gives and the guest writes to the sleep
 /// control register.
 pub const SLEEP_TYPE_OFF: u8 = 5;
+/// Hardware id of a PC's keyboard controller. A board that has such a node says so in the FADT, too: kernels look there first.
+pub const KEYBOARD_CONTROLLER_HID: &str = "PNP0303";
 /// Most bytes that [`build`] gives: what the firmware area of a PC holds from 0xe0000 on takes twice that.
 pub const MAX_SIZE_BYTES: usize = 64 << 10;
 /// Most processors that can be described; more would not fit in [`MAX_SIZE_BYTES`].

@@ -9,7 +9,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
-use crate::{AcpiError, Board, MAX_SIZE_BYTES, PowerRegisters, Tables, dsdt};
+use crate::{AcpiError, Board, DeviceNode, KEYBOARD_CONTROLLER_HID, MAX_SIZE_BYTES, Tables, dsdt};
 
 const OEM: [u8; 6] = *b"ALVEOL";
 const OEM_TABLE: [u8; 8] = *b"ALVEOLE ";
@@ -27,8 +27,9 @@ const LOCAL_APIC_ADDR: u32 = 0xfee0_0000;
 /// The first id that a Processor Local APIC structure cannot hold (ACPI 6.5, 5.2.12.12).
 const FIRST_X2APIC_ID: u32 = 255;
 
-/// `IAPC_BOOT_ARCH` (table 5.11). What is not said to be absent a kernel probes for; the keyboard
-/// controller (bit 1) and legacy devices (bit 0) are absent while their bits are clear.
+/// `IAPC_BOOT_ARCH` (table 5.11). What is not said to be absent a kernel probes for; legacy devices (bit 0) are
+/// absent while their bit is clear.
+const KEYBOARD_CONTROLLER: u16 = 1 << 1;
 const NO_VGA: u16 = 1 << 2;
 const NO_CMOS_RTC: u16 = 1 << 5;
 
@@ -63,7 +64,7 @@ pub(crate) fn lay_out(board: &Board, at: u64) -> Result<Tables, AcpiError> {
     let parts = [
         (0, bytes_of(&Rsdp::new(OEM, addr(xsdt_at)))),
         (xsdt_at, bytes_of(&xsdt)),
-        (fadt_at, fadt(board.power, addr(dsdt_at))),
+        (fadt_at, fadt(board, addr(dsdt_at))),
         (madt_at, madt),
         (mcfg_at, mcfg),
         (dsdt_at, dsdt),
@@ -84,7 +85,13 @@ pub(crate) fn lay_out(board: &Board, at: u64) -> Result<Tables, AcpiError> {
 const FADT_LEN: usize = 276;
 
 /// Fixed ACPI description table (ACPI 6.5, 5.2.9).
-fn fadt(power: PowerRegisters, dsdt_addr: u64) -> Vec<u8> {
+fn fadt(board: &Board, dsdt_addr: u64) -> Vec<u8> {
+    let power = board.power;
+    let has_keyboard = |node: &DeviceNode| node.hid == KEYBOARD_CONTROLLER_HID;
+    let keyboard = match board.nodes.iter().any(has_keyboard) {
+        true => KEYBOARD_CONTROLLER,
+        false => 0,
+    };
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .dsdt_64(dsdt_addr)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
@@ -95,7 +102,7 @@ fn fadt(power: PowerRegisters, dsdt_addr: u64) -> Vec<u8> {
         .flag(Flags::ResetRegSup)
         .flag(Flags::Headless)
         .flag(Flags::HwReducedAcpi);
-    fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
+    fadt.iapc_boot_arch = (keyboard | NO_VGA | NO_CMOS_RTC).into();
     fadt.reset_reg = port(power.reset_port);
     fadt.reset_value = power.reset_value;
     fadt.sleep_control_reg = port(power.sleep_control_port);

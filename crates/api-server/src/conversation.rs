@@ -450,7 +450,7 @@ mod tests {
             (
                 Answer::MachineConfig(Default::default()),
                 "{\"vcpu_count\":1,\"mem_size_mib\":128,\"smt\":false,\"track_dirty_pages\":false,\
-                 \"cpu_template\":\"None\",\"huge_pages\":\"None\"}",
+                 \"huge_pages\":\"None\"}",
             ),
         ] {
             talk.take(GET.as_bytes());

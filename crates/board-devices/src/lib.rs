@@ -1,4 +1,4 @@
-//! Small fixed hardware: power and reset ports, keyboard reset, boot timer, panic port, power button.
+//! Small fixed hardware: power and reset ports, keyboard controller, boot timer, panic port, power button.
 //!
 //! Each is a few bytes of state behind one-byte registers. What the guest asks goes back with the
 //! access as [`Outcome::Asks`](alveole_io_bus::Outcome::Asks); nothing here acts on it, waits, or
@@ -10,7 +10,8 @@
 //! Deliberately does not know: buses, the machine's lifecycle, interrupt numbers, ACPI tables.
 
 mod boot_timer;
-mod keyboard_reset;
+mod keyboard;
+mod keyboard_controller;
 mod panic_port;
 mod power_button;
 mod power_ports;
@@ -19,7 +20,10 @@ mod power_ports;
 mod tests;
 
 pub use boot_timer::{BOOT_TIMER_GUEST_ADDR, BOOT_TIMER_MAGIC, BOOT_TIMER_SIZE_BYTES, BootTimer};
-pub use keyboard_reset::{KEYBOARD_FIRST_PORT, KEYBOARD_PORTS, KeyboardReset};
+pub use keyboard_controller::{
+    KEYBOARD_COMMAND_OFFSET, KEYBOARD_DATA_OFFSET, KEYBOARD_FIRST_PORT, KEYBOARD_PORTS,
+    KeyboardController, Keys, Pressed,
+};
 pub use panic_port::{PANIC_PORT, PANIC_PORTS, PanicPort};
 pub use power_button::PowerButton;
 pub use power_ports::{

@@ -170,6 +170,8 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<Infallible> {
         .arg("--no-api")
         // Half the latency of virtio-mmio, whose interrupts cost two exits each.
         .arg("--enable-pci")
+        // People expect of a machine that they end from outside that it shuts down.
+        .args(["--on-sigterm", "power-button"])
         .arg("--console")
         .arg(args.console.to_string());
     if args.boot_timer {

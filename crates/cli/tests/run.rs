@@ -96,7 +96,14 @@ fn the_defaults_are_described() {
     assert_eq!(args[0], "--config-file");
     assert_eq!(
         args[2..],
-        ["--no-api", "--enable-pci", "--console", "stdio"]
+        [
+            "--no-api",
+            "--enable-pci",
+            "--on-sigterm",
+            "power-button",
+            "--console",
+            "stdio"
+        ]
     );
     let json: serde_json::Value = serde_json::from_str(&run.reported("config").unwrap()).unwrap();
     let boot = &json["boot-source"];
@@ -128,6 +135,8 @@ fn everything_asked_for_reaches_the_vmm() {
         [
             "--no-api",
             "--enable-pci",
+            "--on-sigterm",
+            "power-button",
             "--console",
             "unix:/run/a socket",
             "--boot-timer"

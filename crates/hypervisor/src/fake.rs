@@ -71,6 +71,7 @@ pub const CAPABILITY: u32 = 121;
 pub struct FakePartition {
     shared: Arc<Mutex<Shared>>,
     refuse_cpu: Option<u32>,
+    cpuid: Option<Vec<CpuidEntry>>,
 }
 
 impl FakePartition {
@@ -84,7 +85,15 @@ impl FakePartition {
                 ..Shared::default()
             })),
             refuse_cpu: None,
+            cpuid: None,
         }
+    }
+
+    /// The same, but it supports these CPUID answers.
+    #[must_use]
+    pub fn supporting(mut self, cpuid: Vec<CpuidEntry>) -> Self {
+        self.cpuid = Some(cpuid);
+        self
     }
 
     /// The same, but making processor `apic_id` fails.
@@ -155,6 +164,9 @@ impl Partition for FakePartition {
     }
 
     fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, PartitionError> {
+        if let Some(cpuid) = &self.cpuid {
+            return Ok(cpuid.clone());
+        }
         let leaf = |leaf, eax, ecx, edx| CpuidEntry {
             leaf,
             eax,

@@ -7,11 +7,11 @@ mod virtio;
 
 use std::sync::{Arc, Mutex};
 
-use alveole_acpi::{DeviceNode, PciRoot, PowerRegisters};
+use alveole_acpi::{DeviceNode, KEYBOARD_CONTROLLER_HID, PciRoot, PowerRegisters};
 use alveole_board_devices::{
-    BOOT_TIMER_SIZE_BYTES, BootTimer, KEYBOARD_PORTS, KeyboardReset, PANIC_PORTS, POWER_PORTS,
-    PanicPort, PowerButton, PowerPorts, RESET_OFFSET, RESET_VALUE, SLEEP_CONTROL_OFFSET,
-    SLEEP_STATUS_OFFSET,
+    BOOT_TIMER_SIZE_BYTES, BootTimer, KEYBOARD_COMMAND_OFFSET, KEYBOARD_PORTS, KeyboardController,
+    Keys, PANIC_PORTS, POWER_PORTS, PanicPort, PowerButton, PowerPorts, RESET_OFFSET, RESET_VALUE,
+    SLEEP_CONTROL_OFFSET, SLEEP_STATUS_OFFSET,
 };
 use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
@@ -39,6 +39,7 @@ pub(crate) struct Devices {
     /// What the guest is told of them.
     pub(crate) nodes: Vec<DeviceNode>,
     pub(crate) power_button: PowerButton,
+    pub(crate) keys: Keys,
     pub(crate) console: ConsoleHandle,
     pub(crate) console_worker: ConsoleWorker,
     /// The event loops that host workers.
@@ -77,6 +78,10 @@ pub(crate) fn place(
     let (uart, console_worker, console) = console.into_parts(serial_line);
     let power_button = PowerButton::new(partition.irq_line(layout::POWER_BUTTON_GSI)?);
 
+    let keyboard = KeyboardController::new(partition.irq_line(layout::KEYBOARD_GSI)?);
+    let keyboard = Arc::new(Mutex::new(keyboard));
+    let keys = Keys::of(&keyboard);
+
     let port = u64::from;
     ports.place(
         "serial",
@@ -88,7 +93,7 @@ pub(crate) fn place(
         "keyboard",
         port(layout::KEYBOARD_PORT),
         KEYBOARD_PORTS,
-        shared(KeyboardReset),
+        keyboard,
     )?;
     ports.place(
         "panic-port",
@@ -128,6 +133,14 @@ pub(crate) fn place(
             memory: Vec::new(),
             gsi: None,
         },
+        DeviceNode {
+            name: *b"KBD_",
+            hid: KEYBOARD_CONTROLLER_HID,
+            uid: 0,
+            ports: vec![(layout::KEYBOARD_PORT, 1), (keyboard_command_port(), 1)],
+            memory: Vec::new(),
+            gsi: Some(layout::KEYBOARD_GSI),
+        },
     ];
     let mut threads = Threads::new()?;
     let mut sandbox = vec![SERIAL_SANDBOX];
@@ -140,6 +153,7 @@ pub(crate) fn place(
         memory,
         nodes,
         power_button,
+        keys,
         console,
         console_worker,
         threads,
@@ -153,6 +167,10 @@ pub(crate) fn place(
         pci: placed.pci,
         transports: placed.transports,
     })
+}
+
+fn keyboard_command_port() -> u16 {
+    layout::KEYBOARD_PORT + u16::try_from(KEYBOARD_COMMAND_OFFSET).unwrap_or(0)
 }
 
 /// Where the guest finds the power registers.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use alveole_board_devices::PowerButton;
+use alveole_board_devices::{Keys, PowerButton};
 use alveole_counters::Registry;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{CpuPosition, Partition};
@@ -25,9 +25,10 @@ use alveole_virtio_vsock::VsockHandle;
 
 use alveole_vm_control::Request;
 
+use crate::build::{OnSigterm, Options};
 use crate::catalog::{Running, SharedTransport};
 use crate::lifecycle::{Change, Lifecycle, next};
-use crate::{Desk, End, Files, Opened, build::Options};
+use crate::{Desk, End, Files, Opened};
 
 /// Of this architecture.
 const PAGE_BYTES: u64 = 4096;
@@ -91,6 +92,7 @@ pub struct Machine {
     pub(crate) vcpus: Vec<VcpuHandle>,
     pub(crate) console: ConsoleHandle,
     pub(crate) power_button: PowerButton,
+    pub(crate) keys: Keys,
     /// What the devices add to the system calls of threads.
     pub(crate) sandbox: Vec<&'static str>,
     pub(crate) disks: Vec<BlkHandle>,
@@ -248,10 +250,11 @@ impl Machine {
         }
     }
 
-    /// SIGTERM asks the guest to power off; the second one, and any other signal, ends the machine.
+    /// Every signal ends the machine, but for the first SIGTERM where that is to ask the guest to power off.
     fn handle_signal(&mut self, number: i32) -> Option<End> {
         const SIGTERM: i32 = 15;
-        if number != SIGTERM || self.asked_to_stop {
+        let ask = self.options.on_sigterm == OnSigterm::PressPowerButton;
+        if number != SIGTERM || !ask || self.asked_to_stop {
             return Some(End::Signal(number));
         }
         self.asked_to_stop = true;

@@ -10,8 +10,8 @@ use alveole_counters::Registry;
 use alveole_metrics::{Form, Gauges, Process, exposition};
 use alveole_mmds::Metadata;
 use alveole_vm_config::{
-    CpuConfigSource, Drive, DriveUpdate, Logger, Metrics, NetworkInterface, NetworkInterfaceUpdate,
-    RateLimiter, VmConfig,
+    CpuConfigSource, CpuTemplate, Drive, DriveUpdate, Logger, Metrics, NetworkInterface,
+    NetworkInterfaceUpdate, RateLimiter, VmConfig,
 };
 use alveole_vm_control::{Answer, Command, InstanceInfo, Refusal, State, permit};
 
@@ -109,12 +109,19 @@ impl Desk {
                 resources::try_boot_files(&source).map_err(|e| failed(&what, &e))?;
                 next.boot_source = source;
             }
-            Command::PutMachineConfig(config) => next.machine_config = config,
+            Command::PutMachineConfig(mut config) => {
+                let said = config.cpu_template;
+                config.cpu_template = said.or(next.machine_config.cpu_template);
+                next.machine_config = config;
+                name_template(said, &mut next);
+            }
             Command::PatchMachineConfig(update) => {
                 next.machine_config = update.applied_to(&next.machine_config);
+                name_template(update.cpu_template, &mut next);
             }
             Command::PutCpuConfig(config) => {
                 next.cpu_config = Some(CpuConfigSource::Here(config));
+                next.machine_config.cpu_template = None;
             }
             Command::PutDrive(drive) => put(&mut next.drives, *drive, |d: &Drive| &d.drive_id),
             Command::PutNetworkInterface(interface) => {
@@ -273,6 +280,17 @@ impl Desk {
     /// Takes over what [`Self::changed_drive`] gave.
     pub(crate) fn set_config(&mut self, config: VmConfig) {
         self.config = config;
+    }
+}
+
+/// What processors say of themselves has one owner, and the last who speaks counts: a template that is named, also none, takes the
+/// place of bits.
+fn name_template(said: Option<CpuTemplate>, next: &mut VmConfig) {
+    if said.is_some() {
+        next.cpu_config = None;
+    }
+    if said == Some(CpuTemplate::None) {
+        next.machine_config.cpu_template = None;
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! | address space | range | what |
 //! |---|---|---|
-//! | ports | 0x60, 0x64 | keyboard controller, reset only |
+//! | ports | 0x60, 0x64 | keyboard controller |
 //! | ports | 0x3f8-0x3ff | serial port |
 //! | ports | 0x505 | panic port (pvpanic) |
 //! | ports | 0x600-0x602 | power: sleep control, sleep status, reset |
@@ -13,7 +13,7 @@
 //! | memory | 0xd000_0000-0xd00f_ffff | the PCI bus's configuration window |
 //! | memory | 0xd100_0000-0xd1ff_ffff | BARs |
 //! | memory | 0xfec0_0000, 0xfee0_0000 | I/O APIC, local APICs (the hypervisor's) |
-//! | GSI | 4, 5 | serial port, power button |
+//! | GSI | 1, 4, 5 | keyboard controller, serial port, power button |
 //! | GSI | 6-23 | virtio devices, one each |
 
 /// First port of the serial port (COM1).
@@ -22,6 +22,8 @@ pub(crate) const SERIAL_PORT: u16 = 0x3f8;
 pub(crate) const SERIAL_GSI: u32 = 4;
 /// First port of the keyboard controller; the command port is four further on.
 pub(crate) const KEYBOARD_PORT: u16 = 0x60;
+/// Its interrupt, as on every PC.
+pub(crate) const KEYBOARD_GSI: u32 = 1;
 /// The panic port, where QEMU has it.
 pub(crate) const PANIC_PORT: u16 = 0x505;
 /// First of the power ports.

@@ -19,7 +19,7 @@ mod resources;
 mod validate;
 
 pub use alveole_virtio_blk::BlkHandle;
-pub use build::{BuildError, DiskThreads, Options, Placement, Transport, build};
+pub use build::{BuildError, DiskThreads, OnSigterm, Options, Placement, Transport, build};
 pub use control::{Event, Machine, Mailbox, Milestones, Tick};
 pub use desk::{Desk, Identity};
 pub use end::End;
@@ -27,5 +27,6 @@ pub use files::{Files, FilesError, Opened};
 pub use lifecycle::{Change, Lifecycle, next};
 pub use resources::{HostResources, ResourceError};
 pub use validate::{
-    Invalid, MAX_CPUS, MAX_DRIVES, MAX_QUEUES, MIN_MEMORY_MIB, SERIAL_BYTES, ValidConfig, validate,
+    Invalid, MAX_CPUS, MAX_DRIVES, MAX_QUEUES, MIN_MEMORY_MIB, NotForHost, SERIAL_BYTES, ValidConfig,
+    validate,
 };

@@ -5,6 +5,7 @@ mod drives;
 mod interfaces;
 mod metadata;
 mod processors;
+mod templates;
 mod vsock;
 
 use std::path::PathBuf;
@@ -12,13 +13,15 @@ use std::path::PathBuf;
 use alveole_guest_memory::MemoryPlan;
 use alveole_rate_limiter::Limits;
 use alveole_virtio_vsock::{MAX_GUEST_CID, MAX_PATH_BYTES, MIN_GUEST_CID, VsockConfig};
-use alveole_vm_config::{CpuidRegister, VmConfig};
+use alveole_vm_config::{CpuTemplate, CpuidRegister, VmConfig};
 
 pub use drives::{MAX_DRIVES, MAX_QUEUES, SERIAL_BYTES};
 pub(crate) use drives::{ValidDrive, limits};
 pub(crate) use interfaces::ValidInterface;
 pub(crate) use metadata::ValidMetadata;
 pub(crate) use processors::ValidCpuConfig;
+pub use templates::NotForHost;
+pub(crate) use templates::check_host;
 
 /// Most processors of one guest: the machine tables are tested up to here.
 pub const MAX_CPUS: u32 = 64;
@@ -36,6 +39,8 @@ const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
 #[derive(Debug, Clone)]
 pub struct ValidConfig {
     pub(crate) cpus: u32,
+    /// Whose name `cpu_config` has; none: it has none.
+    pub(crate) cpu_template: CpuTemplate,
     pub(crate) cpu_config: ValidCpuConfig,
     pub(crate) memory: MemoryPlan,
     pub(crate) kernel_path: PathBuf,
@@ -264,6 +269,14 @@ pub enum Invalid {
         "mmds-config has ipv4_address {0}: the metadata service has a link-local one, from 169.254.1.0 to 169.254.254.255"
     )]
     MetadataAddress(std::net::Ipv4Addr),
+    /// A template that cannot be read.
+    #[error("cpu_template {name}: {why}: this is a bug of the monitor, please report it")]
+    BadTemplate {
+        /// Its name.
+        name: String,
+        /// What is wrong with its file.
+        why: String,
+    },
     /// The description names a file that nobody has read.
     #[error(
         "cpu-config is in {0:?}, which has not been read: this is a bug of the monitor, please report it"
@@ -320,7 +333,8 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
         1..=MAX_CPUS => {}
         _ => broken.push(Invalid::TooManyCpus(cpus)),
     }
-    let cpu_config = processors::validate(config.cpu_config.as_ref(), &mut broken);
+    let (cpu_template, source) = processors::source(config, &mut broken);
+    let cpu_config = processors::validate(source.as_ref(), &mut broken);
     let mib = config.machine_config.mem_size_mib;
     let memory = if mib < MIN_MEMORY_MIB {
         broken.push(Invalid::TooLittleMemory(mib));
@@ -360,6 +374,7 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
     match memory {
         Some(memory) if broken.is_empty() => Ok(ValidConfig {
             cpus,
+            cpu_template,
             cpu_config,
             memory,
             kernel_path: boot.kernel_image_path.clone(),

@@ -12,7 +12,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
 use alveole_block_store::{Format, tools};
-use alveole_hypervisor::fake::FakePartition;
+use alveole_hypervisor::fake::{FakePartition, Step};
 use alveole_machine::{Desk, End, Event, Files, Identity, Mailbox};
 use alveole_mmds::Metadata;
 use alveole_vm_config::{
@@ -43,6 +43,11 @@ fn drive(dir: &Path) -> Drive {
 
 impl Bench {
     fn new(cpus: u8) -> Self {
+        Self::running(cpus, Vec::new())
+    }
+
+    /// Its processors do what the scripts say, and then spin.
+    fn running(cpus: u8, scripts: Vec<Vec<Step>>) -> Self {
         let dir = TempDir::new().unwrap();
         fs::write(dir.path().join("one"), vec![1; 1 << 20]).unwrap();
         fs::write(dir.path().join("two"), vec![2; 2 << 20]).unwrap();
@@ -51,7 +56,7 @@ impl Bench {
         let folder = tempfile::tempdir_in(dir.path()).unwrap();
         let drive = drive(dir.path());
         let to_machine = mailbox.clone();
-        let partition = FakePartition::new(Vec::new());
+        let partition = FakePartition::new(scripts);
         let scripted = partition.clone();
         std::thread::spawn(move || {
             let mut described = VmConfig::default();
@@ -227,6 +232,51 @@ proptest! {
         prop_assert_eq!(bench.partition.pauses(), pauses * usize::from(cpus));
         prop_assert_eq!(bench.end(), flushes + 1);
     }
+}
+
+/// The keys where a driver has its interrupt switched on, else the power button, and never both.
+#[test]
+fn ctrl_alt_del_is_one_event_that_the_guest_can_hear() {
+    const KEYBOARD_GSI: u32 = 1;
+    const POWER_BUTTON_GSI: u32 = 5;
+    let told = |bench: &Bench| {
+        let lines = bench.partition.lines();
+        let edges = |gsi: u32| {
+            let (_, line) = lines.iter().find(|(g, _)| *g == gsi).unwrap();
+            line.take_edges()
+        };
+        (edges(KEYBOARD_GSI), edges(POWER_BUTTON_GSI))
+    };
+    let bench = Bench::new(1);
+    for _ in 0..3 {
+        assert_eq!(bench.ask(Command::SendCtrlAltDel), Ok(Answer::Done));
+        assert_eq!(told(&bench), (0, 1));
+    }
+    bench.end();
+
+    // A driver that reads nothing.
+    let driver = vec![
+        Step::PortWrite(0x64, vec![0x60]),
+        Step::PortWrite(0x60, vec![0x65]),
+        Step::PortRead(0x64, 1),
+    ];
+    let bench = Bench::running(1, vec![driver]);
+    let until = Instant::now() + PATIENCE;
+    while bench.partition.reads().is_empty() {
+        assert!(Instant::now() < until, "the script does not run");
+        std::thread::yield_now();
+    }
+    assert_eq!(bench.ask(Command::SendCtrlAltDel), Ok(Answer::Done));
+    assert_eq!(told(&bench), (1, 0));
+    let Err(Refusal::Failed(why)) = bench.ask(Command::SendCtrlAltDel) else {
+        panic!("keys beyond those that fit");
+    };
+    assert!(why.contains("has not read the keys"), "{why}");
+    assert_eq!(told(&bench), (0, 0));
+    // A press waits while the machine is paused, as it does for a guest that is slow.
+    assert_eq!(bench.ask(Command::Pause), Ok(Answer::Done));
+    assert!(bench.ask(Command::SendCtrlAltDel).is_err());
+    bench.end();
 }
 
 #[test]

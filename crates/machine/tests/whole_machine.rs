@@ -9,10 +9,10 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use alveole_hypervisor::fake::{self, FakePartition, Step};
-use alveole_hypervisor::{InitialState, StuckReason, find_leaf};
+use alveole_hypervisor::{CpuidEntry, InitialState, StuckReason, find_leaf};
 use alveole_machine::{End, Event, Mailbox};
 use alveole_serial::ConsoleEvent;
-use alveole_vm_config::{Body, CpuConfig, CpuConfigSource, Drive, Entropy};
+use alveole_vm_config::{Body, CpuConfig, CpuConfigSource, CpuTemplate, Drive, Entropy};
 use proptest::prelude::*;
 use scripted::code::{CODE_ADDR, kernel_of_size};
 use scripted::{Outcome, PATIENCE, machine, machine_with, run_on};
@@ -110,7 +110,7 @@ fn a_guest_finds_its_tables_its_features_and_its_first_state() {
 
     let mut lines: Vec<u32> = partition.lines().into_iter().map(|(gsi, _)| gsi).collect();
     lines.sort_unstable();
-    assert_eq!(lines, [4, 5], "serial port and power button");
+    assert_eq!(lines, [1, 4, 5], "keyboard, serial port and power button");
 }
 
 /// A machine of `cpus` processors whose description has this `cpu-config`.
@@ -157,6 +157,109 @@ fn every_processor_says_what_the_description_wants() {
         assert_eq!(partition.msr(id, 0x3a), Some(1), "named, and left");
         assert_eq!(partition.msr(id, 0x8b), None);
     }
+}
+
+/// A host whose processors have every feature, of this maker and model.
+fn host(maker: &[u8; 12], eax: u32) -> FakePartition {
+    let part = |at: usize| u32::from_le_bytes(maker[at..at + 4].try_into().unwrap());
+    let all = |leaf, subleaf| CpuidEntry {
+        leaf,
+        subleaf,
+        subleaf_matters: matches!(leaf, 7 | 0xd),
+        eax: u32::MAX,
+        ebx: u32::MAX,
+        ecx: u32::MAX,
+        edx: u32::MAX,
+    };
+    let leaves = [
+        (7, 0),
+        (0xd, 0),
+        (0xd, 1),
+        (0x8000_0001, 0),
+        (0x8000_0008, 0),
+    ];
+    let mut cpuid = vec![
+        CpuidEntry {
+            eax: 0xd,
+            ebx: part(0),
+            edx: part(4),
+            ecx: part(8),
+            ..all(0, 0)
+        },
+        CpuidEntry { eax, ..all(1, 0) },
+    ];
+    cpuid.extend(leaves.map(|(leaf, subleaf)| all(leaf, subleaf)));
+    FakePartition::new(Vec::new()).supporting(cpuid)
+}
+
+fn build_with_template(partition: &FakePartition, template: CpuTemplate) -> Result<(), String> {
+    let dir = TempDir::new().unwrap();
+    let built = machine_with(&dir, 2, partition.clone(), &Mailbox::new().0, |config| {
+        config.machine_config.cpu_template = Some(template);
+    });
+    built.map(drop).map_err(|e| {
+        assert!(e.blames_description(), "{e}");
+        e.to_string()
+    })
+}
+
+/// The features that Firecracker's templates take away, and the register that two of them set, on the processors that they are for.
+#[test]
+fn every_processor_says_what_a_template_of_a_name_wants() {
+    const AVX512F: u32 = 1 << 16;
+    const AVX2: u32 = 1 << 5;
+    const MPX_STATE: u32 = 3 << 3;
+    const TSX: u32 = 1 << 4 | 1 << 11;
+    const CASCADE_LAKE: u32 = 0x5_0657;
+    for (template, maker, eax) in [
+        (CpuTemplate::C3, b"GenuineIntel", CASCADE_LAKE),
+        (CpuTemplate::T2, b"GenuineIntel", CASCADE_LAKE),
+        (CpuTemplate::T2S, b"GenuineIntel", CASCADE_LAKE),
+        (CpuTemplate::T2CL, b"GenuineIntel", CASCADE_LAKE),
+        (CpuTemplate::T2A, b"AuthenticAMD", 0xa0_0f11),
+    ] {
+        let partition = host(maker, eax);
+        build_with_template(&partition, template).unwrap();
+        let configured = partition.configured();
+        assert_eq!(configured.len(), 2);
+        for (id, cpuid, _) in configured {
+            let [one, seven, states] =
+                [(1, 0), (7, 0), (0xd, 0)].map(|(l, s)| find_leaf(&cpuid, l, s).unwrap());
+            assert_eq!(one.ebx >> 24, id, "its place is its own");
+            // Of one family and model, whatever the host is: Ivy Bridge for C3, else Haswell.
+            let model = if template == CpuTemplate::C3 {
+                0x306e4
+            } else {
+                0x306f2
+            };
+            assert_eq!(one.eax & 0x0fff_0fff, model, "{template:?}");
+            assert_eq!(seven.ebx & (AVX512F | TSX), 0, "{template:?}");
+            let avx2 = template != CpuTemplate::C3;
+            assert_eq!(seven.ebx & AVX2 != 0, avx2, "{template:?}");
+            assert_eq!(states.eax & MPX_STATE, 0, "{template:?}");
+            // What it held was 0xff00.
+            let capabilities = match template {
+                CpuTemplate::T2S => Some(0x0c0a_0c4c),
+                // Bits 9 to 12 of it are cleared.
+                CpuTemplate::T2CL => Some(0xe100),
+                _ => None,
+            };
+            assert_eq!(partition.msr(id, 0x10a), capabilities, "{template:?}");
+        }
+    }
+}
+
+#[test]
+fn a_template_for_another_processor_than_the_hosts_is_refused_before_any_is_made() {
+    let partition = host(b"AuthenticAMD", 0xa0_0f11);
+    let why = build_with_template(&partition, CpuTemplate::T2).unwrap_err();
+    assert!(
+        why.contains("T2 is for Skylake (family 6,")
+            && why.contains("\"AuthenticAMD\" of family 25"),
+        "{why}"
+    );
+    assert!(partition.configured().is_empty());
+    build_with_template(&partition, CpuTemplate::None).unwrap();
 }
 
 #[test]

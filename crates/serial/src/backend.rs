@@ -77,6 +77,14 @@ impl Backend {
         })
     }
 
+    /// Looks whether a console in a file could be opened; others are not looked at.
+    pub(crate) fn try_file(target: &ConsoleTarget) -> Result<(), SerialError> {
+        match target {
+            ConsoleTarget::File { path, .. } => log_file::LogFile::try_open(path),
+            _ => Ok(()),
+        }
+    }
+
     /// Writes what the back end has to say by itself (help text, scrollback); false when it would
     /// wait.
     pub(crate) fn write_own(&mut self) -> bool {

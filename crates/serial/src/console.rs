@@ -50,6 +50,15 @@ impl Console {
         })
     }
 
+    /// Looks whether a console in a file could be opened, and makes nothing: for whoever tells all that is wrong at once. Others
+    /// are not looked at.
+    ///
+    /// # Errors
+    /// See [`SerialError`].
+    pub fn try_file(target: &ConsoleTarget) -> Result<(), SerialError> {
+        Backend::try_file(target)
+    }
+
     /// Takes it apart: the UART for a bus, the worker for an event loop, the handle for the owner.
     /// `irq` is the UART's interrupt line, edge triggered.
     #[must_use]

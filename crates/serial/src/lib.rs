@@ -170,7 +170,6 @@ fn cure(source: &io::Error) -> &'static str {
         io::ErrorKind::NotFound => "; does its directory exist?",
         io::ErrorKind::PermissionDenied => "; may this user write there?",
         io::ErrorKind::IsADirectory => "; name a file in it",
-        _ if source.raw_os_error() == Some(libc::ENXIO) => "; nobody reads this pipe",
         _ => "",
     }
 }

@@ -51,7 +51,7 @@ pub(crate) fn machine_config(section: &mut Object<'_>) -> MachineConfig {
         mem_size_mib: section.required("mem_size_mib"),
         smt: smt(section).unwrap_or_default(),
         track_dirty_pages: track_dirty_pages(section).unwrap_or_default(),
-        cpu_template: template(section).unwrap_or_default(),
+        cpu_template: template(section),
         huge_pages: huge_pages(section).unwrap_or_default(),
     }
 }
@@ -79,35 +79,47 @@ fn only_false(section: &mut Object<'_>, name: &'static str, what: &str) -> Optio
 }
 
 pub(crate) fn template(section: &mut Object<'_>) -> Option<CpuTemplate> {
-    const KNOWN: &[&str] = &["C3", "T2", "T2S", "T2CL", "T2A", "V1N1"];
     // Firecracker takes null here, unlike for huge_pages.
-    let value = section.take("cpu_template").filter(|v| !v.is_null());
-    const INSTEAD: &str = ", and name the bits that the guest is to see in cpu-config";
-    only_none(
-        &value?,
-        KNOWN,
-        "CPU templates by name are",
-        "CPU template",
-        INSTEAD,
-    );
-    Some(CpuTemplate::None)
+    let value = section.take("cpu_template").filter(|v| !v.is_null())?;
+    let name = value.read::<String>()?;
+    Some(match name.as_str() {
+        "None" => CpuTemplate::None,
+        "C3" => CpuTemplate::C3,
+        "T2" => CpuTemplate::T2,
+        "T2S" => CpuTemplate::T2S,
+        "T2CL" => CpuTemplate::T2CL,
+        "T2A" => CpuTemplate::T2A,
+        "V1N1" => {
+            value.wrong(format_args!(
+                "\"V1N1\" cannot be had: it is for aarch64, and this is x86-64; leave it out"
+            ));
+            CpuTemplate::None
+        }
+        _ => {
+            value.wrong(format_args!(
+                "{} is no CPU template; known are None, C3, T2, T2S, T2CL, T2A",
+                value.shown()
+            ));
+            CpuTemplate::None
+        }
+    })
 }
 
 pub(crate) fn huge_pages(section: &mut Object<'_>) -> Option<HugePages> {
     const KNOWN: &[&str] = &["Transparent", "2M"];
     let value = section.take("huge_pages");
-    only_none(&value?, KNOWN, "huge pages are", "kind of huge pages", "");
+    only_none(&value?, KNOWN, "huge pages are", "kind of huge pages");
     Some(HugePages::None)
 }
 
-/// A choice of Firecracker's of which only "None" can be had here. `instead` says what else to do about the others.
-fn only_none(value: &Value<'_>, known: &[&str], what: &str, kind: &str, instead: &str) {
+/// A choice of Firecracker's of which only "None" can be had here.
+fn only_none(value: &Value<'_>, known: &[&str], what: &str, kind: &str) {
     let Some(chosen) = value.read::<String>() else {
         return;
     };
     if known.contains(&chosen.as_str()) {
         value.wrong(format_args!(
-            "{chosen:?} cannot be had: {what} not built yet; set it to \"None\"{instead}"
+            "{chosen:?} cannot be had: {what} not built yet; set it to \"None\""
         ));
     } else if chosen != "None" {
         let known = known.join(", ");

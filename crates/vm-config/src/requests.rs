@@ -89,7 +89,7 @@ impl MachineConfigUpdate {
             mem_size_mib: self.mem_size_mib.unwrap_or(of.mem_size_mib),
             smt: self.smt.unwrap_or(of.smt),
             track_dirty_pages: self.track_dirty_pages.unwrap_or(of.track_dirty_pages),
-            cpu_template: self.cpu_template.unwrap_or(of.cpu_template),
+            cpu_template: self.cpu_template.or(of.cpu_template),
             huge_pages: self.huge_pages.unwrap_or(of.huge_pages),
         }
     }

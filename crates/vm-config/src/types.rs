@@ -65,8 +65,9 @@ pub struct MachineConfig {
     pub smt: bool,
     /// Whether pages the guest writes are remembered for diff snapshots. Only `false` is built.
     pub track_dirty_pages: bool,
-    /// Which CPU features are hidden from the guest.
-    pub cpu_template: CpuTemplate,
+    /// Which CPU features are hidden from the guest, by a name; nothing said: those that have been said before, if any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
     /// Which host pages back guest RAM.
     pub huge_pages: HugePages,
 }
@@ -79,18 +80,28 @@ impl Default for MachineConfig {
             mem_size_mib: 128,
             smt: false,
             track_dirty_pages: false,
-            cpu_template: CpuTemplate::None,
+            cpu_template: None,
             huge_pages: HugePages::None,
         }
     }
 }
 
-/// Which CPU features are hidden from the guest.
+/// Which CPU features are hidden from the guest: Firecracker's names for sets of them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub enum CpuTemplate {
     /// None.
     #[default]
     None,
+    /// As on instances C3, for Intel's Skylake, Cascade Lake and Ice Lake.
+    C3,
+    /// As on instances T2, for the same.
+    T2,
+    /// The same with one set of mitigations, for Skylake and Cascade Lake.
+    T2S,
+    /// As Cascade Lake, for it and Ice Lake.
+    T2CL,
+    /// The instructions of T2CL, for AMD's Milan.
+    T2A,
 }
 
 /// Which host pages back guest RAM.

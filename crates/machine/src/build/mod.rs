@@ -16,6 +16,7 @@ use alveole_vcpu::template::NoSuchLeaf;
 
 pub use alveole_boot_loader::Placement;
 
+use crate::validate::NotForHost;
 use crate::{HostResources, Machine, Mailbox, ValidConfig};
 
 /// What a machine is to do beyond its description.
@@ -31,6 +32,18 @@ pub struct Options {
     pub disk_threads: DiskThreads,
     /// What carries virtio devices.
     pub transport: Transport,
+    /// What the first SIGTERM does.
+    pub on_sigterm: OnSigterm,
+}
+
+/// What the first SIGTERM does; a second one always ends the machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnSigterm {
+    /// It ends the machine, as any other signal does.
+    #[default]
+    End,
+    /// It asks the guest to power off.
+    PressPowerButton,
 }
 
 /// What carries virtio devices.
@@ -81,6 +94,9 @@ pub enum BuildError {
         /// What is possible.
         most: u32,
     },
+    /// A CPU template of another processor than the host's.
+    #[error(transparent)]
+    CpuTemplate(#[from] NotForHost),
     /// What the processors are to say of themselves cannot be had here.
     #[error("cpu-config cannot be had on this host: {}", listed(.0))]
     CpuConfig(Vec<CpuProblem>),
@@ -141,6 +157,7 @@ impl BuildError {
             Self::Memory(MapError::MoreThanHost { .. })
             | Self::Boot(_)
             | Self::TooManyCpus { .. }
+            | Self::CpuTemplate(_)
             | Self::CpuConfig(_)
             | Self::TooManyDevices => true,
             Self::Memory(MapError::Refused { .. } | MapError::Ranges(_))

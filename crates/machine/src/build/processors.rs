@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use alveole_board_devices::PowerButton;
+use alveole_board_devices::{Keys, PowerButton};
 use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{InitialState, Partition};
@@ -16,6 +16,7 @@ use alveole_virtio_vsock::VsockHandle;
 use crate::build::boot::WithBoot;
 use crate::build::{BuildError, CpuProblem};
 use crate::catalog::{Devices, SharedTransport, Threads};
+use crate::validate::check_host;
 use crate::{Event, Mailbox, ValidConfig};
 
 /// The processors exist.
@@ -23,6 +24,7 @@ pub(super) struct WithProcessors {
     pub(super) ram: GuestRam,
     pub(super) partition: Box<dyn Partition>,
     pub(super) power_button: PowerButton,
+    pub(super) keys: Keys,
     pub(super) console: ConsoleHandle,
     pub(super) console_worker: ConsoleWorker,
     pub(super) threads: Threads,
@@ -51,6 +53,7 @@ impl WithBoot {
             ports,
             memory,
             power_button,
+            keys,
             console,
             console_worker,
             threads,
@@ -70,6 +73,7 @@ impl WithBoot {
             memory: memory.freeze(),
         };
         let supported = partition.supported_cpuid()?;
+        check_host(config.cpu_template, &supported)?;
         let tsc_deadline = partition.has_tsc_deadline_timer();
         let wanted = &config.cpu_config;
         let mut problems = Vec::new();
@@ -111,6 +115,7 @@ impl WithBoot {
             ram,
             partition,
             power_button,
+            keys,
             console,
             console_worker,
             threads,

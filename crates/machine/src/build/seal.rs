@@ -30,6 +30,7 @@ impl WithProcessors {
             vcpus: Vec::new(),
             console: self.console,
             power_button: self.power_button,
+            keys: self.keys,
             sandbox: self.sandbox,
             disks: self.disks,
             interfaces: self.interfaces,

@@ -4,6 +4,7 @@ use std::sync::PoisonError;
 use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
+use alveole_board_devices::Pressed;
 use alveole_counters::CounterSet;
 use alveole_metrics::Gauges;
 use alveole_vcpu::{Order, ReportKind};
@@ -54,10 +55,7 @@ impl Machine {
                 self.resume();
                 Ok(Answer::Done)
             }
-            Command::SendCtrlAltDel => {
-                self.press_power_button();
-                Ok(Answer::Done)
-            }
+            Command::SendCtrlAltDel => self.press_ctrl_alt_del(&what),
             Command::FlushMetrics => match tick(self) {
                 Ok(()) => Ok(Answer::Done),
                 Err(why) => Err(Refusal::Failed(format!("cannot {what}: {why}"))),
@@ -83,6 +81,23 @@ impl Machine {
         };
         reply.send(outcome);
         None
+    }
+
+    /// The keys where the guest listens to its keyboard, else the power button; never both, which would ask for two things.
+    fn press_ctrl_alt_del(&mut self, what: &str) -> Outcome {
+        match self.keys.press_ctrl_alt_del() {
+            Pressed::Yes => Ok(Answer::Done),
+            Pressed::NobodyListens => {
+                log::info!(
+                    "the guest does not listen to its keyboard: pressing the power button instead of Ctrl-Alt-Del"
+                );
+                self.press_power_button();
+                Ok(Answer::Done)
+            }
+            Pressed::Unread => Err(Refusal::Failed(format!(
+                "cannot {what}: it has not read the keys that were pressed before; wait for it, or end this process by a signal"
+            ))),
+        }
     }
 
     /// What is measured and is no counter.

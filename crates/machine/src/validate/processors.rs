@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use alveole_hypervisor::MsrChange;
 use alveole_vcpu::template::{BitChange, CpuidChange};
-use alveole_vm_config::{CpuConfig, CpuConfigSource, CpuidRegister, KvmCapability};
+use alveole_vm_config::{
+    CpuConfig, CpuConfigSource, CpuTemplate, CpuidRegister, KvmCapability, VmConfig,
+};
 
-use super::Invalid;
+use super::{Invalid, templates};
 
 /// KVM_CPUID_FLAG_SIGNIFCANT_INDEX (`linux/kvm.h`, with this spelling). KVM makes nothing of the other flags since Linux 5.8.
 const SUBLEAF_MATTERS: u32 = 1;
@@ -18,6 +20,25 @@ pub(crate) struct ValidCpuConfig {
     pub(crate) capabilities: BTreeSet<u32>,
     pub(crate) cpuid: Vec<CpuidChange>,
     pub(crate) msrs: Vec<MsrChange>,
+}
+
+/// What counts of the two ways to say it: the bits, as in Firecracker's descriptions, and only without them the name.
+pub(super) fn source(
+    config: &VmConfig,
+    broken: &mut Vec<Invalid>,
+) -> (CpuTemplate, Option<CpuConfigSource>) {
+    if let Some(said) = &config.cpu_config {
+        return (CpuTemplate::None, Some(said.clone()));
+    }
+    let template = config.machine_config.cpu_template.unwrap_or_default();
+    match templates::cpu_config(template) {
+        Ok(bits) => (template, bits.map(CpuConfigSource::Here)),
+        Err(why) => {
+            let name = format!("{template:?}");
+            broken.push(Invalid::BadTemplate { name, why });
+            (template, None)
+        }
+    }
 }
 
 pub(super) fn validate(

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use alveole_hypervisor::fake::FakePartition;
 use alveole_machine::{
-    BuildError, End, Event, HostResources, Machine, Mailbox, Milestones, Options, build, validate,
+    BuildError, End, Event, HostResources, Machine, Mailbox, Milestones, OnSigterm, Options, build,
+    validate,
 };
 use alveole_mmds::Metadata;
 use alveole_serial::{Console, ConsoleTarget, FileStart};
@@ -73,6 +74,7 @@ pub(crate) fn machine_with(
     let options = Options {
         boot_timer: true,
         end_with_terminal: true,
+        on_sigterm: OnSigterm::PressPowerButton,
         ..Options::default()
     };
     build(

@@ -1,6 +1,6 @@
 //! The console in a file: output only.
 //!
-//! Also takes what behaves like one: a FIFO (opened without waiting for its reader) or a device.
+//! Also takes what behaves like one: a FIFO, which need not have its reader yet, or a device.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -31,21 +31,11 @@ impl LogFile {
         start: FileStart,
         limit_bytes: Option<u64>,
     ) -> Result<Self, SerialError> {
-        let mut options = OpenOptions::new();
-        options
-            .create(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-        match start {
-            // Appending also when it was emptied first: whoever rotates the file by emptying it gets
-            // no hole.
-            FileStart::Append | FileStart::Truncate => options.append(true),
-        };
         let failed = |source| SerialError::File {
             path: path.to_path_buf(),
             source,
         };
-        let file = options.open(path).map_err(failed)?;
+        let file = Self::open_file(path, true).map_err(failed)?;
         let meta = file.metadata().map_err(failed)?;
         let mut size = meta.len();
         if start == FileStart::Truncate && meta.is_file() {
@@ -59,6 +49,39 @@ impl LogFile {
             room_bytes,
             dropped: 0,
             log: LogLimit::default(),
+        })
+    }
+
+    /// Looks whether it could be opened.
+    pub(crate) fn try_open(path: &Path) -> Result<(), SerialError> {
+        let there = |path: &Path| std::fs::metadata(path);
+        let opened = match Self::open_file(path, false) {
+            // It would be made.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => match path.parent() {
+                Some(folder) if !folder.as_os_str().is_empty() => there(folder).map(drop),
+                _ => Ok(()),
+            },
+            other => other.map(drop),
+        };
+        opened.map_err(|source| SerialError::File {
+            path: path.to_path_buf(),
+            source,
+        })
+    }
+
+    /// To append to, also when it is emptied first: whoever rotates the file by emptying it gets no hole.
+    fn open_file(path: &Path, create: bool) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        options
+            .create(create)
+            .append(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+        options.open(path).or_else(|e| match e.raw_os_error() {
+            // A named pipe which nobody reads yet. As in Firecracker it is held open for reading, too: what is written
+            // waits for its reader, and one that goes does not take it away.
+            Some(libc::ENXIO) => options.read(true).open(path),
+            _ => Err(e),
         })
     }
 

@@ -134,14 +134,15 @@ fn watch_ways_out() {
     }));
     for signal in ENDING {
         if action_of(signal).is_some_and(|a| a.sa_sigaction == libc::SIG_DFL) {
-            install(signal, on_ending);
+            // Reset by the kernel, because a confined thread may not do it.
+            install(signal, on_ending, libc::SA_RESETHAND);
         }
     }
     for (signal, before) in CRASHING.into_iter().zip(&BEFORE) {
         if let Some(action) = action_of(signal) {
             // SAFETY: our handler for this signal, its only reader, is installed below.
             unsafe { (*before.0.get()).write(action) };
-            install(signal, on_crashing);
+            install(signal, on_crashing, 0);
         }
     }
     // In the background (stopped, then continued there) giving the terminal back must not stop us.
@@ -157,12 +158,16 @@ fn action_of(signal: c_int) -> Option<libc::sigaction> {
     (result == 0).then_some(action)
 }
 
-fn install(signal: c_int, handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void)) {
+fn install(
+    signal: c_int,
+    handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void),
+    flags: c_int,
+) {
     // SAFETY: all zeroes is a valid sigaction.
     let mut action: libc::sigaction = unsafe { zeroed() };
     action.sa_sigaction = handler as *const () as usize;
     // The alternate stack: a stack that has overflown has no room for a handler.
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | flags;
     // SAFETY: `action` is whole and its handler has the signature that SA_SIGINFO asks for.
     unsafe { libc::sigaction(signal, &raw const action, null_mut()) };
 }
@@ -173,7 +178,9 @@ extern "C" fn at_exit() {
 
 extern "C" fn on_ending(signal: c_int, _: *mut siginfo_t, _: *mut c_void) {
     restore_terminal();
-    die_of(signal);
+    // It has its default action again, and comes when the handler returns, which unblocks it.
+    // SAFETY: takes no pointers.
+    unsafe { libc::raise(signal) };
 }
 
 extern "C" fn on_crashing(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
