@@ -22,6 +22,7 @@ const LAYERS: [&[&str]; 6] = [
         "acpi",
         "rate-limiter",
         "qcow2",
+        "egress-rules",
     ],
     &[
         "hypervisor",
@@ -31,7 +32,15 @@ const LAYERS: [&[&str]; 6] = [
         "block-store",
         "net-link",
     ],
-    &["vcpu", "virtio", "pci", "mmds", "metrics", "vm-control"],
+    &[
+        "vcpu",
+        "virtio",
+        "pci",
+        "mmds",
+        "egress-filter",
+        "metrics",
+        "vm-control",
+    ],
     &[
         "serial",
         "board-devices",

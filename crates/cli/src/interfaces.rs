@@ -11,7 +11,7 @@ use alveole_network::guest_config::DeviceConfig;
 use alveole_network::user::{Published, USUAL_MTU, UserNetwork, UserRequest};
 use alveole_network::{
     Attach, Attachment, Egress, Folders, InterfaceName, Mac, NetworkName, Networks, Plug, Rule,
-    VmName,
+    VmName, WordError,
 };
 use alveole_vm_config::{LinkKind, NetworkInterface};
 use anyhow::{Context, bail};
@@ -146,7 +146,7 @@ impl FromStr for Net {
                 Some(("tap", name)) => Carrier::Tap(name.parse().map_err(said)?),
                 Some(("macvtap", name)) => Carrier::Macvtap(name.parse().map_err(said)?),
                 Some(_) => return Err(format!("{word:?} is no kind of network; {EXPECTED}")),
-                None => Carrier::Network(word.parse().map_err(said)?),
+                None => Carrier::Network(word.parse().map_err(|e: WordError| e.to_string())?),
             },
         };
         let mut net = Self {
