@@ -8,6 +8,7 @@ mod attach;
 mod error;
 mod file;
 pub mod guest_config;
+mod here;
 mod host;
 mod kernel;
 mod lease;
@@ -28,6 +29,7 @@ pub use alveole_egress_rules::{Action, Destination, Egress, Ports, Protocol, Rul
 pub use attach::{Attach, Attachment, Plug};
 pub use error::Error;
 pub use file::{NetworkFile, read_file};
+pub use here::Here;
 pub use kernel::OUR_GROUP;
 pub use lease::{Lease, Port, Process};
 pub use networks::{Networks, Report, Watch};
