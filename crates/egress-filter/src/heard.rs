@@ -51,7 +51,9 @@ impl Heard {
         let mut forgets = false;
         if is_full {
             forgets = !self.old.is_empty();
-            self.old = std::mem::take(&mut self.young);
+            // What is allocated stays for the next ones.
+            self.old.clear();
+            std::mem::swap(&mut self.young, &mut self.old);
         }
         self.young.insert(peer, heard);
         forgets
