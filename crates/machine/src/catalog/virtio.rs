@@ -296,3 +296,22 @@ fn open_interface(
         egress,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_filter_counts_has_its_families() {
+        let counters = EgressCounters::new("eth0");
+        let mut seen = 0;
+        counters.visit(&mut |counter, _| {
+            assert!(
+                alveole_metrics::is_known(counters.name(), counter),
+                "{counter}"
+            );
+            seen += 1;
+        });
+        assert!(seen > 3);
+    }
+}
