@@ -23,6 +23,7 @@ const LAYERS: [&[&str]; 6] = [
         "rate-limiter",
         "qcow2",
         "agent-protocol",
+        "egress-rules",
     ],
     &[
         "hypervisor",
@@ -32,7 +33,15 @@ const LAYERS: [&[&str]; 6] = [
         "block-store",
         "net-link",
     ],
-    &["vcpu", "virtio", "pci", "mmds", "metrics", "vm-control"],
+    &[
+        "vcpu",
+        "virtio",
+        "pci",
+        "mmds",
+        "egress-filter",
+        "metrics",
+        "vm-control",
+    ],
     &[
         "serial",
         "board-devices",

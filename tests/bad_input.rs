@@ -514,6 +514,18 @@ fn links_that_are_none_are_refused_by_name_and_cause() {
             &["vhost and tx_rate_limiter", "bounds nothing", "leave"],
         ),
         (
+            r#"{"iface_id": "eth0", "host_dev_name": "tap0", "egress": {"default": "shut"}}"#,
+            &["egress.default", "\"open\", \"closed\""],
+        ),
+        (
+            r#"{"iface_id": "eth0", "host_dev_name": "tap0", "egress": {"rules": ["allow,to=web", "deny,to=10.0.0.1/8"]}}"#,
+            &["allow,to=web", "write the addresses", "10.0.0.0/8"],
+        ),
+        (
+            r#"{"iface_id": "eth0", "host_dev_name": "tap0", "vhost": true, "egress": {}}"#,
+            &["vhost and egress", "leave egress or vhost out"],
+        ),
+        (
             r#"{"iface_id": "eth0", "host_dev_name": "tap0", "vhost": true, "anti_spoofing": true}"#,
             &["vhost and anti_spoofing", "no addresses"],
         ),

@@ -5,6 +5,8 @@
 //!     vsock-peer receive PORT BYTES       from the host
 //!     vsock-peer echo PORT COUNT ROUNDS   so many connections at once, each of them so often
 //!     vsock-peer halves PORT              end one direction, then read the other to its end
+//!     vsock-peer udp-echo PORT            not vsock: send datagrams back to where they come from, for ever
+//!     vsock-peer udp-ask ADDRESS TEXT     the other end of that: say what comes back, for which it waits for 3 s
 //!
 //! Who connects says in nine bytes what is to come: a letter and a number (little endian).
 //! `s`: so many bytes follow; the answer is their checksum. `r`: answer with so many bytes and their checksum.
@@ -20,10 +22,11 @@ use std::ffi::c_int;
 use std::fs::File;
 use std::hash::{DefaultHasher, Hasher};
 use std::io::{self, Read, Write};
+use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::FromRawFd;
 use std::process::exit;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const AF_VSOCK: u16 = 40;
 const SOCK_STREAM: c_int = 1;
@@ -261,6 +264,31 @@ fn halves(port: u32) -> io::Result<()> {
     Ok(())
 }
 
+fn udp_echo(port: u16) -> io::Result<()> {
+    let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))?;
+    println!("vsock-peer: takes datagrams");
+    let mut datagram = [0; 2048];
+    loop {
+        // What is told of an earlier answer is no reason to end.
+        if let Ok((len, from)) = socket.recv_from(&mut datagram) {
+            let _ = socket.send_to(&datagram[..len], from);
+        }
+    }
+}
+
+fn udp_ask(address: &str, text: &str) -> io::Result<()> {
+    let address: SocketAddr = address.parse().map_err(io::Error::other)?;
+    let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = UdpSocket::bind(any)?;
+    socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+    socket.connect(address)?;
+    socket.send(text.as_bytes())?;
+    let mut answer = [0; 2048];
+    let len = socket.recv(&mut answer)?;
+    println!("vsock-peer: answered {}", String::from_utf8_lossy(&answer[..len]));
+    Ok(())
+}
+
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let number = |at: usize| words.get(at).and_then(|w| w.parse::<u64>().ok()).unwrap_or_default();
@@ -271,7 +299,9 @@ fn main() {
         Some("receive") => receive(port, number(2)),
         Some("echo") => echo(port, number(2), number(3)),
         Some("halves") => halves(port),
-        _ => Err(io::Error::other("say serve, send, receive, echo or halves")),
+        Some("udp-echo") => udp_echo(port as u16),
+        Some("udp-ask") if words.len() == 3 => udp_ask(&words[1], &words[2]),
+        _ => Err(io::Error::other("say serve, send, receive, echo, halves, udp-echo or udp-ask")),
     };
     if let Err(e) = done {
         println!("vsock-peer: failed: {e}");

@@ -4,7 +4,7 @@
 //! Each test has a network namespace of its own, so that nothing that it makes is left behind.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -478,6 +478,126 @@ fn address6(guest: &mut Running) -> String {
     guest
         .ask("ip -6 addr show eth0 scope global | sed -n 's/.*inet6 \\([^/]*\\).*/\\1/p'")
         .1
+}
+
+/// Answers datagrams at `address` until the test ends.
+fn echoes(address: &str) {
+    let socket = UdpSocket::bind(address).unwrap();
+    thread::spawn(move || {
+        let mut datagram = [0; 2048];
+        while let Ok((len, from)) = socket.recv_from(&mut datagram) {
+            let _ = socket.send_to(&datagram[..len], from);
+        }
+    });
+}
+
+/// Whether a datagram to a published port is answered with itself.
+fn is_echoed(address: &str) -> bool {
+    // Not from the loopback: passt of 2023 takes no answer to what came from there.
+    let here = if address.starts_with('[') {
+        "[2001:db8::2]:0"
+    } else {
+        "192.0.2.2:0"
+    };
+    let socket = UdpSocket::bind(here).unwrap();
+    socket.set_read_timeout(Some(patience(1))).unwrap();
+    socket.connect(address).unwrap();
+    let mut answer = [0; 64];
+    (0..10).any(|_| {
+        // Before the guest listens, or while it looks for its neighbour, datagrams are lost.
+        let _ = socket.send(b"knock");
+        socket
+            .recv(&mut answer)
+            .is_ok_and(|len| answer[..len] == *b"knock")
+    })
+}
+
+#[test]
+fn rules_are_kept_for_a_user_without_rights() {
+    let Some(world) = host(&[
+        ("passt", "passt"),
+        ("dnsmasq", "dnsmasq-base"),
+        ("busybox", "busybox-static"),
+    ]) else {
+        return;
+    };
+    let kvm = fs::metadata("/dev/kvm")
+        .map(|m| m.permissions().mode())
+        .unwrap_or(0);
+    if kvm & 0o006 != 0o006 {
+        return skip("only root may open /dev/kvm here");
+    }
+    let dir = TempDir::new().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    world.serves(dir.path(), &[80, 81]);
+    let _resolver = resolver(HOST, &dir.path().join("resolv.conf"));
+    for address in [
+        "192.0.2.2:7001",
+        "192.0.2.2:7002",
+        "[2001:db8::2]:7001",
+        "[2001:db8::2]:7002",
+    ] {
+        echoes(address);
+    }
+    let page = TcpListener::bind((HOST, 8000)).unwrap();
+    let Some(vm) = Vm::any() else {
+        return;
+    };
+    let words = "--net user -p 8080:80 -p [::1]:8081:80 -p 192.0.2.2:7000:7000/udp -p [2001:db8::2]:7003:7000/udp --egress closed \
+                 --deny to=192.0.2.1,protocol=tcp,port=81 --allow to=192.0.2.0/24,protocol=tcp \
+                 --allow to=2001:db8::1,protocol=tcp,port=81 --allow to=host,protocol=udp,port=7001";
+    let words: Vec<&str> = words.split_whitespace().collect();
+    let mut guest = vm
+        .run_by_nobody()
+        .by_alveole(&words)
+        .takes_commands()
+        .boot();
+    guest.wait_for_commands();
+    // Out where a rule opens it, over both families, and nowhere else.
+    reaches(
+        &mut guest,
+        &[
+            (WORLD, Some("the-world")),
+            ("[2001:db8::1]:81", Some("the-world")),
+            ("192.0.2.1:81", None),
+            ("[2001:db8::1]", None),
+            // This host is opened by its own word only, although it has an address of those.
+            ("192.0.2.2:8000", None),
+        ],
+    );
+    page.set_nonblocking(true).unwrap();
+    assert!(page.accept().is_err(), "a refused connection was made");
+    // Who is refused learns it at once.
+    let (_, said) = guest.ask("timeout 60 wget -q -O - http://192.0.2.1:81/");
+    assert!(said.contains("No route to host"), "{said}");
+    for (to, passes) in [
+        ("192.0.2.2:7001", true),
+        ("192.0.2.2:7002", false),
+        ("[2001:db8::2]:7001", true),
+        ("[2001:db8::2]:7002", false),
+    ] {
+        let (status, said) = guest.ask(&format!("vsock-peer udp-ask {to} knock"));
+        assert_eq!(status == 0, passes, "{to}: {said}");
+        assert_eq!(said.ends_with("answered knock"), passes, "{to}: {said}");
+    }
+    // Names and addresses are found in any case.
+    assert_eq!(address(&mut guest, "web.test"), HOST);
+    let (status, said) = guest.ask("udhcpc -n -q -f -i eth0 -s /bin/true");
+    assert_eq!(status, 0, "{said}");
+    // In by published ports, whose answers no rule names.
+    serve(&mut guest, "the-guest", &[80]);
+    for port in ["127.0.0.1:8080", "[::1]:8081"] {
+        let mut client = connect(port);
+        client.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+        let mut page = String::new();
+        client.read_to_string(&mut page).unwrap();
+        assert!(page.contains("page-of-the-guest"), "{port}: {page}");
+    }
+    guest.ask("vsock-peer udp-echo 7000 >/dev/null 2>&1 & sleep 1");
+    for port in ["192.0.2.2:7000", "[2001:db8::2]:7003"] {
+        assert!(is_echoed(port), "{port}");
+    }
+    guest.leave().assert_code(0);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! What carries their frames is open by then, and goes over exec by its descriptors: taps and `passt` end with the
 //! VMM, however it ends.
 
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -10,12 +11,13 @@ use std::str::FromStr;
 use alveole_network::guest_config::DeviceConfig;
 use alveole_network::user::{Published, USUAL_MTU, UserNetwork, UserRequest};
 use alveole_network::{
-    Attach, Attachment, Egress, Folders, InterfaceName, Mac, NetworkName, Networks, Plug, Rule,
-    VmName,
+    Attach, Attachment, Destination, Egress, Folders, Here, InterfaceName, Mac, NetworkName,
+    Networks, Plug, Rule, VmName, WordError,
 };
-use alveole_vm_config::{LinkKind, NetworkInterface};
+use alveole_vm_config::{EgressDefault, LinkKind, NetworkInterface};
 use anyhow::{Context, bail};
 use clap::{Arg, ArgAction, ArgMatches};
+use ipnet::IpNet;
 use rustix::io::FdFlags;
 
 const EXPECTED: &str = "write user, NETWORK, tap=IF, macvtap=IF or none, and then ,mac=ADDRESS, ,mtu=BYTES, ,queues=N or ,vhost";
@@ -53,7 +55,7 @@ pub(crate) struct NetworkArgs {
     #[command(flatten)]
     rules: OwnRules,
 
-    /// What happens to what neither --allow nor --deny names, open or closed [the network's rules]
+    /// What happens to what neither --allow nor --deny names, open or closed [the network's rules; without one open]
     #[arg(long, value_name = "WHAT")]
     egress: Option<Egress>,
 
@@ -79,7 +81,8 @@ impl clap::Args for OwnRules {
         command
             .arg(rule(
                 "allow",
-                "What the guest may talk to outside of its networks, before their rules are asked: \
+                "What the guest may talk to outside of its networks, before their rules are asked; in user mode and on tap= and \
+                 macvtap= the monitor keeps it, and this host is then reached by to=host only: \
                  to=any|outside|host|NETWORK|CIDR[,protocol=tcp|udp|icmp][,port=N[-M]]...; of --allow and --deny the \
                  first match decides; repeatable",
             ))
@@ -146,7 +149,7 @@ impl FromStr for Net {
                 Some(("tap", name)) => Carrier::Tap(name.parse().map_err(said)?),
                 Some(("macvtap", name)) => Carrier::Macvtap(name.parse().map_err(said)?),
                 Some(_) => return Err(format!("{word:?} is no kind of network; {EXPECTED}")),
-                None => Carrier::Network(word.parse().map_err(said)?),
+                None => Carrier::Network(word.parse().map_err(|e: WordError| e.to_string())?),
             },
         };
         let mut net = Self {
@@ -326,18 +329,33 @@ impl NetworkArgs {
         if self.rules.0.is_empty() && self.egress.is_none() {
             return Ok(());
         }
-        let unfiltered = self.net.iter().find(|net| net.network().is_none());
-        if user || unfiltered.is_some() {
-            let of = unfiltered.map_or(&Carrier::User, |net| &net.carrier);
-            let why = match of {
-                Carrier::User => "passt lets a guest talk to whatever its user may",
-                Carrier::None => "there is nothing to keep from it",
-                _ => "alveole filters nothing on interfaces that it did not make",
-            };
+        if has(Carrier::None) {
             bail!(
-                "--allow, --deny and --egress cannot be kept with --net {of}: {why}; make a network, sudo alveole \
-                 net create NAME, and use --net NAME"
+                "--allow, --deny and --egress are for what a guest sends, and with --net none it sends nothing: leave one out"
             );
+        }
+        let by_the_vmm = |net: &&Net| net.network().is_none();
+        if let Some(net) = self.net.iter().filter(by_the_vmm).find(|net| net.vhost) {
+            bail!(
+                "--allow, --deny and --egress cannot be kept with --net {},vhost: the host's kernel serves the queues and asks \
+                 no rules; leave vhost out",
+                net.carrier
+            );
+        }
+        let of = match self.net.iter().find(by_the_vmm) {
+            Some(net) => &net.carrier,
+            None if user => &Carrier::User,
+            None => return Ok(()),
+        };
+        let named = |rule: &&Rule| matches!(rule.to, Destination::Network(_)) || rule.vm.is_some();
+        if let Some(rule) = self.rules.0.iter().find(named) {
+            let what = if rule.vm.is_some() {
+                "the rules of one VM are its own: leave vm= out"
+            } else {
+                "only networks know each other by name: write its addresses (alveole net inspect shows them)"
+            };
+            let rule = rule.to_string().replacen(',', " ", 1);
+            bail!("--{rule} cannot be kept with --net {of}: {what}");
         }
         Ok(())
     }
@@ -447,7 +465,11 @@ impl Begun<'_> {
         for (at, net) in self.nets.iter().enumerate() {
             let mut interface = net.interface(at);
             let config = match &net.carrier {
-                Carrier::None | Carrier::Tap(_) | Carrier::Macvtap(_) => None,
+                Carrier::None => None,
+                Carrier::Tap(_) | Carrier::Macvtap(_) => {
+                    interface.egress = self.egress(&[])?;
+                    None
+                }
                 Carrier::User => {
                     let Some(user) = self.user.take() else {
                         continue;
@@ -455,6 +477,7 @@ impl Begun<'_> {
                     let config = user.guest().clone();
                     let socket = user.release().context("user mode has no socket")?;
                     interface.host_dev_name = socket.as_raw_fd().to_string();
+                    interface.egress = self.egress(&config.dns)?;
                     plugged.descriptors.push(socket);
                     Some(config)
                 }
@@ -478,6 +501,27 @@ impl Begun<'_> {
         }
         plugged.words = self.words(&devices);
         Ok(plugged)
+    }
+
+    /// What the VMM is to keep of the guest's rules; none if there are none. With rules an interface has what a `nat` network
+    /// has: this host is opened by its own word only.
+    fn egress(&self, resolvers: &[IpAddr]) -> anyhow::Result<Option<alveole_vm_config::Egress>> {
+        let args = self.args;
+        if args.rules.0.is_empty() && args.egress.is_none() {
+            return Ok(None);
+        }
+        let Here { host, guests } = Here::ask()?;
+        let written = |nets: &[IpNet]| nets.iter().map(ToString::to_string).collect();
+        Ok(Some(alveole_vm_config::Egress {
+            rules: args.rules.0.iter().map(ToString::to_string).collect(),
+            default: match args.egress {
+                Some(Egress::Closed) => EgressDefault::Closed,
+                Some(Egress::Open) | None => EgressDefault::Open,
+            },
+            host: written(&host),
+            guests: written(&guests),
+            resolvers: resolvers.iter().map(ToString::to_string).collect(),
+        }))
     }
 
     fn attach(
@@ -543,6 +587,86 @@ mod tests {
             let e = words.parse::<Net>().unwrap_err();
             assert!(e.contains(want), "{words}: {e}");
         }
+    }
+
+    #[test]
+    fn rules_are_for_who_can_keep_them() {
+        let said = |words: &str| {
+            let words: Vec<&str> = words.split(' ').collect();
+            parse(&words).network.check().map_err(|e| e.to_string())
+        };
+        for good in [
+            "--allow to=host",
+            "--net user --egress closed",
+            "--net user --allow to=10.0.0.0/8,protocol=tcp,port=443 --deny to=outside",
+            "--net tap=t --deny to=any",
+            "--net macvtap=t --egress open",
+            "--net front --allow to=back",
+            "--net front,vhost --allow to=back",
+            "--net user --net front --allow to=host",
+        ] {
+            assert_eq!(said(good), Ok(()), "{good}");
+        }
+        for (bad, parts) in [
+            (
+                "--net none --egress closed",
+                ["it sends nothing", "leave one out"],
+            ),
+            (
+                "--net tap=t,vhost --deny to=any",
+                ["--net tap=t,vhost", "leave vhost out"],
+            ),
+            (
+                "--net user --allow to=back",
+                ["--allow to=back", "write its addresses"],
+            ),
+            ("--deny to=back", ["--net user", "write its addresses"]),
+            (
+                "--net front --net user --allow to=back",
+                ["--net user", "write its addresses"],
+            ),
+            (
+                "--net tap=t --deny to=any,vm=web",
+                ["--deny to=any,vm=web", "leave vm= out"],
+            ),
+        ] {
+            let e = said(bad).unwrap_err();
+            assert!(parts.iter().all(|part| e.contains(part)), "{bad}: {e}");
+        }
+    }
+
+    #[test]
+    fn the_monitor_is_told_the_rules_and_their_words() {
+        let words = [
+            "--net",
+            "user",
+            "--deny",
+            "to=10.0.0.0/8",
+            "--allow",
+            "to=host",
+            "--egress",
+            "closed",
+        ];
+        let (some, none) = (parse(&words), parse(&["--net", "user"]));
+        let told = |run: &crate::run::RunArgs| {
+            let begun = super::Begun {
+                args: &run.network,
+                nets: Vec::new(),
+                name: "vm".parse().unwrap(),
+                by_default: false,
+                user: None,
+            };
+            begun.egress(&["192.0.2.53".parse().unwrap()]).unwrap()
+        };
+        let egress = told(&some).unwrap();
+        assert_eq!(egress.rules, ["deny,to=10.0.0.0/8", "allow,to=host"]);
+        assert_eq!(egress.default, alveole_vm_config::EgressDefault::Closed);
+        assert!(
+            egress.host.contains(&"127.0.0.0/8".to_owned()),
+            "{egress:?}"
+        );
+        assert_eq!(egress.resolvers, ["192.0.2.53"]);
+        assert_eq!(told(&none), None);
     }
 
     #[test]

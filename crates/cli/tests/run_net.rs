@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use alveole_vm_config::{LinkKind, VmConfig};
+use alveole_vm_config::{EgressDefault, LinkKind, VmConfig};
 
 use support::{in_namespaces, skip};
 
@@ -153,13 +153,13 @@ fn contradictions_are_refused_with_what_to_do() {
         ),
         (&["--net", "none", "-p", "8080:80"], "add --net user"),
         (
-            &["--net", "user", "--deny", "to=10.0.0.0/8"],
-            "alveole net create",
+            &["--net", "user", "--deny", "to=back"],
+            "write its addresses",
         ),
-        (&["--egress", "closed"], "whatever its user may"),
+        (&["--net", "none", "--egress", "closed"], "it sends nothing"),
         (
-            &["--net", "web", "--net", "tap=t", "--egress", "closed"],
-            "--net tap=t",
+            &["--net", "web", "--net", "tap=t,vhost", "--egress", "closed"],
+            "--net tap=t,vhost",
         ),
         (&["--lab", "--net", "user"], "no way to the world"),
         (&["--lab", "-p", "8080:80"], "nobody outside of the lab"),
@@ -207,6 +207,34 @@ fn interfaces_of_the_host_are_handed_on_by_name() {
         line.ends_with("quiet alveole.hostname=h") && !line.contains("alveole.net="),
         "{line}"
     );
+}
+
+#[test]
+fn rules_are_handed_on_where_no_network_keeps_them() {
+    let run = Run::new(&[
+        "--net",
+        "tap=tap7",
+        "--deny",
+        "to=10.0.0.0/8",
+        "--allow",
+        "to=any,protocol=tcp,port=443",
+        "--egress",
+        "closed",
+    ]);
+    let config = run.config.unwrap();
+    let egress = config.network_interfaces[0].egress.as_ref().unwrap();
+    assert_eq!(
+        egress.rules,
+        ["deny,to=10.0.0.0/8", "allow,to=any,protocol=tcp,port=443"]
+    );
+    assert_eq!(egress.default, EgressDefault::Closed);
+    assert!(
+        egress.host.contains(&"127.0.0.0/8".to_owned()),
+        "{egress:?}"
+    );
+    assert!(egress.resolvers.is_empty());
+    let config = Run::new(&["--net", "tap=tap7"]).config.unwrap();
+    assert_eq!(config.network_interfaces[0].egress, None);
 }
 
 #[test]

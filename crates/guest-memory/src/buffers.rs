@@ -108,6 +108,15 @@ impl GuestBuffers {
         self.iovecs.drain(..whole);
     }
 
+    /// Makes this value what `of` is without its first `skip` bytes, or empty where there are fewer; what is allocated stays.
+    pub fn set_rest(&mut self, of: &Self, skip: u64) {
+        self.clear();
+        self.ram.clone_from(&of.ram);
+        self.iovecs.extend_from_slice(&of.iovecs);
+        self.len_bytes = of.len_bytes;
+        self.drop_front(skip);
+    }
+
     /// All ranges together, in bytes.
     #[must_use]
     pub fn len_bytes(&self) -> u64 {
@@ -367,6 +376,24 @@ mod tests {
         b.push(0x4000, 1).unwrap();
         b.drop_front(u64::MAX);
         assert!(b.is_empty() && b.iovecs().is_empty());
+    }
+
+    #[test]
+    fn the_rest_of_others_is_taken_over() {
+        let ram = ram();
+        let mut b = GuestBuffers::new(&ram);
+        b.push(0x1000, 3).unwrap();
+        b.push(0x2000, 4).unwrap();
+        b.copy_from(0, b"abcdefg");
+        let mut rest = GuestBuffers::new(&ram);
+        rest.push(0x5000, 9).unwrap();
+        for (skip, want) in [(0, "abcdefg"), (2, "cdefg"), (3, "defg"), (7, ""), (8, "")] {
+            rest.set_rest(&b, skip);
+            let mut all = vec![0; rest.len_bytes() as usize];
+            rest.copy_to(0, &mut all);
+            assert_eq!(String::from_utf8(all).unwrap(), want);
+        }
+        assert_eq!(b.len_bytes(), 7);
     }
 
     #[test]

@@ -27,6 +27,6 @@ pub use files::{Files, FilesError, Opened};
 pub use lifecycle::{Change, Lifecycle, next};
 pub use resources::{HostResources, ResourceError};
 pub use validate::{
-    Invalid, MAX_CPUS, MAX_DRIVES, MAX_QUEUES, MIN_MEMORY_MIB, NotForHost, SERIAL_BYTES, ValidConfig,
-    validate,
+    Invalid, MAX_CPUS, MAX_DRIVES, MAX_QUEUES, MIN_MEMORY_MIB, NotForHost, SERIAL_BYTES,
+    ValidConfig, validate,
 };

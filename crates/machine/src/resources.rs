@@ -59,6 +59,14 @@ pub enum ResourceError {
         /// Why not.
         source: alveole_net_link::LinkError,
     },
+    /// The filter of what the guest sends.
+    #[error("network interface {id:?}: {source}")]
+    Egress {
+        /// The name of the interface.
+        id: String,
+        /// Why not.
+        source: io::Error,
+    },
     /// The metadata service.
     #[error("network interface {id:?}: {source}")]
     Metadata {

@@ -2,6 +2,7 @@
 //! limits live here, each with its message; every broken rule is reported, not only the first.
 
 mod drives;
+mod egress;
 mod interfaces;
 mod metadata;
 mod processors;
@@ -237,6 +238,14 @@ pub enum Invalid {
         field: &'static str,
         /// Why not.
         why: &'static str,
+    },
+    /// Rules for what the guest sends that cannot be.
+    #[error("network interface {id:?} has egress that cannot be kept: {why}")]
+    Egress {
+        /// The interface.
+        id: String,
+        /// What is wrong, and what to do.
+        why: String,
     },
     /// Descriptors of vhost-net that cannot be.
     #[error("network interface {id:?} has vhost_fds {fds:?}: {why}")]

@@ -186,6 +186,32 @@ const ROWS: &[Row] = &[
     ("vsock", "bytes_kept", "vsock_kept_bytes", None),
     ("vsock", "no_buffer", "vsock_starved", None),
     ("vsock", "no_credit", "vsock_without_credit", None),
+    (
+        "egress",
+        "denied",
+        "egress_refused_frames",
+        reason("denied"),
+    ),
+    (
+        "egress",
+        "malformed",
+        "egress_refused_frames",
+        reason("malformed"),
+    ),
+    (
+        "egress",
+        "fragments",
+        "egress_refused_frames",
+        reason("fragment"),
+    ),
+    (
+        "egress",
+        "unreadable",
+        "egress_refused_frames",
+        reason("unreadable"),
+    ),
+    ("egress", "answers", "egress_answers", None),
+    ("egress", "peers_forgotten", "egress_forgotten_peers", None),
     ("mmds", "rx_frames", "mmds_frames", dir("receive")),
     ("mmds", "tx_frames", "mmds_frames", dir("transmit")),
     ("mmds", "rx_too_long", "mmds_dropped_frames", None),
@@ -340,6 +366,18 @@ const HELP: &[(&str, &str)] = &[
     (
         "vsock_without_credit",
         "Times a stream waited for the guest's credit.",
+    ),
+    (
+        "egress_refused_frames",
+        "Frames of the guest that rules for what it sends keep back.",
+    ),
+    (
+        "egress_answers",
+        "Frames that pass those rules because they answer somebody.",
+    ),
+    (
+        "egress_forgotten_peers",
+        "Times that half of those who may be answered were forgotten.",
     ),
     ("mmds_frames", "Frames of the metadata service."),
     (

@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use alveole_guest_memory::GuestBuffers;
 
-use crate::{HEADER_BYTES, VhostNet};
+use crate::{HEADER_BYTES, MAX_FRAME_BYTES, VhostNet};
 
 /// Work on frames that one side leaves to the other. A link with a header on each frame can hand it on in both
 /// directions; a link without cannot at all.
@@ -148,6 +148,22 @@ pub trait LinkQueue: Send {
     /// As [`Self::receive`].
     fn receive_kept(&mut self, into: &mut [u8]) -> io::Result<Received>;
 
+    /// As [`Self::receive`], and gives `head` the beginning of what was received, header included, as far as it goes. It is copied
+    /// from where the guest cannot have changed it, as it can what has come into its memory.
+    ///
+    /// # Errors
+    /// As [`Self::receive`].
+    fn receive_seen(&mut self, head: &mut [u8], into: &GuestBuffers) -> io::Result<Received> {
+        let room = usize::try_from(into.len_bytes()).unwrap_or(usize::MAX);
+        let mut whole = vec![0; room.min(HEADER_BYTES + MAX_FRAME_BYTES)];
+        let received = self.receive_kept(&mut whole)?;
+        if let Received::Frame(len) = received {
+            whole.truncate(usize::try_from(len).unwrap_or(usize::MAX));
+            give(&whole, head, into);
+        }
+        Ok(received)
+    }
+
     /// Readable when [`Self::receive`] may have a frame.
     fn readable_fd(&self) -> BorrowedFd<'_>;
 
@@ -166,4 +182,15 @@ pub trait LinkQueue: Send {
     /// # Errors
     /// The host refuses.
     fn set_active(&mut self, active: bool) -> io::Result<()>;
+}
+
+/// Gives the guest what was received into memory of ours, without the header's last field, and `head` its beginning.
+pub(crate) fn give(start: &[u8], head: &mut [u8], into: &GuestBuffers) {
+    const NUM_BUFFERS: usize = HEADER_BYTES - 2;
+    let known = start.len().min(head.len());
+    head[..known].copy_from_slice(&start[..known]);
+    into.copy_from(0, &start[..start.len().min(NUM_BUFFERS)]);
+    if let Some(frame) = start.get(HEADER_BYTES..) {
+        into.copy_from(HEADER_BYTES as u64, frame);
+    }
 }

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use alveole_guest_memory::GuestBuffers;
 
 use crate::iovecs::Iovecs;
+use crate::link::give;
 use crate::tap::TapQueue;
 use crate::{Frame, HEADER_BYTES, LinkQueue, Offloads, Received, Sent};
 
@@ -110,6 +111,27 @@ impl LinkQueue for MessageQueue {
         let received = self.judge(read, room);
         if !self.has_header && matches!(received, Received::Frame(_)) {
             into.copy_from(0, &NO_OFFLOADS);
+        }
+        Ok(received)
+    }
+
+    fn receive_seen(&mut self, head: &mut [u8], into: &GuestBuffers) -> io::Result<Received> {
+        let skip = if self.has_header { 0 } else { HEADER_BYTES };
+        let len = usize::try_from(into.len_bytes()).unwrap_or(usize::MAX);
+        let known = head.len().min(len);
+        if known < HEADER_BYTES {
+            return self.receive(into);
+        }
+        head[..skip].fill(0);
+        self.iovecs.clear();
+        self.iovecs.push_target(&mut head[skip..known]);
+        let room = known - skip + self.iovecs.push_guest(into, known, len - known);
+        self.iovecs.push_target(&mut self.spill);
+        let read = self.take()?;
+        let received = self.judge(read, room);
+        if let Received::Frame(len) = received {
+            let known = known.min(usize::try_from(len).unwrap_or(known));
+            give(&head[..known], &mut [], into);
         }
         Ok(received)
     }

@@ -131,7 +131,12 @@ impl StreamQueue {
     }
 
     /// Reads the rest of the frame at hand into guest memory; whether it is all there.
-    fn read_rest(&mut self, into: &GuestBuffers, length: usize) -> io::Result<Option<Received>> {
+    fn read_rest(
+        &mut self,
+        head: &mut [u8],
+        into: &GuestBuffers,
+        length: usize,
+    ) -> io::Result<Option<Received>> {
         let have = self.inbox.len() - LENGTH_BYTES;
         let missing = length - have;
         self.iovecs.clear();
@@ -153,9 +158,19 @@ impl StreamQueue {
         }
         into.copy_from(0, &NO_OFFLOADS);
         into.copy_from(HEADER_BYTES as u64, &self.inbox.get()[LENGTH_BYTES..]);
+        show(&self.inbox.get()[LENGTH_BYTES..], head);
         self.inbox.drop_front(LENGTH_BYTES + have);
         self.inbox.push(&self.ahead[..n - missing]);
         Ok(Some(Received::Frame((HEADER_BYTES + length) as u64)))
+    }
+}
+
+/// The beginning of a frame behind a header without offloads, as far as there is room for it.
+fn show(frame: &[u8], head: &mut [u8]) {
+    if let Some((header, room)) = head.split_at_mut_checked(HEADER_BYTES) {
+        header.fill(0);
+        let known = room.len().min(frame.len());
+        room[..known].copy_from_slice(&frame[..known]);
     }
 }
 
@@ -229,6 +244,10 @@ impl LinkQueue for StreamQueue {
     }
 
     fn receive(&mut self, into: &GuestBuffers) -> io::Result<Received> {
+        self.receive_seen(&mut [], into)
+    }
+
+    fn receive_seen(&mut self, head: &mut [u8], into: &GuestBuffers) -> io::Result<Received> {
         if self.is_closed {
             return Ok(Received::Closed);
         }
@@ -241,6 +260,7 @@ impl LinkQueue for StreamQueue {
                         into.copy_from(0, &NO_OFFLOADS);
                         let frame = &self.inbox.get()[LENGTH_BYTES..LENGTH_BYTES + length];
                         into.copy_from(HEADER_BYTES as u64, frame);
+                        show(frame, head);
                     }
                     self.inbox.drop_front(LENGTH_BYTES + length);
                     return Ok(if fits {
@@ -249,8 +269,14 @@ impl LinkQueue for StreamQueue {
                         Received::TooLong
                     });
                 }
-                Front::Part(length) if HEADER_BYTES + length <= room && Iovecs::takes(into) => {
-                    if let Some(end) = self.read_rest(into, length)? {
+                // What is looked at must be here before the rest goes to the guest.
+                Front::Part(length)
+                    if HEADER_BYTES + length <= room
+                        && Iovecs::takes(into)
+                        && self.inbox.len() + HEADER_BYTES
+                            >= LENGTH_BYTES + head.len().min(HEADER_BYTES + length) =>
+                {
+                    if let Some(end) = self.read_rest(head, into, length)? {
                         return Ok(end);
                     }
                 }

@@ -51,6 +51,16 @@ fn received(into: &GuestBuffers, len: u64) -> Vec<u8> {
     bytes.split_off(HEADER_BYTES)
 }
 
+/// Whether a head shows how a frame begins, behind a header without offloads.
+#[track_caller]
+fn assert_begins(head: &[u8], frame: &[u8]) {
+    if let Some((header, shown)) = head.split_at_checked(HEADER_BYTES) {
+        let known = shown.len().min(frame.len());
+        assert_eq!(header, HEADER);
+        assert!(shown[..known] == frame[..known]);
+    }
+}
+
 fn stream() -> (Box<dyn LinkQueue>, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut link = open(LinkSpec::StreamFd(ours.into()), 1).unwrap();
@@ -138,13 +148,19 @@ fn frames_of_every_length_in_pieces_of_every_length_come_whole() {
                 assert!(kept[HEADER_BYTES..got] == frame[..], "frame {number}");
                 continue;
             }
-            let Received::Frame(got) = next(link.as_mut(), &into) else {
-                panic!("frame {number}")
+            // And with its beginning shown.
+            let mut head = vec![1; [0, 12, 140, 6000][number % 4]];
+            let got = loop {
+                match link.receive_seen(&mut head, &into).unwrap() {
+                    Received::Frame(got) => break got,
+                    other => assert_eq!(other, Received::WouldBlock),
+                }
             };
             assert!(
                 received(&into, got) == *frame,
                 "{number} in pieces of {piece}"
             );
+            assert_begins(&head, frame);
         }
         drop(writer.join().unwrap());
         assert_eq!(next(link.as_mut(), &into), Received::Closed);
@@ -345,4 +361,44 @@ fn what_cannot_be_opened_says_what_to_do() {
     let number = file.as_raw_fd();
     let e = error(LinkSpec::StreamFd(file.into()));
     assert!(e.contains(&format!("descriptor {number}")), "{e}");
+}
+
+#[test]
+fn datagrams_show_how_they_begin_and_go_to_the_guest_whole() {
+    let ram = ram();
+    for has_header in [false, true] {
+        let (mut link, end) = if has_header {
+            let (link, mut ends) = alveole_net_link::testing::pair(1);
+            (link, ends.remove(0))
+        } else {
+            alveole_net_link::testing::plain_pair()
+        };
+        for (number, len) in [60, 14, 128, 127, 129, 4000, 60].into_iter().enumerate() {
+            let frame = content(len, number);
+            let into = parts(&ram, HEADER_BYTES + 4000, 50 + number);
+            into.zero(0, into.len_bytes());
+            let header: &[u8] = if has_header { &HEADER } else { &[] };
+            end.send(&[header, &frame].concat()).unwrap();
+            let mut head = [1; HEADER_BYTES + 128];
+            let got = link.queues[0].receive_seen(&mut head, &into).unwrap();
+            assert_eq!(got, Received::Frame((HEADER_BYTES + len) as u64));
+            assert!(
+                received(&into, (HEADER_BYTES + len) as u64) == frame,
+                "{len}"
+            );
+            assert_begins(&head, &frame);
+        }
+        // Less room than what is looked at.
+        for (room, is_whole) in [(HEADER_BYTES + 60, true), (HEADER_BYTES + 59, false)] {
+            end.send(&[if has_header { &HEADER[..] } else { &[] }, &content(60, 1)].concat())
+                .unwrap();
+            let into = parts(&ram, room, 30);
+            let mut head = [1; HEADER_BYTES + 128];
+            let got = link.queues[0].receive_seen(&mut head, &into).unwrap();
+            assert_eq!(got == Received::Frame((HEADER_BYTES + 60) as u64), is_whole);
+            assert_eq!(got == Received::TooLong, !is_whole);
+        }
+        let nothing = link.queues[0].receive_seen(&mut [0; 64], &parts(&ram, 100, 50));
+        assert_eq!(nothing.unwrap(), Received::WouldBlock);
+    }
 }

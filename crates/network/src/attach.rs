@@ -12,11 +12,12 @@ use crate::guest_config::DeviceConfig;
 use crate::lease::{self, Lease, Port, Process};
 use crate::networks::{Networks, Session};
 use crate::plan::alias;
-use crate::policy::Rule;
-use crate::spec::{Egress, NetworkSpec};
+use crate::spec::NetworkSpec;
 use crate::state::NetworkState;
 use crate::tap;
 use crate::words::{InterfaceName, Mac, NetworkName, VmName};
+use alveole_egress_rules::Egress;
+use alveole_egress_rules::Rule;
 
 /// Names that are tried for an interface before giving up.
 const MOST_NAMES: u64 = 64;

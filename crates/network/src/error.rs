@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use alveole_egress_rules::WordError;
+
 /// A failure, in the words of who asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -131,6 +133,12 @@ fn kernel_says(error: &io::Error) -> String {
             )
         }
         _ => error.to_string(),
+    }
+}
+
+impl From<WordError> for Error {
+    fn from(WordError { what, value, why }: WordError) -> Self {
+        Self::Word { what, value, why }
     }
 }
 

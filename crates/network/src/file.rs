@@ -16,9 +16,9 @@ use std::path::Path;
 use serde::Deserialize;
 
 use crate::Error;
-use crate::policy::{Destination, Rule};
 use crate::spec::{NetworkRequest, NetworkSpec, overlaps};
 use crate::words::NetworkName;
+use alveole_egress_rules::{Destination, Rule};
 
 /// Largest file, in bytes.
 const MOST_BYTES: u64 = 1 << 20;

@@ -242,6 +242,26 @@ impl Kernel {
         })
     }
 
+    /// Where packets go to that this host takes for itself.
+    pub(crate) fn local_addresses(&mut self) -> Result<Vec<IpNet>, Error> {
+        const ACT: &str = "ask the kernel for its own addresses";
+        let mut own = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut message = RouteMessage::default();
+            message.header.address_family = family;
+            let routes = self
+                .ask(&RouteNetlinkMessage::GetRoute(message), NLM_F_DUMP)
+                .map_err(|e| Error::kernel(ACT, e))?;
+            own.extend(routes.iter().filter_map(|message| match message {
+                RouteNetlinkMessage::NewRoute(route) if route.header.kind == RouteType::Local => {
+                    routed_to(route)
+                }
+                _ => None,
+            }));
+        }
+        Ok(own)
+    }
+
     fn make(
         &mut self,
         act: &str,
@@ -546,14 +566,19 @@ fn address(message: &AddressMessage) -> Option<IpNet> {
     .ok()
 }
 
-/// Where a route leads to; none for a default route.
-fn destination(message: &RouteMessage) -> Option<IpNet> {
+/// Where a route leads to; none where it names nothing, as a default route.
+fn routed_to(message: &RouteMessage) -> Option<IpNet> {
     let address = message.attributes.iter().find_map(|a| match a {
         RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
         RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
         _ => None,
     })?;
-    let net = IpNet::new(address, message.header.destination_prefix_length).ok()?;
+    IpNet::new(address, message.header.destination_prefix_length).ok()
+}
+
+/// Where a route leads to that is this host's own; none for a default route.
+fn destination(message: &RouteMessage) -> Option<IpNet> {
+    let net = routed_to(message)?;
     // Every interface has fe80::/64, and many ff00::/8.
     let common = match net {
         IpNet::V6(net) => net.addr().is_unicast_link_local() || net.addr().is_multicast(),

@@ -6,9 +6,10 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
-use crate::policy::Rule;
-use crate::spec::{Egress, NetworkSpec};
+use crate::spec::NetworkSpec;
 use crate::words::{InterfaceName, Mac, VmName};
+use alveole_egress_rules::Egress;
+use alveole_egress_rules::Rule;
 
 /// Most addresses that are kept for VMs that do not run: who starts VMs under ever new names must not make
 /// the state grow without end.

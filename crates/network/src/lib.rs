@@ -8,12 +8,12 @@ mod attach;
 mod error;
 mod file;
 pub mod guest_config;
+mod here;
 mod host;
 mod kernel;
 mod lease;
 mod networks;
 mod plan;
-mod policy;
 #[expect(unsafe_code, reason = "what runs between fork and exec")]
 mod programs;
 mod resolver;
@@ -25,17 +25,18 @@ mod tap;
 pub mod user;
 mod words;
 
+pub use alveole_egress_rules::{Action, Destination, Egress, Ports, Protocol, Rule, WordError};
 pub use attach::{Attach, Attachment, Plug};
 pub use error::Error;
 pub use file::{NetworkFile, read_file};
+pub use here::Here;
 pub use kernel::OUR_GROUP;
 pub use lease::{Lease, Port, Process};
 pub use networks::{Networks, Report, Watch};
 pub use plan::{Desired, Link, Observed, Plan, Route, Step, plan};
-pub use policy::{Action, Destination, Ports, Protocol, Rule};
 pub use resolver::{Answers, Running, answers};
 pub use rules::{Ruleset, TABLE, ruleset};
-pub use spec::{Egress, Mode, NetworkRequest, NetworkSpec};
+pub use spec::{Mode, NetworkRequest, NetworkSpec};
 pub use state::{Folders, NetworkState, SettingsBefore};
 pub use words::{InterfaceName, Mac, NetworkName, VmName};
 

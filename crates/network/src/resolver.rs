@@ -168,7 +168,7 @@ pub fn answers<'a>(
 }
 
 fn talks_to(network: &NetworkState, other: &NetworkName) -> bool {
-    use crate::policy::{Action, Destination};
+    use alveole_egress_rules::{Action, Destination};
     let own = network.leases.iter().flat_map(|l| &l.rules);
     network.spec.rules.iter().chain(own).any(|rule| {
         rule.action == Action::Allow

@@ -12,10 +12,11 @@ use std::net::Ipv6Addr;
 use ipnet::IpNet;
 
 use crate::lease::Lease;
-use crate::policy::{Action, Destination, Protocol, Rule};
-use crate::spec::{Egress, Mode, NetworkSpec};
+use crate::spec::{Mode, NetworkSpec};
 use crate::state::NetworkState;
 use crate::words::NetworkName;
+use alveole_egress_rules::Egress;
+use alveole_egress_rules::{Action, Destination, Protocol, Rule};
 
 /// The name of our tables.
 pub const TABLE: &str = "alveole";

@@ -8,8 +8,8 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
-use crate::policy::{Action, Destination, MOST_RULES, Rule, parse_cidr};
 use crate::words::{InterfaceName, Mac, NetworkName};
+use alveole_egress_rules::{Action, Destination, Egress, MOST_RULES, Rule, parse_cidr};
 
 /// Least MTU: what IPv6 asks for (RFC 8200, section 5).
 pub(crate) const LEAST_MTU: u32 = 1280;
@@ -57,37 +57,6 @@ impl fmt::Display for Mode {
             Self::Bridge => "bridge",
             Self::Isolated => "isolated",
             Self::Macvtap => "macvtap",
-        })
-    }
-}
-
-/// What happens to traffic out of a network that no rule names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Egress {
-    /// It may go to the world, never to other networks of guests.
-    Open,
-    /// It is refused.
-    Closed,
-}
-
-impl FromStr for Egress {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        match text {
-            "open" => Ok(Self::Open),
-            "closed" => Ok(Self::Closed),
-            _ => Err(Error::word("egress", text, "it is open or closed")),
-        }
-    }
-}
-
-impl fmt::Display for Egress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Open => "open",
-            Self::Closed => "closed",
         })
     }
 }

@@ -14,7 +14,7 @@
 //! loopback (systemd-resolved), the guest is told an address that `passt` takes there, by UDP alone; `passt` of
 //! 2023 does not hand that one out by DHCP.
 //!
-//! `passt` filters nothing: a guest in user mode may talk to whatever its user may.
+//! `passt` filters nothing: a guest in user mode may talk to whatever its user may, unless its monitor is told rules.
 
 use std::fmt;
 use std::fs;

@@ -3,135 +3,54 @@
 use std::fmt;
 use std::str::FromStr;
 
+pub use alveole_egress_rules::{NetworkName, VmName};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
 
 /// Longest name of an interface (IFNAMSIZ of the kernel, without the closing zero).
 pub(crate) const MOST_INTERFACE_NAME: usize = 15;
-/// Longest name of a VM: a label of the domain name system (RFC 1035, section 2.3.4).
-pub(crate) const MOST_VM_NAME: usize = 63;
 
-/// Words that rules have for something else than a network.
-const RESERVED: [&str; 4] = ["outside", "host", "any", "user"];
+/// An interface of this host: 1 to 15 bytes without space, `/` and `:`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct InterfaceName(String);
 
-macro_rules! word {
-    ($(#[$doc:meta])* $name:ident, $check:ident) => {
-        $(#[$doc])*
-        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(try_from = "String", into = "String")]
-        pub struct $name(String);
-
-        impl $name {
-            /// The name as text.
-            #[must_use]
-            pub fn as_str(&self) -> &str {
-                &self.0
-            }
-        }
-
-        impl FromStr for $name {
-            type Err = Error;
-
-            fn from_str(text: &str) -> Result<Self, Error> {
-                $check(text)?;
-                Ok(Self(text.to_owned()))
-            }
-        }
-
-        impl TryFrom<String> for $name {
-            type Error = Error;
-
-            fn try_from(text: String) -> Result<Self, Error> {
-                text.parse()
-            }
-        }
-
-        impl From<$name> for String {
-            fn from(name: $name) -> Self {
-                name.0
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&self.0)
-            }
-        }
-    };
+impl InterfaceName {
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
 }
 
-word!(
-    /// A network's name, which its bridge has as well: 1 to 15 of `a-z`, `0-9` and `-`, a letter first.
-    NetworkName,
-    check_network
-);
-word!(
-    /// An interface of this host: 1 to 15 bytes without space, `/` and `:`.
-    InterfaceName,
-    check_interface
-);
-word!(
-    /// A VM's name, which is its host name, too: 1 to 63 of `a-z`, `0-9` and `-`, no `-` at the ends (RFC 1123).
-    VmName,
-    check_vm
-);
+impl FromStr for InterfaceName {
+    type Err = Error;
 
-fn check_network(text: &str) -> Result<(), Error> {
-    const WHAT: &str = "network name";
-    if text.len() > MOST_INTERFACE_NAME {
-        return Err(Error::word(
-            WHAT,
-            text,
-            format!(
-                "it is {} bytes long, and {MOST_INTERFACE_NAME} are the most (its bridge is called so)",
-                text.len()
-            ),
-        ));
+    fn from_str(text: &str) -> Result<Self, Error> {
+        check_interface(text)?;
+        Ok(Self(text.to_owned()))
     }
-    check_label(WHAT, text)?;
-    if !text.starts_with(|c: char| c.is_ascii_lowercase()) {
-        return Err(Error::word(WHAT, text, "begin with a letter, a to z"));
-    }
-    if RESERVED.contains(&text) {
-        return Err(Error::word(
-            WHAT,
-            text,
-            "this word has another meaning in rules: choose another name",
-        ));
-    }
-    Ok(())
 }
 
-fn check_vm(text: &str) -> Result<(), Error> {
-    const WHAT: &str = "VM name";
-    if text.len() > MOST_VM_NAME {
-        let why = format!(
-            "it is {} bytes long, and {MOST_VM_NAME} are the most",
-            text.len()
-        );
-        return Err(Error::word(WHAT, text, why));
+impl TryFrom<String> for InterfaceName {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self, Error> {
+        text.parse()
     }
-    check_label(WHAT, text)
 }
 
-/// A label of a domain name.
-fn check_label(what: &'static str, text: &str) -> Result<(), Error> {
-    let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-    if text.is_empty() {
-        return Err(Error::word(what, text, "give one"));
+impl From<InterfaceName> for String {
+    fn from(name: InterfaceName) -> Self {
+        name.0
     }
-    if let Some(bad) = text.chars().find(|c| !good(*c)) {
-        let why = format!(
-            "'{}' may not be in it: use a to z, 0 to 9 and -",
-            bad.escape_default()
-        );
-        return Err(Error::word(what, text, why));
+}
+
+impl fmt::Display for InterfaceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
     }
-    if text.starts_with('-') || text.ends_with('-') {
-        return Err(Error::word(what, text, "'-' may be neither first nor last"));
-    }
-    Ok(())
 }
 
 fn check_interface(text: &str) -> Result<(), Error> {
@@ -250,25 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_networks() {
-        for good in ["a", "front", "abcdefghijklmno", "web-2"] {
-            assert_eq!(good.parse::<NetworkName>().unwrap().as_str(), good);
-        }
-        refused::<NetworkName>("abcdefghijklmnop", "16 bytes");
-        refused::<NetworkName>("", "give one");
-        refused::<NetworkName>("../x", "'.'");
-        refused::<NetworkName>("Front", "'F'");
-        refused::<NetworkName>("1st", "letter");
-        refused::<NetworkName>("-a", "first nor last");
-        refused::<NetworkName>("outside", "another meaning");
-    }
-
-    #[test]
-    fn names_of_vms_and_interfaces() {
-        assert!("1".parse::<VmName>().is_ok());
-        refused::<VmName>(&"x".repeat(64), "64 bytes");
-        refused::<VmName>("a.b", "'.'");
-        refused::<VmName>("a\nb", "'\\n'".trim_matches('\''));
+    fn names_of_interfaces() {
         assert!("eth0.10".parse::<InterfaceName>().is_ok());
         refused::<InterfaceName>("abcdefghijklmnop", "15 bytes");
         refused::<InterfaceName>("a/b", "no interface");

@@ -26,9 +26,9 @@ pub use requests::{
     NetworkInterfaceUpdate, StateChange,
 };
 pub use types::{
-    BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages,
-    IoEngine, LinkKind, LogLevel, Logger, MachineConfig, Metrics, NetworkInterface, RateLimiter,
-    Serial, TokenBucket, VmConfig, Vsock,
+    BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Egress, EgressDefault,
+    Entropy, HugePages, IoEngine, LinkKind, LogLevel, Logger, MachineConfig, Metrics,
+    NetworkInterface, RateLimiter, Serial, TokenBucket, VmConfig, Vsock,
 };
 
 /// The longest description that is read. A real one has a few kilobytes; a path given by mistake may

@@ -3,9 +3,9 @@
 use crate::cpu;
 use crate::object::{Leaf, Object, Value};
 use crate::types::{
-    BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Entropy, HugePages,
-    IoEngine, LinkKind, LogLevel, Logger, MachineConfig, Metrics, NetworkInterface, RateLimiter,
-    Serial, TokenBucket, VmConfig, Vsock,
+    BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Egress, EgressDefault,
+    Entropy, HugePages, IoEngine, LinkKind, LogLevel, Logger, MachineConfig, Metrics,
+    NetworkInterface, RateLimiter, Serial, TokenBucket, VmConfig, Vsock,
 };
 
 pub(crate) fn vm_config(top: &mut Object<'_>) -> VmConfig {
@@ -188,6 +188,17 @@ pub(crate) fn network_interface(section: &mut Object<'_>) -> NetworkInterface {
         anti_spoofing: section.optional("anti_spoofing").unwrap_or_default(),
         vhost: section.optional("vhost").unwrap_or_default(),
         vhost_fds: section.optional("vhost_fds"),
+        egress: section.section("egress", egress),
+    }
+}
+
+fn egress(section: &mut Object<'_>) -> Egress {
+    Egress {
+        rules: section.entries("rules", Value::read),
+        default: section.optional("default").unwrap_or_default(),
+        host: section.entries("host", Value::read),
+        guests: section.entries("guests", Value::read),
+        resolvers: section.entries("resolvers", Value::read),
     }
 }
 
@@ -247,6 +258,8 @@ words! { DiskFormat, "one of \"raw\", \"qcow2\"",
 words! { LinkKind, "one of \"tap\", \"macvtap\", \"fd\", \"stream\"",
 "tap" => LinkKind::Tap, "macvtap" => LinkKind::Macvtap, "fd" => LinkKind::Fd,
 "stream" => LinkKind::Stream, }
+words! { EgressDefault, "one of \"open\", \"closed\"",
+"open" => EgressDefault::Open, "closed" => EgressDefault::Closed, }
 words! { BackingPlace, "one of \"beside\", \"anywhere\"",
 "beside" => BackingPlace::Beside, "anywhere" => BackingPlace::Anywhere, }
 

@@ -614,6 +614,15 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn egress()(
+        default in prop::sample::select(vec![EgressDefault::Open, EgressDefault::Closed]),
+        [rules, host, guests, resolvers] in prop::array::uniform4(prop::collection::vec(any::<String>(), 0..3)),
+    ) -> Egress {
+        Egress { rules, default, host, guests, resolvers }
+    }
+}
+
+prop_compose! {
     fn interface()(
         iface_id in any::<String>(),
         host_dev_name in any::<String>(),
@@ -628,10 +637,11 @@ prop_compose! {
         anti_spoofing in any::<bool>(),
         vhost in any::<bool>(),
         vhost_fds in any::<Option<String>>(),
+        egress in prop::option::of(egress()),
     ) -> NetworkInterface {
         NetworkInterface {
             iface_id, host_dev_name, link, guest_mac, mtu, rx_rate_limiter, tx_rate_limiter,
-            num_queue_pairs, anti_spoofing, vhost, vhost_fds,
+            num_queue_pairs, anti_spoofing, vhost, vhost_fds, egress,
         }
     }
 }

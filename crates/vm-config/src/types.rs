@@ -282,6 +282,38 @@ pub struct NetworkInterface {
     /// queues, with commas between them (not a field of Firecracker's); none: it is opened.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vhost_fds: Option<String>,
+    /// What the guest may send by it (not a field of Firecracker's); none: anything. Not with `vhost`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub egress: Option<Egress>,
+}
+
+/// What a guest may send by one interface.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Egress {
+    /// Rules as `alveole net create --rule` has them, asked in this order: the first that fits decides.
+    pub rules: Vec<String>,
+    /// What happens to what no rule names.
+    pub default: EgressDefault,
+    /// Addresses that `to=host` stands for, and which rules for others and `default` leave out.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub host: Vec<String>,
+    /// Addresses of networks of other guests, which `to=outside` and `"open"` leave out.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub guests: Vec<String>,
+    /// Addresses of which names may be asked, whatever the rules say.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub resolvers: Vec<String>,
+}
+
+/// What happens to what no rule names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EgressDefault {
+    /// It passes.
+    #[default]
+    Open,
+    /// It is refused.
+    Closed,
 }
 
 /// What carries the frames of a network interface on the host.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use alveole_acpi::{DeviceNode, PciRoot};
 use alveole_block_store::{BlockStore, Cache};
 use alveole_counters::CounterSet;
+use alveole_egress_filter::EgressCounters;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::Partition;
 use alveole_io_bus::BusBuilder;
@@ -44,6 +45,7 @@ struct Interface {
     name: String,
     pairs: usize,
     vhost: bool,
+    egress: Option<Arc<EgressCounters>>,
 }
 
 struct Disk {
@@ -135,6 +137,9 @@ impl VirtioDevices {
             let handle = interface.device.handle();
             counters.push(handle.counters().clone());
             interfaces.push(handle);
+            if let Some(egress) = interface.egress {
+                counters.push(egress);
+            }
             let hosting = threads.for_interface(&interface.name, interface.pairs)?;
             carrier.carry(Box::new(interface.device), partition, ram, hosting, memory)?;
         }
@@ -253,6 +258,17 @@ fn open_interface(
 ) -> Result<Interface, ResourceError> {
     let id = &interface.id;
     let mut link = open_link(interface)?;
+    let mut egress = None;
+    // Behind the metadata service: what is for that leaves by no link.
+    if let Some(policy) = &interface.egress {
+        let counters = egress.insert(Arc::new(EgressCounters::new(id)));
+        link = alveole_egress_filter::filter(link, policy.clone(), counters.clone()).map_err(
+            |source| ResourceError::Egress {
+                id: id.clone(),
+                source,
+            },
+        )?;
+    }
     if let Some(metadata) = metadata {
         link = alveole_mmds::detour(link, metadata).map_err(|source| ResourceError::Metadata {
             id: id.clone(),
@@ -278,5 +294,25 @@ fn open_interface(
         name: id.clone(),
         pairs,
         vhost: interface.vhost,
+        egress,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_filter_counts_has_its_families() {
+        let counters = EgressCounters::new("eth0");
+        let mut seen = 0;
+        counters.visit(&mut |counter, _| {
+            assert!(
+                alveole_metrics::is_known(counters.name(), counter),
+                "{counter}"
+            );
+            seen += 1;
+        });
+        assert!(seen > 3);
+    }
 }

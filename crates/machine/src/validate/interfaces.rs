@@ -1,10 +1,11 @@
 //! The rules of network interfaces.
 
+use alveole_egress_filter::Policy;
 use alveole_rate_limiter::Limits;
 use alveole_vm_config::{LinkKind, NetworkInterface, VmConfig};
 
 use crate::validate::drives::limits;
-use crate::validate::{Invalid, MAX_CPUS, is_id, shown};
+use crate::validate::{Invalid, MAX_CPUS, egress, is_id, shown};
 
 /// Smallest and largest packet that a guest can be told (virtio 1.3, section 5.1.4.1).
 const MTU: std::ops::RangeInclusive<u64> = 68..=65_535;
@@ -26,6 +27,8 @@ pub(crate) struct ValidInterface {
     pub(crate) anti_spoofing: bool,
     pub(crate) vhost: bool,
     pub(crate) vhost_fds: Option<String>,
+    /// None: the guest may send anything.
+    pub(crate) egress: Option<Policy>,
 }
 
 /// Checks all interfaces.
@@ -45,7 +48,8 @@ pub(super) fn validate(config: &VmConfig, broken: &mut Vec<Invalid>) -> Vec<Vali
                 mac: interface.guest_mac.clone().unwrap_or_default(),
             });
         }
-        valid.push(of(interface, mac));
+        let egress = egress::validate(interface, broken);
+        valid.push(of(interface, mac, egress));
     }
     valid
 }
@@ -125,6 +129,7 @@ fn check_vhost(interface: &NetworkInterface, broken: &mut Vec<Invalid>) {
             "anti_spoofing",
             "looks at no addresses",
         ),
+        (interface.egress.is_some(), "egress", "asks no rules"),
         (
             interface.link == LinkKind::Stream,
             "link \"stream\"",
@@ -202,7 +207,11 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
     parts.next().is_none().then_some(mac)
 }
 
-fn of(interface: &NetworkInterface, mac: Option<[u8; 6]>) -> ValidInterface {
+fn of(
+    interface: &NetworkInterface,
+    mac: Option<[u8; 6]>,
+    egress: Option<Policy>,
+) -> ValidInterface {
     let bounds = |limiter: &Option<alveole_vm_config::RateLimiter>| {
         limiter.as_ref().map(limits).unwrap_or_default()
     };
@@ -222,6 +231,7 @@ fn of(interface: &NetworkInterface, mac: Option<[u8; 6]>) -> ValidInterface {
         anti_spoofing: interface.anti_spoofing,
         vhost: interface.vhost,
         vhost_fds: interface.vhost_fds.clone(),
+        egress,
     }
 }
 
@@ -309,6 +319,86 @@ mod tests {
             for part in parts {
                 assert!(lines[0].contains(part), "{lines:?} / {part}");
             }
+        }
+    }
+
+    #[test]
+    fn rules_for_what_is_sent_are_all_looked_at() {
+        use alveole_vm_config::{Egress, EgressDefault};
+        let texts = |all: &[&str]| all.iter().map(|text| (*text).to_owned()).collect();
+        let with = |rules: &[&str], host: &[&str], resolvers: &[&str]| NetworkInterface {
+            egress: Some(Egress {
+                rules: texts(rules),
+                default: EgressDefault::Closed,
+                host: texts(host),
+                guests: Vec::new(),
+                resolvers: texts(resolvers),
+            }),
+            ..interface("e")
+        };
+        assert_eq!(
+            told(vec![with(
+                &["allow,to=host", "deny,to=any"],
+                &["192.0.2.1"],
+                &["192.0.2.53"]
+            )]),
+            [""; 0]
+        );
+        let lines = told(vec![with(
+            &["allow,to=back", "permit", "allow,port=80", "allow,to=host"],
+            &[],
+            &["dns"],
+        )]);
+        for (line, part) in lines.iter().zip([
+            "allow or deny",
+            "only tcp and udp",
+            "resolvers 'dns'",
+            "write the addresses",
+            "which addresses the host has",
+        ]) {
+            assert!(
+                line.contains("\"e\" has egress") && line.contains(part),
+                "{lines:?}"
+            );
+        }
+        assert_eq!(lines.len(), 5, "{lines:?}");
+        let lines = told(vec![with(&["allow,to=host"], &["192.0.2.1/24"], &[])]);
+        assert!(
+            lines.len() == 1 && lines[0].contains("192.0.2.0/24"),
+            "{lines:?}"
+        );
+        let many = vec!["deny,to=any"; 1025];
+        let lines = told(vec![with(&many, &[], &[])]);
+        assert!(
+            lines.len() == 1 && lines[0].contains("1024 are the most"),
+            "{lines:?}"
+        );
+        let by_kernel = NetworkInterface {
+            vhost: true,
+            ..with(&[], &[], &[])
+        };
+        let lines = told(vec![by_kernel]);
+        assert!(
+            lines.len() == 1 && lines[0].contains("leave egress or vhost out"),
+            "{lines:?}"
+        );
+    }
+
+    #[test]
+    fn what_lets_all_pass_is_no_filter() {
+        use alveole_vm_config::{Egress, EgressDefault};
+        for (default, is_filter) in [(EgressDefault::Open, false), (EgressDefault::Closed, true)] {
+            let mut config = VmConfig::default();
+            config.boot_source.kernel_image_path = "k".into();
+            config.network_interfaces = vec![NetworkInterface {
+                egress: Some(Egress {
+                    default,
+                    ..Egress::default()
+                }),
+                ..interface("e")
+            }];
+            let valid = validate_all(&config).unwrap();
+            assert_eq!(valid.interfaces[0].egress.is_some(), is_filter);
         }
     }
 

@@ -1,6 +1,6 @@
-//! What guests may talk to: rules for what leaves a network.
+//! What guests may talk to: rules for what leaves a network, or one guest in user mode.
 //!
-//! A rule belongs to the network that the traffic comes from. Rules are asked in their order, the first one
+//! A rule belongs to the network, or the guest, that the traffic comes from. Rules are asked in their order, the first one
 //! that fits decides, and where none fits the network's `egress` does. Answers to what was allowed always
 //! pass. Guests of one network see each other in any case.
 
@@ -11,13 +11,12 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::Error;
-use crate::words::{NetworkName, VmName};
+use crate::{NetworkName, VmName, WordError};
 
-/// Most rules of one network: the kernel goes through them for each new connection.
-pub(crate) const MOST_RULES: usize = 1024;
+/// Most rules of one network or guest: they are gone through for each new connection, or frame.
+pub const MOST_RULES: usize = 1024;
 /// Most port ranges of one rule.
-pub(crate) const MOST_PORTS: usize = 64;
+pub const MOST_PORTS: usize = 64;
 
 /// What a rule does with what fits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +66,37 @@ pub struct Ports {
     pub last: u16,
 }
 
+/// What happens to traffic out of a network that no rule names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Egress {
+    /// It may go to the world, never to other networks of guests.
+    Open,
+    /// It is refused.
+    Closed,
+}
+
+impl FromStr for Egress {
+    type Err = WordError;
+
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        match text {
+            "open" => Ok(Self::Open),
+            "closed" => Ok(Self::Closed),
+            _ => Err(WordError::new("egress", text, "it is open or closed")),
+        }
+    }
+}
+
+impl fmt::Display for Egress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Open => "open",
+            Self::Closed => "closed",
+        })
+    }
+}
+
 /// One rule.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -91,10 +121,10 @@ impl Rule {
     ///
     /// # Errors
     ///
-    /// [`Error::Word`] for ports without a protocol that has them, or too many.
-    pub fn check(&self) -> Result<(), Error> {
+    /// [`WordError`] for ports without a protocol that has them, or too many.
+    pub fn check(&self) -> Result<(), WordError> {
         if !self.ports.is_empty() && !matches!(self.protocol, Some(Protocol::Tcp | Protocol::Udp)) {
-            return Err(Error::word(
+            return Err(WordError::new(
                 "rule",
                 &self.to_string(),
                 "only tcp and udp have ports: add protocol=tcp or protocol=udp",
@@ -102,7 +132,7 @@ impl Rule {
         }
         if self.ports.len() > MOST_PORTS {
             let why = format!("{MOST_PORTS} ports or ranges are the most: make it several rules");
-            return Err(Error::word("rule", &self.to_string(), why));
+            return Err(WordError::new("rule", &self.to_string(), why));
         }
         Ok(())
     }
@@ -110,16 +140,16 @@ impl Rule {
 
 /// A rule as `alveole net create --rule` takes it: `allow,to=10.0.0.0/8,protocol=tcp,port=80,port=8000-8080`.
 impl FromStr for Rule {
-    type Err = Error;
+    type Err = WordError;
 
-    fn from_str(text: &str) -> Result<Self, Error> {
+    fn from_str(text: &str) -> Result<Self, WordError> {
         const WHAT: &str = "rule";
         let mut words = text.split(',');
         let action = match words.next() {
             Some("allow") => Action::Allow,
             Some("deny") => Action::Deny,
             _ => {
-                return Err(Error::word(
+                return Err(WordError::new(
                     WHAT,
                     text,
                     "begin with allow or deny: allow,to=10.0.0.0/8,protocol=tcp,port=443",
@@ -141,7 +171,7 @@ impl FromStr for Rule {
                 Some(("vm", vm)) => rule.vm = Some(vm.parse()?),
                 _ => {
                     let why = format!("'{word}' is none of to=, protocol=, port=, vm=");
-                    return Err(Error::word(WHAT, text, why));
+                    return Err(WordError::new(WHAT, text, why));
                 }
             }
         }
@@ -171,9 +201,9 @@ impl fmt::Display for Rule {
 }
 
 impl FromStr for Destination {
-    type Err = Error;
+    type Err = WordError;
 
-    fn from_str(text: &str) -> Result<Self, Error> {
+    fn from_str(text: &str) -> Result<Self, WordError> {
         Ok(match text {
             "any" => Self::Any,
             "outside" => Self::Outside,
@@ -197,14 +227,14 @@ impl fmt::Display for Destination {
 }
 
 impl FromStr for Protocol {
-    type Err = Error;
+    type Err = WordError;
 
-    fn from_str(text: &str) -> Result<Self, Error> {
+    fn from_str(text: &str) -> Result<Self, WordError> {
         match text {
             "tcp" => Ok(Self::Tcp),
             "udp" => Ok(Self::Udp),
             "icmp" => Ok(Self::Icmp),
-            _ => Err(Error::word("protocol", text, "it is tcp, udp or icmp")),
+            _ => Err(WordError::new("protocol", text, "it is tcp, udp or icmp")),
         }
     }
 }
@@ -220,9 +250,9 @@ impl fmt::Display for Protocol {
 }
 
 impl FromStr for Ports {
-    type Err = Error;
+    type Err = WordError;
 
-    fn from_str(text: &str) -> Result<Self, Error> {
+    fn from_str(text: &str) -> Result<Self, WordError> {
         let (first, last) = text.split_once('-').unwrap_or((text, text));
         let number = |digits: &str| {
             digits
@@ -232,7 +262,7 @@ impl FromStr for Ports {
         };
         match (number(first), number(last)) {
             (Some(first), Some(last)) if first <= last => Ok(Self { first, last }),
-            _ => Err(Error::word(
+            _ => Err(WordError::new(
                 "port",
                 text,
                 "give a number from 1 to 65535, or a range of them: 80 or 8000-8080",
@@ -254,9 +284,9 @@ impl fmt::Display for Ports {
 macro_rules! as_text {
     ($($name:ident),*) => {$(
         impl TryFrom<String> for $name {
-            type Error = Error;
+            type Error = WordError;
 
-            fn try_from(text: String) -> Result<Self, Error> {
+            fn try_from(text: String) -> Result<Self, WordError> {
                 text.parse()
             }
         }
@@ -270,9 +300,13 @@ macro_rules! as_text {
 }
 as_text!(Destination, Ports);
 
-/// Addresses as people write them: a network with its length (`10.0.0.0/8`), or one address.
-pub(crate) fn parse_cidr(what: &'static str, text: &str) -> Result<IpNet, Error> {
-    let wrong = |why: String| Error::word(what, text, why);
+/// Addresses as people write them: a network with its length (`10.0.0.0/8`), or one address. `what` it is for, messages
+/// say.
+///
+/// # Errors
+/// It is none, or has bits beyond its length.
+pub fn parse_cidr(what: &'static str, text: &str) -> Result<IpNet, WordError> {
+    let wrong = |why: String| WordError::new(what, text, why);
     let cidr = if text.contains('/') {
         text.parse::<IpNet>().map_err(|_| {
             wrong("write an address and its length: 10.1.0.0/24 or fd00:1::/64".into())
