@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use alveole_event_loop::Worker;
 use alveole_hypervisor_kvm::KvmPartition;
-use alveole_machine::{Desk, End, Event, HostResources, Identity, Machine, Mailbox, Options};
+use alveole_machine::{
+    Bulletin, Desk, End, Event, HostResources, Identity, Machine, Mailbox, Options,
+};
 use alveole_mmds::Metadata;
 use alveole_serial::{Console, ConsoleTarget};
 use alveole_vm_config::{Logger, Metrics, VmConfig};
@@ -91,6 +93,11 @@ impl<'a> Session<'a> {
     /// What clients have said, for the machine to answer them.
     pub(crate) fn desk(&self) -> Desk {
         self.desk.clone()
+    }
+
+    /// What others may read of the machine without asking.
+    pub(crate) fn bulletin(&self) -> Bulletin {
+        self.desk.bulletin().clone()
     }
 
     /// Builds what has been described. `workers` run on the machine's loop.
@@ -182,7 +189,8 @@ impl<'a> Session<'a> {
                 self.begun = (Instant::now(), "InstanceStart");
                 match self.start() {
                     Ok(machine) => {
-                        // What is asked from now on waits in the mailbox for the machine.
+                        // What is asked from now on waits in the mailbox for the machine, which does nothing before it runs.
+                        self.desk.post(State::Running);
                         reply.send(Ok(Answer::Done));
                         return Some(machine);
                     }

@@ -22,7 +22,7 @@ type Outcome = Result<Answer, Refusal>;
 
 impl Machine {
     /// The state as clients see it.
-    fn told_state(&self) -> State {
+    pub(super) fn told_state(&self) -> State {
         match self.state {
             Lifecycle::Built => State::NotStarted,
             Lifecycle::Running => State::Running,
