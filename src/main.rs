@@ -96,12 +96,12 @@ fn serve(
 ) -> Result<ApiThread, Failure> {
     let socket = ApiSocket::bind(&args.api_sock).map_err(|e| Failure::Host(e.to_string()))?;
     let (requests, failures) = (mailbox.clone(), mailbox.clone());
-    let send: SendRequest = Box::new(move |request| match request.command {
-        Command::GetInstance => {
-            let instance = Answer::Instance(bulletin.instance());
-            request.reply.send(Ok(instance));
+    let send: SendRequest = Box::new(move |request| {
+        let asks = request.command == Command::GetInstance;
+        match bulletin.instance().filter(|_| asks) {
+            Some(instance) => request.reply.send(Ok(Answer::Instance(instance))),
+            None => requests.send(Event::Request(request)),
         }
-        _ => requests.send(Event::Request(request)),
     });
     let failed = move |why| failures.send(Event::LoopEnded(why));
     ApiThread::start(socket, args.max_body_bytes, send, workers, failed)

@@ -160,6 +160,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// The API does not go on.
     pub(crate) fn wait_for_start(&mut self, events: &Receiver<Event>) -> Result<Started, Failure> {
+        self.desk.post(State::NotStarted);
         loop {
             match events.recv() {
                 Ok(Event::Request(request)) => {

@@ -39,23 +39,23 @@ pub struct Identity {
 #[derive(Debug, Clone)]
 pub struct Bulletin {
     identity: Arc<Identity>,
-    /// Held for no longer than it takes to copy it.
-    state: Arc<Mutex<State>>,
+    /// Nothing while the owner must be asked. Held for no longer than it takes to copy it.
+    state: Arc<Mutex<Option<State>>>,
 }
 
 impl Bulletin {
     fn new(identity: Identity) -> Self {
         Self {
             identity: Arc::new(identity),
-            state: Arc::new(Mutex::new(State::NotStarted)),
+            state: Arc::default(),
         }
     }
 
-    /// What was posted last.
+    /// What was posted last; nothing where its owner must be asked.
     #[must_use]
-    pub fn instance(&self) -> InstanceInfo {
+    pub fn instance(&self) -> Option<InstanceInfo> {
         let state = *self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        self.instance_in(state)
+        state.map(|state| self.instance_in(state))
     }
 
     fn instance_in(&self, state: State) -> InstanceInfo {
@@ -68,7 +68,7 @@ impl Bulletin {
     }
 
     fn post(&self, state: State) {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
     }
 }
 
