@@ -3,6 +3,7 @@
 //! Before the start the description grows here, each request checked at once: what is refused leaves no trace. After
 //! it, control changes it as it changes the machine.
 
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -288,6 +289,26 @@ impl Desk {
         }
     }
 
+    /// Takes bounds of a drive over into the description.
+    ///
+    /// # Errors
+    /// There is no such drive.
+    pub(crate) fn change_drive_limits(
+        &mut self,
+        update: &DriveUpdate,
+        what: &str,
+    ) -> Result<(), Refusal> {
+        let all = &mut self.config.drives;
+        let Some(drive) = all.iter_mut().find(|d| d.drive_id == update.drive_id) else {
+            let known = all.iter().map(|d| &*d.drive_id);
+            return Err(unknown(what, "drive", known));
+        };
+        if let Some(limiter) = &update.rate_limiter {
+            merge(&mut drive.rate_limiter, limiter);
+        }
+        Ok(())
+    }
+
     /// Takes bounds of a network interface over into the description.
     ///
     /// # Errors
@@ -319,11 +340,10 @@ impl Desk {
 
 /// Checks a description that may lack its kernel still.
 fn check(next: &VmConfig, what: &str) -> Result<ValidConfig, Refusal> {
-    let mut whole = next.clone();
-    let kernel = &mut whole.boot_source.kernel_image_path;
-    if kernel.as_os_str().is_empty() {
+    let mut whole = Cow::Borrowed(next);
+    if next.boot_source.kernel_image_path.as_os_str().is_empty() {
         // Any name does: the rules only ask whether there is one.
-        *kernel = "kernel".into();
+        whole.to_mut().boot_source.kernel_image_path = "kernel".into();
     }
     validate(&whole).map_err(|broken| told(what, &broken))
 }
