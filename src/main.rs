@@ -15,9 +15,10 @@ mod signals;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use alveole_api_server::{ApiSocket, ApiThread};
+use alveole_api_server::{ApiSocket, ApiThread, SendRequest};
 use alveole_event_loop::Worker;
-use alveole_machine::{End, Event, Files, Mailbox};
+use alveole_machine::{Bulletin, End, Event, Files, Mailbox};
+use alveole_vm_control::{Answer, Command};
 use cli::{Args, Request};
 use exit::Failure;
 use session::{Session, Started};
@@ -61,7 +62,8 @@ fn run(args: &Args, started: Instant) -> Result<End, Failure> {
     // Signals end this process before there is a machine, too: where there is an API, its loop takes them.
     let mut api = None;
     if !args.no_api {
-        api = Some(serve(args, &mailbox, std::mem::take(&mut workers))?);
+        let workers = std::mem::take(&mut workers);
+        api = Some(serve(args, &mailbox, session.bulletin(), workers)?);
     }
 
     let mut machine = if at_once {
@@ -88,15 +90,23 @@ fn run(args: &Args, started: Instant) -> Result<End, Failure> {
     Ok(end)
 }
 
-/// Starts the API, with `workers` on its loop.
+/// Starts the API, with `workers` on its loop. What stands in the `bulletin` is answered from it: clients who ask again and again
+/// whether the machine runs wake nobody.
 fn serve(
     args: &Args,
     mailbox: &Mailbox,
+    bulletin: Bulletin,
     workers: Vec<Box<dyn Worker>>,
 ) -> Result<ApiThread, Failure> {
     let socket = ApiSocket::bind(&args.api_sock).map_err(|e| Failure::Host(e.to_string()))?;
     let (requests, failures) = (mailbox.clone(), mailbox.clone());
-    let send = Box::new(move |request| requests.send(Event::Request(request)));
+    let send: SendRequest = Box::new(move |request| {
+        let asks = request.command == Command::GetInstance;
+        match bulletin.instance().filter(|_| asks) {
+            Some(instance) => request.reply.send(Ok(Answer::Instance(instance))),
+            None => requests.send(Event::Request(request)),
+        }
+    });
     let failed = move |why| failures.send(Event::LoopEnded(why));
     ApiThread::start(socket, args.max_body_bytes, send, workers, failed)
         .map_err(|e| Failure::Host(e.to_string()))

@@ -52,26 +52,27 @@ impl MetricsFile {
                 "init_us": since_start(milestones.booted),
             }),
         );
-        let all = machine.counters().gather();
-        for (set, counters) in &all {
-            let counters = counters.iter();
-            let counters: Map<_, _> = counters
-                .map(|(name, n)| (name.clone(), Value::from(*n)))
-                .collect();
-            line.insert(set.clone(), counters.into());
-        }
+        let mut all = machine.counters().gather();
         let (lost, left_out) = crate::logger::counts();
         let logger = vec![("lost".into(), lost), ("left_out".into(), left_out)];
-        let logger = ("logger".to_owned(), logger);
-        let all: Vec<_> = all.into_iter().chain([logger]).collect();
-        for (group, fields) in self.firecracker.next(&all) {
+        all.push(("logger".to_owned(), logger));
+        let groups = self.firecracker.next(&all);
+        // Of the logger only what Firecracker has of it.
+        all.pop();
+        for (set, counters) in all {
+            let counters = counters.into_iter().map(|(name, n)| (name, Value::from(n)));
+            line.insert(set, Value::Object(counters.collect()));
+        }
+        for (group, fields) in groups {
             match (line.get_mut(&group), fields) {
                 (Some(Value::Object(ours)), Value::Object(fields)) => ours.extend(fields),
                 (_, fields) => drop(line.insert(group, fields)),
             }
         }
-        let text = format!("{}\n", Value::Object(line));
-        let written = self.file.write_all(text.as_bytes());
+        let mut text =
+            serde_json::to_vec(&line).map_err(|e| format!("cannot write counters: {e}"))?;
+        text.push(b'\n');
+        let written = self.file.write_all(&text);
         written.map_err(|e| {
             format!("cannot write counters: {e}; is the disk full, or the reader of the pipe gone?")
         })

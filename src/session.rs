@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use alveole_event_loop::Worker;
 use alveole_hypervisor_kvm::KvmPartition;
-use alveole_machine::{Desk, End, Event, HostResources, Identity, Machine, Mailbox, Options};
+use alveole_machine::{
+    Bulletin, Desk, End, Event, HostResources, Identity, Machine, Mailbox, Options,
+};
 use alveole_mmds::Metadata;
 use alveole_serial::{Console, ConsoleTarget};
 use alveole_vm_config::{Logger, Metrics, VmConfig};
@@ -116,6 +118,11 @@ impl<'a> Session<'a> {
         self.desk.clone()
     }
 
+    /// What others may read of the machine without asking.
+    pub(crate) fn bulletin(&self) -> Bulletin {
+        self.desk.bulletin().clone()
+    }
+
     /// Builds what has been described. `workers` run on the machine's loop.
     ///
     /// # Errors
@@ -179,6 +186,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// The API does not go on.
     pub(crate) fn wait_for_start(&mut self, events: &Receiver<Event>) -> Result<Started, Failure> {
+        self.desk.post(State::NotStarted);
         loop {
             match events.recv() {
                 Ok(Event::Request(request)) => {
@@ -208,7 +216,8 @@ impl<'a> Session<'a> {
                 self.begun = (Instant::now(), "InstanceStart");
                 match self.start() {
                     Ok(machine) => {
-                        // What is asked from now on waits in the mailbox for the machine.
+                        // What is asked from now on waits in the mailbox for the machine, which does nothing before it runs.
+                        self.desk.post(State::Running);
                         reply.send(Ok(Answer::Done));
                         return Some(machine);
                     }

@@ -3,6 +3,9 @@
 //! They are blocked in every thread and read from a signalfd by the devices loop, so that no code ever
 //! runs at an arbitrary point because of them.
 
+use std::fs::File;
+use std::io::Read;
+
 use alveole_event_loop::{Event, EventLoopError, Interest, Ops, Token, Worker};
 use alveole_machine::{Event as MachineEvent, Mailbox};
 use nix::sys::signal::{SigSet, Signal, raise};
@@ -15,6 +18,9 @@ const SIGNALS: [Signal; 4] = [
     Signal::SIGHUP,
     Signal::SIGQUIT,
 ];
+
+/// More than `/proc/self/status` has of a process in few groups.
+const STATUS_BYTES: usize = 4096;
 
 /// Reads signals and sends them on.
 pub(crate) struct SignalWorker {
@@ -61,7 +67,10 @@ pub(crate) fn die_of(number: i32) {
 
 /// The set of ignored signals as the kernel shows it: bit N-1 for signal N.
 fn ignored_signals() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    // Room for all of it: of a file without a length std reads 32 bytes first, then twice as many, and so on.
+    let mut status = String::with_capacity(STATUS_BYTES);
+    // Where there is no /proc, none is known to be ignored.
+    let _ = File::open("/proc/self/status").and_then(|mut file| file.read_to_string(&mut status));
     let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
         .unwrap_or(0)

@@ -22,8 +22,8 @@ const BELL: Token = Token(1);
 const TIMER: Token = Token(2);
 const FIRST_CONNECTION: u32 = 3;
 
-/// Bytes that are read in one go.
-const READ_BYTES: usize = 16 << 10;
+/// Bytes that are read in one go: one page, and more than most requests have.
+const READ_BYTES: usize = 4 << 10;
 /// Clients that are taken in one go. Abused by a program that connects in a loop: those who are connected get their
 /// turn in between.
 const ACCEPTS_PER_EVENT: usize = 8;

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Args;
+use rustix::fs::inotify;
 use serde_json::json;
 
 use crate::attempts::{Attempts, in_turn};
@@ -32,8 +34,6 @@ const DEVICES: usize = 8;
 const MARKER: u8 = 0x07;
 /// Nothing takes longer.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Between two looks whether the socket is there.
-const LOOK_AGAIN: Duration = Duration::from_micros(20);
 /// A run that failed so often in a row is not tried again.
 const MOST_FAILURES: u32 = 3;
 
@@ -244,17 +244,21 @@ fn one_life(
     scratch: &Path,
     samples: &mut Vec<(Row, Duration)>,
 ) -> anyhow::Result<()> {
-    let socket = scratch.join("api");
+    let folder = scratch.join("socket");
+    fs::create_dir_all(&folder)?;
+    let socket = folder.join("api");
     let _ = fs::remove_file(&socket);
     let mut words = vec!["--api-sock", utf8(&socket)?, "--level", "Error"];
     if vmm.kind == Kind::Alveole {
         words.extend(["--console", "stdio"]);
     }
     let words: Vec<OsString> = words.into_iter().map(Into::into).collect();
-    let start = Instant::now();
+    let arrival = inotify::init(inotify::CreateFlags::CLOEXEC)?;
+    inotify::add_watch(&arrival, &folder, inotify::WatchFlags::CREATE)?;
     let stderr = scratch.join("stderr");
+    let start = Instant::now();
     let mut run = run::Run::start(vmm.path.as_os_str(), &words, &stderr, PATIENCE)?;
-    let mut client = Client::connect(&socket)?;
+    let mut client = Client::connect(&socket, &arrival)?;
     client.ask("GET", "/", "")?;
     samples.push((Row::Ready, start.elapsed()));
 
@@ -338,9 +342,11 @@ struct Client {
 }
 
 impl Client {
-    /// Waits until somebody listens.
-    fn connect(socket: &Path) -> anyhow::Result<Self> {
+    /// Waits until somebody listens. `arrival` becomes readable when the socket is there: who looked for it again and again would
+    /// take the processor from the process that is measured.
+    fn connect(socket: &Path, arrival: &impl AsFd) -> anyhow::Result<Self> {
         let until = Instant::now() + PATIENCE;
+        run::wait_readable(arrival, until);
         loop {
             match UnixStream::connect(socket) {
                 Ok(stream) => {
@@ -353,7 +359,8 @@ impl Client {
                 Err(error) if Instant::now() >= until => {
                     bail!("nobody listens at {}: {error}", socket.display())
                 }
-                Err(_) => thread::sleep(LOOK_AGAIN),
+                // Between bind and listen are a few microseconds.
+                Err(_) => thread::yield_now(),
             }
         }
     }

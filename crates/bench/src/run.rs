@@ -305,7 +305,7 @@ fn faults(stat: &str) -> Option<u64> {
     Some(field(10)? + field(12)?)
 }
 
-fn wait_readable(fd: &impl AsFd, deadline: Instant) -> bool {
+pub(crate) fn wait_readable(fd: &impl AsFd, deadline: Instant) -> bool {
     wait_any(&mut [PollFd::new(fd, PollFlags::IN)], deadline)
 }
 

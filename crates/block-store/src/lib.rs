@@ -38,7 +38,7 @@ mod uring;
 pub use error::{OpenError, StoreError};
 pub use host_file::identity_at;
 pub(crate) use open::engine_name;
-pub use open::open;
+pub use open::{look, open};
 pub use options::{Backing, Cache, Engine, Format, OpenOptions};
 pub use ram::RamStore;
 pub use store::{BlockStore, Completion, Geometry, Operation, Request, SECTOR_BYTES, StoreQueue};

@@ -40,6 +40,19 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<dyn BlockStore>, O
     })
 }
 
+/// Looks whether what lies at `path` can be opened as `options` say, and lets go of it again. Whether there is a ring is looked at
+/// where one must be: making one takes longer than all the rest.
+///
+/// # Errors
+/// As [`open`].
+pub fn look(path: &Path, options: &OpenOptions) -> Result<(), OpenError> {
+    let engine = match options.engine {
+        Engine::Auto => Engine::Sync,
+        named => named,
+    };
+    open(path, &OpenOptions { engine, ..*options }).map(drop)
+}
+
 /// The engine's name for people.
 pub(crate) fn engine_name(uring: bool) -> &'static str {
     if uring { "io_uring" } else { "sync" }

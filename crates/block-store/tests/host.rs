@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use alveole_block_store::{
     BlockStore, Cache, Engine, OpenOptions, Operation, RamStore, Request, StoreQueue,
-    io_uring_available, open,
+    io_uring_available, look, open,
 };
 use alveole_guest_memory::GuestBuffers;
 use support::{
@@ -25,8 +25,11 @@ use support::{
 
 const WRITE: Operation = Operation::Write { durable: false };
 
+/// Who only looks is told the same.
 fn refusal(path: &Path, options: &OpenOptions) -> String {
-    open(path, options).err().unwrap().to_string()
+    let told = open(path, options).err().unwrap().to_string();
+    assert_eq!(look(path, options).err().unwrap().to_string(), told);
+    told
 }
 
 #[test]

@@ -62,9 +62,13 @@ impl Kick for KvmKick {
         };
         // SAFETY: the flag is set, hence the page is mapped, and stays so while the lock is held.
         unsafe { flag.as_ref() }.store(1, Ordering::SeqCst);
-        if let Some(thread) = target.thread {
+        let thread = target.thread;
+        // The signal wakes a thread that asks for the lock next.
+        drop(target);
+        if let Some(thread) = thread {
             // SAFETY: plain system calls; the signal has a handler (installed when the thread was bound).
-            // A thread that is gone gives ESRCH, which needs no answer.
+            // A thread that is gone gives ESRCH, which needs no answer; should its number be another one's of this process by now, a
+            // call of that one is interrupted once.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal()) };
         }
     }

@@ -324,6 +324,9 @@ impl Machine {
 
     fn change(&mut self, change: Change) -> Result<(), &'static str> {
         self.state = next(self.state, change)?;
+        if let Some(desk) = &self.desk {
+            desk.post(self.told_state());
+        }
         Ok(())
     }
 

@@ -3,7 +3,8 @@
 //! Before the start the description grows here, each request checked at once: what is refused leaves no trace. After
 //! it, control changes it as it changes the machine.
 
-use std::sync::Arc;
+use std::borrow::Cow;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use alveole_counters::Registry;
@@ -34,10 +35,48 @@ pub struct Identity {
     pub began: Instant,
 }
 
+/// What runs here and in which state, for threads that do not own the machine. The owner posts a state before it answers whoever
+/// has changed it.
+#[derive(Debug, Clone)]
+pub struct Bulletin {
+    identity: Arc<Identity>,
+    /// Nothing while the owner must be asked. Held for no longer than it takes to copy it.
+    state: Arc<Mutex<Option<State>>>,
+}
+
+impl Bulletin {
+    fn new(identity: Identity) -> Self {
+        Self {
+            identity: Arc::new(identity),
+            state: Arc::default(),
+        }
+    }
+
+    /// What was posted last; nothing where its owner must be asked.
+    #[must_use]
+    pub fn instance(&self) -> Option<InstanceInfo> {
+        let state = *self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.map(|state| self.instance_in(state))
+    }
+
+    fn instance_in(&self, state: State) -> InstanceInfo {
+        InstanceInfo {
+            id: self.identity.id.clone(),
+            state,
+            vmm_version: self.identity.version.clone(),
+            app_name: self.identity.app_name.clone(),
+        }
+    }
+
+    fn post(&self, state: State) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
+    }
+}
+
 /// The description of a machine, and who answers for it.
 #[derive(Debug, Clone)]
 pub struct Desk {
-    identity: Identity,
+    bulletin: Bulletin,
     config: VmConfig,
     metadata: Arc<Metadata>,
 }
@@ -47,7 +86,7 @@ impl Desk {
     #[must_use]
     pub fn new(identity: Identity, config: VmConfig, metadata: Arc<Metadata>) -> Self {
         Self {
-            identity,
+            bulletin: Bulletin::new(identity),
             config,
             metadata,
         }
@@ -55,7 +94,18 @@ impl Desk {
 
     /// From when times of the boot are told.
     pub(crate) fn began(&self) -> Instant {
-        self.identity.began
+        self.bulletin.identity.began
+    }
+
+    /// What others may read of the machine without asking.
+    #[must_use]
+    pub fn bulletin(&self) -> &Bulletin {
+        &self.bulletin
+    }
+
+    /// Lets others know the state of the machine.
+    pub fn post(&self, state: State) {
+        self.bulletin.post(state);
     }
 
     /// What the guest reads.
@@ -161,8 +211,8 @@ impl Desk {
     /// The answer to a question; none where something is to be done.
     fn tell(&self, state: State, command: &Command) -> Option<Answer> {
         Some(match command {
-            Command::GetInstance => Answer::Instance(self.instance(state)),
-            Command::GetVersion => Answer::Version(self.identity.api_version.clone()),
+            Command::GetInstance => Answer::Instance(self.bulletin.instance_in(state)),
+            Command::GetVersion => Answer::Version(self.bulletin.identity.api_version.clone()),
             Command::GetConfig => Answer::Config(Box::new(self.config.clone())),
             Command::GetMachineConfig => Answer::MachineConfig(self.config.machine_config.clone()),
             Command::GetMetrics { open_metrics } => self.exposition(state, *open_metrics, None),
@@ -189,21 +239,12 @@ impl Desk {
             (counters, histograms) = (registry.gather(), registry.gather_histograms());
             (gauges, process) = (known, Some(files.read()));
         }
-        gauges.id.clone_from(&self.identity.id);
-        gauges.version.clone_from(&self.identity.version);
+        gauges.id.clone_from(&self.bulletin.identity.id);
+        gauges.version.clone_from(&self.bulletin.identity.version);
         gauges.state = state.to_string();
         Answer::Text {
             content_type: form.content_type(),
             text: exposition(form, &gauges, &counters, &histograms, process.as_ref()),
-        }
-    }
-
-    fn instance(&self, state: State) -> InstanceInfo {
-        InstanceInfo {
-            id: self.identity.id.clone(),
-            state,
-            vmm_version: self.identity.version.clone(),
-            app_name: self.identity.app_name.clone(),
         }
     }
 
@@ -237,9 +278,10 @@ impl Desk {
     ) -> Result<(VmConfig, ValidDrive), Refusal> {
         let mut next = self.config.clone();
         let id = &update.drive_id;
-        let known: Vec<_> = next.drives.iter().map(|d| d.drive_id.clone()).collect();
+        let known = self.config.drives.iter().map(|d| &*d.drive_id);
+        let no_such = || unknown(what, "drive", known);
         let Some(drive) = next.drives.iter_mut().find(|d| d.drive_id == *id) else {
-            return Err(unknown(what, "drive", &known));
+            return Err(no_such());
         };
         if let Some(path) = &update.path_on_host {
             drive.path_on_host.clone_from(path);
@@ -250,8 +292,28 @@ impl Desk {
         let valid = validate(&next).map_err(|broken| told(what, &broken))?;
         match valid.drive(id) {
             Some(drive) => Ok((next, drive.clone())),
-            None => Err(unknown(what, "drive", &known)),
+            None => Err(no_such()),
         }
+    }
+
+    /// Takes bounds of a drive over into the description.
+    ///
+    /// # Errors
+    /// There is no such drive.
+    pub(crate) fn change_drive_limits(
+        &mut self,
+        update: &DriveUpdate,
+        what: &str,
+    ) -> Result<(), Refusal> {
+        let all = &mut self.config.drives;
+        let Some(drive) = all.iter_mut().find(|d| d.drive_id == update.drive_id) else {
+            let known = all.iter().map(|d| &*d.drive_id);
+            return Err(unknown(what, "drive", known));
+        };
+        if let Some(limiter) = &update.rate_limiter {
+            merge(&mut drive.rate_limiter, limiter);
+        }
+        Ok(())
     }
 
     /// Takes bounds of a network interface over into the description.
@@ -264,9 +326,9 @@ impl Desk {
         what: &str,
     ) -> Result<(), Refusal> {
         let all = &mut self.config.network_interfaces;
-        let known: Vec<_> = all.iter().map(|i| i.iface_id.clone()).collect();
         let Some(interface) = all.iter_mut().find(|i| i.iface_id == update.iface_id) else {
-            return Err(unknown(what, "network interface", &known));
+            let known = all.iter().map(|i| &*i.iface_id);
+            return Err(unknown(what, "network interface", known));
         };
         if let Some(limiter) = &update.rx_rate_limiter {
             merge(&mut interface.rx_rate_limiter, limiter);
@@ -296,11 +358,10 @@ fn name_template(said: Option<CpuTemplate>, next: &mut VmConfig) {
 
 /// Checks a description that may lack its kernel still.
 fn check(next: &VmConfig, what: &str) -> Result<ValidConfig, Refusal> {
-    let mut whole = next.clone();
-    let kernel = &mut whole.boot_source.kernel_image_path;
-    if kernel.as_os_str().is_empty() {
+    let mut whole = Cow::Borrowed(next);
+    if next.boot_source.kernel_image_path.as_os_str().is_empty() {
         // Any name does: the rules only ask whether there is one.
-        *kernel = "kernel".into();
+        whole.to_mut().boot_source.kernel_image_path = "kernel".into();
     }
     validate(&whole).map_err(|broken| told(what, &broken))
 }
@@ -327,7 +388,8 @@ fn merge(limiter: &mut Option<RateLimiter>, update: &RateLimiter) {
     *limiter = (whole != RateLimiter::default()).then_some(whole);
 }
 
-fn unknown(what: &str, kind: &str, known: &[String]) -> Refusal {
+fn unknown<'a>(what: &str, kind: &str, known: impl Iterator<Item = &'a str>) -> Refusal {
+    let known: Vec<_> = known.collect();
     let known = if known.is_empty() {
         "none".to_owned()
     } else {

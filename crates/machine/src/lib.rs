@@ -21,7 +21,7 @@ mod validate;
 pub use alveole_virtio_blk::BlkHandle;
 pub use build::{BuildError, DiskThreads, OnSigterm, Options, Placement, Transport, build};
 pub use control::{Event, Machine, Mailbox, Milestones, Tick};
-pub use desk::{Desk, Identity};
+pub use desk::{Bulletin, Desk, Identity};
 pub use end::End;
 pub use files::{Files, FilesError, Opened};
 pub use lifecycle::{Change, Lifecycle, next};

@@ -3,106 +3,119 @@
 //! A line tells what has changed since the line before; what that program counts and this one has not is 0. Our own counters, which stand in the
 //! same line under names of their own, are totals.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use alveole_counters::Gathered;
 use serde_json::{Map, Value};
 
-/// Kind of component, its counters added up, group, name. A group whose name ends in `_` is one for each component.
-type Row = (
+/// Kind of component, its group, and what stands there: counters added up, under which name. A group whose name ends in `_` is one
+/// for each component.
+type Kind = (
     &'static str,
-    &'static [&'static str],
     &'static str,
-    &'static str,
+    &'static [(&'static [&'static str], &'static str)],
 );
 
-const ROWS: &[Row] = &[
-    ("drive", &["reads"], "block_", "read_count"),
-    ("drive", &["writes"], "block_", "write_count"),
-    ("drive", &["bytes_read"], "block_", "read_bytes"),
-    ("drive", &["bytes_written"], "block_", "write_bytes"),
-    ("drive", &["flushes"], "block_", "flush_count"),
-    ("drive", &["errors"], "block_", "execute_fails"),
-    ("drive", &["unsupported"], "block_", "invalid_reqs_count"),
+const KINDS: &[Kind] = &[
     (
         "drive",
-        &["throttled"],
         "block_",
-        "rate_limiter_throttled_events",
+        &[
+            (&["reads"], "read_count"),
+            (&["writes"], "write_count"),
+            (&["bytes_read"], "read_bytes"),
+            (&["bytes_written"], "write_bytes"),
+            (&["flushes"], "flush_count"),
+            (&["errors"], "execute_fails"),
+            (&["unsupported"], "invalid_reqs_count"),
+            (&["throttled"], "rate_limiter_throttled_events"),
+            (&["batches"], "queue_event_count"),
+        ],
     ),
-    ("drive", &["batches"], "block_", "queue_event_count"),
-    ("net", &["rx_frames"], "net_", "rx_packets_count"),
-    ("net", &["rx_frames"], "net_", "rx_count"),
-    ("net", &["rx_bytes"], "net_", "rx_bytes_count"),
-    ("net", &["rx_too_long", "rx_errors"], "net_", "rx_fails"),
-    ("net", &["rx_errors"], "net_", "tap_read_fails"),
-    ("net", &["rx_starved"], "net_", "no_rx_avail_buffer"),
     (
         "net",
-        &["rx_throttled"],
         "net_",
-        "rx_rate_limiter_throttled",
+        &[
+            (&["rx_frames"], "rx_packets_count"),
+            (&["rx_frames"], "rx_count"),
+            (&["rx_bytes"], "rx_bytes_count"),
+            (&["rx_too_long", "rx_errors"], "rx_fails"),
+            (&["rx_errors"], "tap_read_fails"),
+            (&["rx_starved"], "no_rx_avail_buffer"),
+            (&["rx_throttled"], "rx_rate_limiter_throttled"),
+            (&["tx_frames"], "tx_packets_count"),
+            (&["tx_frames"], "tx_count"),
+            (&["tx_bytes"], "tx_bytes_count"),
+            (&["tx_malformed", "tx_errors"], "tx_fails"),
+            (&["tx_malformed"], "tx_malformed_frames"),
+            (&["tx_errors"], "tap_write_fails"),
+            (&["tx_spoofed"], "tx_spoofed_mac_count"),
+            (&["tx_throttled"], "tx_rate_limiter_throttled"),
+        ],
     ),
-    ("net", &["tx_frames"], "net_", "tx_packets_count"),
-    ("net", &["tx_frames"], "net_", "tx_count"),
-    ("net", &["tx_bytes"], "net_", "tx_bytes_count"),
-    ("net", &["tx_malformed", "tx_errors"], "net_", "tx_fails"),
-    ("net", &["tx_malformed"], "net_", "tx_malformed_frames"),
-    ("net", &["tx_errors"], "net_", "tap_write_fails"),
-    ("net", &["tx_spoofed"], "net_", "tx_spoofed_mac_count"),
     (
-        "net",
-        &["tx_throttled"],
-        "net_",
-        "tx_rate_limiter_throttled",
+        "serial",
+        "uart",
+        &[
+            (&["bytes_out"], "write_count"),
+            (&["bytes_in"], "read_count"),
+            (&["bytes_dropped"], "missed_write_count"),
+            (&["input_dropped"], "missed_read_count"),
+        ],
     ),
-    ("serial", &["bytes_out"], "uart", "write_count"),
-    ("serial", &["bytes_in"], "uart", "read_count"),
-    ("serial", &["bytes_dropped"], "uart", "missed_write_count"),
-    ("serial", &["input_dropped"], "uart", "missed_read_count"),
-    ("vcpu", &["exits_port_read"], "vcpu", "exit_io_in"),
-    ("vcpu", &["exits_port_write"], "vcpu", "exit_io_out"),
-    ("vcpu", &["exits_mmio_read"], "vcpu", "exit_mmio_read"),
-    ("vcpu", &["exits_mmio_write"], "vcpu", "exit_mmio_write"),
-    ("rng", &["requests"], "entropy", "entropy_event_count"),
-    ("rng", &["bytes"], "entropy", "entropy_bytes"),
-    ("rng", &["errors"], "entropy", "host_rng_fails"),
+    (
+        "vcpu",
+        "vcpu",
+        &[
+            (&["exits_port_read"], "exit_io_in"),
+            (&["exits_port_write"], "exit_io_out"),
+            (&["exits_mmio_read"], "exit_mmio_read"),
+            (&["exits_mmio_write"], "exit_mmio_write"),
+        ],
+    ),
     (
         "rng",
-        &["throttled"],
         "entropy",
-        "entropy_rate_limiter_throttled",
+        &[
+            (&["requests"], "entropy_event_count"),
+            (&["bytes"], "entropy_bytes"),
+            (&["errors"], "host_rng_fails"),
+            (&["throttled"], "entropy_rate_limiter_throttled"),
+        ],
     ),
-    ("vsock", &["packets_to_guest"], "vsock", "rx_packets_count"),
     (
         "vsock",
-        &["packets_from_guest"],
         "vsock",
-        "tx_packets_count",
+        &[
+            (&["packets_to_guest"], "rx_packets_count"),
+            (&["packets_from_guest"], "tx_packets_count"),
+            (&["bytes_to_guest"], "rx_bytes_count"),
+            (&["bytes_from_guest"], "tx_bytes_count"),
+            (&["from_guest", "from_host"], "conns_added"),
+            (&["ended"], "conns_removed"),
+            (&["resets"], "conns_killed"),
+        ],
     ),
-    ("vsock", &["bytes_to_guest"], "vsock", "rx_bytes_count"),
-    ("vsock", &["bytes_from_guest"], "vsock", "tx_bytes_count"),
     (
-        "vsock",
-        &["from_guest", "from_host"],
-        "vsock",
-        "conns_added",
+        "logger",
+        "logger",
+        &[
+            (&["lost"], "missed_log_count"),
+            (&["left_out"], "rate_limited_log_count"),
+        ],
     ),
-    ("vsock", &["ended"], "vsock", "conns_removed"),
-    ("vsock", &["resets"], "vsock", "conns_killed"),
-    ("logger", &["lost"], "logger", "missed_log_count"),
-    ("logger", &["left_out"], "logger", "rate_limited_log_count"),
-    ("mmds", &["rx_frames"], "mmds", "rx_count"),
-    ("mmds", &["rx_frames"], "mmds", "rx_accepted"),
-    ("mmds", &["rx_no_token"], "mmds", "rx_no_token"),
-    ("mmds", &["rx_invalid_token"], "mmds", "rx_invalid_token"),
-    ("mmds", &["tx_frames"], "mmds", "tx_frames"),
-    ("mmds", &["tx_frames"], "mmds", "tx_count"),
     (
         "mmds",
-        &["connections_created"],
         "mmds",
-        "connections_created",
+        &[
+            (&["rx_frames"], "rx_count"),
+            (&["rx_frames"], "rx_accepted"),
+            (&["rx_no_token"], "rx_no_token"),
+            (&["rx_invalid_token"], "rx_invalid_token"),
+            (&["tx_frames"], "tx_frames"),
+            (&["tx_frames"], "tx_count"),
+            (&["connections_created"], "connections_created"),
+        ],
     ),
 ];
 
@@ -214,33 +227,36 @@ const GROUPS: &[(&str, &[&str])] = &[
     ),
 ];
 
+/// Counts by group and name.
+type Sums = BTreeMap<String, BTreeMap<&'static str, u64>>;
+
 /// What was told so far.
 #[derive(Debug, Default)]
 pub struct FirecrackerLines {
-    told: HashMap<(String, &'static str), u64>,
+    told: Sums,
 }
 
 impl FirecrackerLines {
     /// The groups of the next line: what has changed since the last one. A group of a component is beside that which is the
     /// sum of all of its kind (`block_root` and `block`).
     pub fn next(&mut self, counters: &[Gathered]) -> Map<String, Value> {
-        let mut sums: HashMap<(String, &'static str), u64> = HashMap::new();
+        let mut sums = Sums::new();
         for (component, counts) in counters {
             let (kind, id) = component.split_once(' ').unwrap_or((component, ""));
-            for (_, names, group, field) in ROWS.iter().filter(|(k, ..)| *k == kind) {
-                let count = names.iter().fold(0u64, |sum, name| {
-                    let found = counts.iter().find(|(n, _)| n == name);
-                    sum.saturating_add(found.map_or(0, |(_, count)| *count))
-                });
-                let mut add = |group: String| {
-                    let sum = sums.entry((group, field)).or_default();
-                    *sum = sum.saturating_add(count);
-                };
-                if let Some(kind) = group.strip_suffix('_') {
-                    add(format!("{group}{id}"));
-                    add(kind.to_owned());
-                } else {
-                    add((*group).to_owned());
+            let Some((_, group, fields)) = KINDS.iter().find(|(k, ..)| *k == kind) else {
+                continue;
+            };
+            let groups = match group.strip_suffix('_') {
+                Some(kind) => vec![format!("{group}{id}"), kind.to_owned()],
+                None => vec![(*group).to_owned()],
+            };
+            for group in groups {
+                let sums = sums.entry(group).or_default();
+                for (names, field) in *fields {
+                    let sum = sums.entry(field).or_default();
+                    for (_, count) in counts.iter().filter(|(n, _)| names.contains(&n.as_str())) {
+                        *sum = sum.saturating_add(*count);
+                    }
                 }
             }
         }
@@ -249,13 +265,18 @@ impl FirecrackerLines {
             let zeroes = fields.iter().map(|field| ((*field).to_owned(), 0.into()));
             line.insert((*group).to_owned(), Value::Object(zeroes.collect()));
         }
-        for ((group, field), sum) in sums {
-            let told = self.told.insert((group.clone(), field), sum).unwrap_or(0);
+        for (group, sums) in &sums {
+            let told = self.told.get(group);
             let fields = line.entry(group).or_insert_with(|| Map::new().into());
             if let Value::Object(fields) = fields {
-                fields.insert(field.to_owned(), sum.saturating_sub(told).into());
+                fields.extend(sums.iter().map(|(field, sum)| {
+                    let told = told.and_then(|told| told.get(field)).unwrap_or(&0);
+                    ((*field).to_owned(), sum.saturating_sub(*told).into())
+                }));
             }
         }
+        // One that is not there any more, and comes again, counts from where it was.
+        self.told.extend(sums);
         line
     }
 }
@@ -296,11 +317,14 @@ mod tests {
     }
 
     #[test]
-    fn each_name_of_a_group_stands_once() {
-        for (at, (kind, _, group, field)) in ROWS.iter().enumerate() {
-            for (k, _, g, f) in &ROWS[..at] {
-                assert!((g, f) != (group, field), "{group} {field} twice");
-                assert!(g != group || k == kind, "{group} is of two kinds");
+    fn each_kind_has_a_group_of_its_own_and_each_name_in_it_stands_once() {
+        for (at, (kind, group, fields)) in KINDS.iter().enumerate() {
+            for (k, g, _) in &KINDS[..at] {
+                assert!(k != kind && g != group, "{kind} {group} twice");
+            }
+            for (at, (_, field)) in fields.iter().enumerate() {
+                let again = fields[..at].iter().any(|(_, f)| f == field);
+                assert!(!again, "{group} {field} twice");
             }
         }
     }

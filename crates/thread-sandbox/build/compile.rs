@@ -4,9 +4,13 @@
 //! answer but a jump past the block's end: the next block is asked, and after the last one stands the
 //! refusal. So a role's filter is its base and the fragments of its devices, one after the other.
 //!
+//! Most rules allow a call whatever its arguments. Of such a one `seccompiler` makes five instructions; here it is one
+//! comparison. The kernel translates a filter, and tries it with each call there is, when a thread enters it: before the API
+//! answers for the first time, and before a processor runs.
+//!
 //! Deliberately does not know: roles, devices, files.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 pub(crate) use seccompiler::sock_filter as Instruction;
 use seccompiler::{
@@ -26,13 +30,27 @@ const RETURN: u16 = 0x06;
 const COMPARE_EQUAL: u16 = 0x15;
 const JUMP: u16 = 0x05;
 
+/// How `seccompiler` begins: with three instructions that end a process which calls by another architecture's table.
+const ARCHITECTURE: usize = 3;
+/// Loads the number of the call.
+const LOAD_NUMBER: Instruction = Instruction {
+    code: 0x20,
+    jt: 0,
+    jf: 0,
+    k: 0,
+};
+/// How far a comparison can jump.
+const FARTHEST: usize = u8::MAX as usize;
+
 /// Compiles `rules`, of which one at least must fit for the call to be allowed.
 pub(crate) fn block(rules: &[&Rule]) -> Result<Vec<Instruction>, seccompiler::BackendError> {
+    let unconditional = rules.iter().filter(|rule| rule.args.is_empty());
+    let unconditional: BTreeSet<i64> = unconditional.map(|rule| rule.number).collect();
     let mut by_number: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     for rule in rules {
-        let chain = by_number.entry(rule.number).or_default();
-        if !rule.args.is_empty() {
+        if !unconditional.contains(&rule.number) {
             let conditions: Result<_, _> = rule.args.iter().map(condition).collect();
+            let chain = by_number.entry(rule.number).or_default();
             chain.push(SeccompRule::new(conditions?)?);
         }
     }
@@ -51,6 +69,10 @@ pub(crate) fn block(rules: &[&Rule]) -> Result<Vec<Instruction>, seccompiler::Ba
             (i.code, i.k) = (JUMP, u32::try_from(last - at).unwrap_or(u32::MAX));
         }
     }
+    let unconditional: Vec<_> = unconditional.into_iter().collect();
+    for numbers in unconditional.chunks(FARTHEST) {
+        block.splice(ARCHITECTURE..ARCHITECTURE, allow(numbers));
+    }
     let marked = block.iter().filter(|i| i.k == PID_MARKER);
     let wanted = rules.iter().flat_map(|rule| &rule.args);
     let wanted = wanted.filter(|arg| arg.test == Test::IsOwnProcess).count();
@@ -59,6 +81,24 @@ pub(crate) fn block(rules: &[&Rule]) -> Result<Vec<Instruction>, seccompiler::Ba
         "a rule compares with {PID_MARKER:#x}, which stands for the process id"
     );
     Ok(block)
+}
+
+/// Allows the calls of these `numbers`, at most [`FARTHEST`]; runs on for others.
+fn allow(numbers: &[i64]) -> Vec<Instruction> {
+    let instruction = |code, jt, k| Instruction { code, jt, jf: 0, k };
+    let mut block = vec![LOAD_NUMBER];
+    for (at, number) in numbers.iter().enumerate() {
+        // Over the comparisons that follow, and the jump past the answer.
+        let over = u8::try_from(numbers.len() - at).unwrap_or(u8::MAX);
+        block.push(instruction(
+            COMPARE_EQUAL,
+            over,
+            u32::try_from(*number).unwrap_or(u32::MAX),
+        ));
+    }
+    block.push(instruction(JUMP, 0, 1));
+    block.push(instruction(RETURN, 0, u32::from(SeccompAction::Allow)));
+    block
 }
 
 /// All arguments are compared as 32 bits: every condition so far is on an `int` or on flags below

@@ -210,6 +210,41 @@ fn policy_of(files: &[(&str, &str)]) -> Result<Policy, String> {
     Policy::read(folder.path())
 }
 
+/// More calls than a comparison can jump over: all that a policy may name.
+#[test]
+fn each_of_many_calls_is_allowed_and_no_other() {
+    let rule = |name: &str| format!(r#"{{ "syscall": "{name}", "why": "w" }}"#);
+    let allowed: Vec<_> = policy::syscall_names()
+        .into_iter()
+        .filter(|name| policy_of(&[("devices.json", &format!("[{}]", rule(name)))]).is_ok())
+        .collect();
+    assert!(allowed.len() > 256, "{}", allowed.len());
+    let rules: Vec<_> = allowed.iter().map(|name| rule(name)).collect();
+    let policy = policy_of(&[("devices.json", &format!("[{}]", rules.join(",")))]).unwrap();
+    let block = compile::block(&policy.of_role(policy::Role::Devices)).unwrap();
+    let one = |i: &compile::Instruction| sock_filter {
+        code: i.code,
+        jt: i.jt,
+        jf: i.jf,
+        k: i.k,
+    };
+    let block: Vec<_> = block.iter().map(one).collect();
+    let filter = compose::filter(&[&block], PID);
+    for (number, name) in policy::syscall_names().into_iter().enumerate() {
+        let everybodys = EVERY.contains(&format!("\"{name}\""));
+        let want = if allowed.contains(&name) || everybodys {
+            ALLOW
+        } else {
+            TRAP
+        };
+        assert_eq!(
+            answer(&filter, data(X86_64, number as u32, [0; 6])),
+            want,
+            "{name}"
+        );
+    }
+}
+
 #[test]
 fn a_fragment_adds_to_the_role_it_names_and_only_when_it_is_there() {
     let policy = policy_of(&[

@@ -151,7 +151,8 @@ impl VcpuHandle {
 
     /// Sends an order and makes a running processor look at it. An order to a thread that is gone is lost.
     pub fn order(&self, order: Order) {
-        if self.orders.send(order).is_ok() {
+        // Who is to run and does so already need not be told; who does not waits for orders.
+        if self.orders.send(order).is_ok() && order != Order::Run {
             self.kick.kick();
         }
     }

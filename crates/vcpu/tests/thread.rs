@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use alveole_counters::CounterSet;
 use alveole_hypervisor::fake::{FakePartition, Step};
 use alveole_hypervisor::{Partition, StuckReason};
 use alveole_io_bus::{BusBuilder, BusDevice, MachineRequest, Outcome};
@@ -172,6 +173,27 @@ fn ends_are_told_apart_and_wait_for_the_stop() {
         rig.next(),
         ReportKind::Ended(EndReason::HostError(_), _)
     ));
+}
+
+#[test]
+fn an_order_to_run_interrupts_nobody() {
+    let mut rig = rig(vec![Step::PortWrite(0x10, vec![0xbb])]);
+    rig.vcpu.order(Order::Run);
+    let booted = rig.next();
+    assert!(matches!(
+        booted,
+        ReportKind::Asked(MachineRequest::Booted, _)
+    ));
+    rig.vcpu.order(Order::Pause);
+    assert!(matches!(rig.next(), ReportKind::Paused));
+    rig.vcpu.stop();
+    let mut interrupted = None;
+    rig.vcpu.counts().visit(&mut |name, count| {
+        if name == "exits_interrupted" {
+            interrupted = Some(count);
+        }
+    });
+    assert_eq!(interrupted, Some(1), "by the order to pause");
 }
 
 #[test]

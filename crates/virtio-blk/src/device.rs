@@ -227,6 +227,7 @@ impl VirtioBlk {
                     next_store: None,
                     served: false,
                     timer,
+                    throttled: false,
                     flights: Flights::default(),
                     scratch: Scratch::default(),
                 })))
@@ -290,7 +291,8 @@ impl BlkHandle {
             .is_limited
             .store(!limiter.is_unlimited(), Ordering::Relaxed);
         drop(limiter);
-        self.wake();
+        // Who waits was told by the old limits for how long. Others ask the limiter before their next request.
+        self.wake(|lane| lane.throttled);
     }
 
     /// Looks at the size of the file or device again, and tells the guest if it has changed.
@@ -378,7 +380,7 @@ impl BlkHandle {
         }
         *lock(&self.shared.store) = store;
         self.shared.take_geometry(geometry);
-        self.wake();
+        self.wake(|_| true);
     }
 
     fn changed(&self, geometry: Geometry) {
@@ -387,10 +389,13 @@ impl BlkHandle {
         }
     }
 
-    /// Makes every worker look again.
-    fn wake(&self) {
+    /// Makes the workers of `which` queues look again.
+    fn wake(&self, which: impl Fn(&Lane) -> bool) {
         for lane in &self.lanes {
-            if let Err(e) = lock(lane).timer.reset(Duration::from_nanos(1), None) {
+            let mut lane = lock(lane);
+            if which(&lane)
+                && let Err(e) = lane.timer.reset(Duration::from_nanos(1), None)
+            {
                 log::warn!("{}: cannot wake a queue: {e}", self.shared.counters_name());
             }
         }

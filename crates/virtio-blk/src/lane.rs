@@ -18,6 +18,8 @@ pub(crate) struct Lane {
     pub(crate) served: bool,
     /// When the rate limiter grants the next request.
     pub(crate) timer: TimerFd,
+    /// The worker waits for that.
+    pub(crate) throttled: bool,
     pub(crate) flights: Flights,
     pub(crate) scratch: Scratch,
 }

@@ -140,6 +140,7 @@ impl BlkWorker {
                 Pause::Throttled(wait) => {
                     self.queue.notify()?;
                     self.shared.counters.throttled.inc();
+                    lane.throttled = true;
                     // A limiter that says "now" for a time too short for a timer still gets one.
                     if lane
                         .timer
@@ -497,6 +498,7 @@ impl Worker for BlkWorker {
         let lane = self.lane.clone();
         let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
         let lane = &mut *lane;
+        lane.throttled = false;
         self.driver_wait.wakes();
         self.host_wait.wakes();
         if event.token == STORE {
@@ -538,6 +540,7 @@ impl QueueWorker for BlkWorker {
             lane.store = next;
         }
         let _ = lane.timer.clear();
+        lane.throttled = false;
         vec![self.queue.stop()]
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use alveole_acpi::{DeviceNode, PciRoot};
-use alveole_block_store::{BlockStore, Cache};
+use alveole_block_store::{BlockStore, Cache, OpenError};
 use alveole_counters::CounterSet;
 use alveole_egress_filter::EgressCounters;
 use alveole_guest_memory::GuestRam;
@@ -182,7 +182,7 @@ pub(crate) fn interface_name(id: &str) -> String {
 
 /// Looks whether what `drive` names can be opened as it says.
 pub(crate) fn try_drive(drive: &ValidDrive) -> Result<(), ResourceError> {
-    open_store(drive).map(drop)
+    alveole_block_store::look(&drive.path, &drive.open).map_err(|source| refused(drive, source))
 }
 
 /// Looks whether what carries the frames of `interface` can be opened. Only of interfaces of the host: the other side
@@ -195,10 +195,14 @@ pub(crate) fn try_interface(interface: &ValidInterface) -> Result<(), ResourceEr
 }
 
 fn open_store(drive: &ValidDrive) -> Result<Arc<dyn BlockStore>, ResourceError> {
-    alveole_block_store::open(&drive.path, &drive.open).map_err(|source| ResourceError::Drive {
+    alveole_block_store::open(&drive.path, &drive.open).map_err(|source| refused(drive, source))
+}
+
+fn refused(drive: &ValidDrive, source: OpenError) -> ResourceError {
+    ResourceError::Drive {
         id: drive.id.clone(),
         source,
-    })
+    }
 }
 
 fn open_disk(drive: &ValidDrive) -> Result<Disk, ResourceError> {

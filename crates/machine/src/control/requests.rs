@@ -8,6 +8,7 @@ use alveole_board_devices::Pressed;
 use alveole_counters::CounterSet;
 use alveole_metrics::Gauges;
 use alveole_vcpu::{Order, ReportKind};
+use alveole_virtio_blk::BlkHandle;
 use alveole_virtio_net::NetHandle;
 use alveole_vm_config::{DriveUpdate, NetworkInterfaceUpdate};
 use alveole_vm_control::{Answer, Command, Refusal, Reply, Request, State, permit};
@@ -23,7 +24,7 @@ type Outcome = Result<Answer, Refusal>;
 
 impl Machine {
     /// The state as clients see it.
-    fn told_state(&self) -> State {
+    pub(super) fn told_state(&self) -> State {
         match self.state {
             Lifecycle::Built => State::NotStarted,
             Lifecycle::Running => State::Running,
@@ -170,25 +171,19 @@ impl Machine {
     }
 
     fn patch_drive(&mut self, update: DriveUpdate, what: &str, reply: Reply) {
+        if update.path_on_host.is_none() {
+            return reply.send(self.limit_drive(&update, what));
+        }
         let Some(desk) = &mut self.desk else {
             return reply.send(Err(nobody(what)));
         };
-        let (next, drive) = match desk.changed_drive(&update, what) {
+        let (_, drive) = match desk.changed_drive(&update, what) {
             Ok(changed) => changed,
             Err(refusal) => return reply.send(Err(refusal)),
         };
-        let name = drive_name(&update.drive_id);
-        let disk = self.disks.iter().find(|d| d.counters().name() == name);
-        let Some(disk) = disk.cloned() else {
+        let Some(disk) = self.disk(&update.drive_id).cloned() else {
             return reply.send(Err(nobody(what)));
         };
-        if update.path_on_host.is_none() {
-            if let Some(limiter) = &update.rate_limiter {
-                disk.change_limits(limits(limiter));
-            }
-            desk.set_config(next);
-            return reply.send(Ok(Answer::Done));
-        }
         match &self.files {
             Some(files) => files.open(Job {
                 disk,
@@ -198,6 +193,22 @@ impl Machine {
             }),
             None => reply.send(Err(nobody(what))),
         }
+    }
+
+    fn disk(&self, id: &str) -> Option<&BlkHandle> {
+        let name = drive_name(id);
+        self.disks.iter().find(|d| d.counters().name() == name)
+    }
+
+    /// Nothing but bounds changes: there is nothing to open, and no rule of the machine that they could break.
+    fn limit_drive(&mut self, update: &DriveUpdate, what: &str) -> Outcome {
+        let desk = self.desk.as_mut().ok_or_else(|| nobody(what))?;
+        desk.change_drive_limits(update, what)?;
+        let disk = self.disk(&update.drive_id).ok_or_else(|| nobody(what))?;
+        if let Some(limiter) = &update.rate_limiter {
+            disk.change_limits(limits(limiter));
+        }
+        Ok(Answer::Done)
     }
 
     /// What a client wants to be put into a drive is open, or cannot be opened.
