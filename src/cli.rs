@@ -44,15 +44,24 @@ usage: alveole-vmm [--api-sock PATH] [--config-file FILE [--no-api]] [options]
   --show-log-origin     name file and line of origin in log lines
   --metrics-path FILE   write counters to FILE, one JSON line a minute and one at the end
   --start-time-us, --start-time-cpu-us, --parent-cpu-time-us N
-                        what a jailer says of itself; read and not used
+                        what a jailer says of itself, for the times of the start in the counters
   --version, --help
 
-exit status: 0 the guest powered off or was ended from the console, 3 it asked for a reset,
-4 its kernel panicked, 5 a triple fault, 6 KVM could not run it, 1 the host failed,
+exit status: 0 the guest powered off, asked for a reset or was ended from the console, 4 its
+kernel panicked, 5 a triple fault, 6 KVM could not run it, 1 the host failed,
 148 a system call was refused by the sandbox, 152 the description, or what it names, is wrong,
 153 the command line is wrong, 156 the terminal is gone, or SIGHUP, 131 SIGQUIT; by SIGTERM and
 SIGINT it dies, which shells show as 143 and 130
 ";
+
+/// What a jailer says of itself, in microseconds: the monotonic clock when it started; the processor time that this process had used
+/// before it became this program; and what processes before it had.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Launched {
+    pub(crate) start_us: Option<u64>,
+    pub(crate) start_cpu_us: Option<u64>,
+    pub(crate) parent_cpu_us: Option<u64>,
+}
 
 /// What the command line asks for.
 #[derive(Debug)]
@@ -76,6 +85,7 @@ pub(crate) struct Args {
     pub(crate) show_level: bool,
     pub(crate) show_log_origin: bool,
     pub(crate) metrics_path: Option<PathBuf>,
+    pub(crate) launched: Launched,
 }
 
 impl Default for Args {
@@ -100,6 +110,7 @@ impl Default for Args {
             show_level: false,
             show_log_origin: false,
             metrics_path: None,
+            launched: Launched::default(),
         }
     }
 }
@@ -181,9 +192,9 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "http-api-max-payload-size" => {
                 args.max_body_bytes = number(&name, &text()?)?;
             }
-            "start-time-us" | "start-time-cpu-us" | "parent-cpu-time-us" => {
-                number::<u64>(&name, &text()?)?;
-            }
+            "start-time-us" => args.launched.start_us = Some(number(&name, &text()?)?),
+            "start-time-cpu-us" => args.launched.start_cpu_us = Some(number(&name, &text()?)?),
+            "parent-cpu-time-us" => args.launched.parent_cpu_us = Some(number(&name, &text()?)?),
             "log-path" => args.log_path = Some(text()?.into()),
             "metrics-path" => args.metrics_path = Some(text()?.into()),
             "module" => args.module = Some(text()?),

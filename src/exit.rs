@@ -28,12 +28,12 @@ impl Failure {
     }
 }
 
-/// The exit code of an ended machine. Codes from 148 on are Firecracker's.
+/// The exit code of an ended machine. 0 is what the guest wished, as of Firecracker, which has 0 for all that a guest does; what it did
+/// not wish has codes of our own, and is a failure for supervisors. Codes from 148 on are Firecracker's.
 fn code_of(end: &End) -> u8 {
     match end {
-        End::PowerOff { .. } | End::Quit => 0,
+        End::PowerOff { .. } | End::Reboot { .. } | End::Quit => 0,
         End::HostError(_) => 1,
-        End::Reboot { .. } => 3,
         End::Panic { .. } => 4,
         End::TripleFault { .. } => 5,
         End::Stuck { .. } => 6,

@@ -64,6 +64,7 @@ fn run(args: &Args, started: Instant) -> Result<End, Failure> {
     if !args.no_api {
         let workers = std::mem::take(&mut workers);
         api = Some(serve(args, &mailbox, session.bulletin(), workers)?);
+        session.serves();
     }
 
     let mut machine = if at_once {

@@ -19,7 +19,7 @@ use crate::cli::{self, Args};
 use crate::description;
 use crate::exit::{self, Failure};
 use crate::logger;
-use crate::metrics::MetricsFile;
+use crate::metrics::{MetricsFile, Startup};
 
 /// Name of a machine that nobody gave one; Firecracker's.
 pub(crate) const DEFAULT_ID: &str = "anonymous-instance";
@@ -38,6 +38,7 @@ pub(crate) struct Session<'a> {
     mailbox: Mailbox,
     desk: Desk,
     counters: Option<MetricsFile>,
+    startup: Startup,
     /// From when times of the boot are measured, and what happened then.
     begun: (Instant, &'static str),
     /// The times of the boot have been told, or are not wanted.
@@ -73,7 +74,7 @@ impl<'a> Session<'a> {
         let path = path.or(config.metrics.as_ref().map(|m| &m.metrics_path));
         let mut unopened: Vec<_> = log.err().into_iter().collect();
         let counters = path.and_then(|path| {
-            let opened = MetricsFile::open(path, process_start);
+            let opened = MetricsFile::open(path, process_start, Startup::default());
             opened.map_err(|why| unopened.push(why)).ok()
         });
         let identity = Identity {
@@ -88,10 +89,19 @@ impl<'a> Session<'a> {
             mailbox,
             desk: Desk::new(identity, config, metadata(args)?),
             counters,
+            startup: Startup::default(),
             begun: (process_start, "process start"),
             told: !args.boot_timer,
             unopened,
         })
+    }
+
+    /// The API is served: the start is over.
+    pub(crate) fn serves(&mut self) {
+        self.startup = Startup::until_now(self.args.launched);
+        if let Some(counters) = &mut self.counters {
+            counters.set_startup(self.startup);
+        }
     }
 
     /// Whether log and counters can be written.
@@ -252,7 +262,7 @@ impl<'a> Session<'a> {
             let why = "they are written to a file already; that can be said once";
             return Err(cannot(act, why));
         }
-        let file = MetricsFile::open(&wanted.metrics_path, self.begun.0);
+        let file = MetricsFile::open(&wanted.metrics_path, self.begun.0, self.startup);
         self.counters = Some(file.map_err(|why| cannot(act, &why))?);
         self.desk.set_metrics(wanted);
         Ok(Answer::Done)

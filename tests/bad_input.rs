@@ -1171,7 +1171,7 @@ fn the_terminal_is_given_back_after_errors_and_every_end() {
     }
     let codes: [(&[u8], i32); 4] = [
         (&power_off(), 0),
-        (&[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe], 3), // mov al, 0xfe; out 0x64, al
+        (&[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe], 0), // mov al, 0xfe; out 0x64, al
         (&[0x0f, 0x0b], 5),                         // ud2
         (b"", CONFIG),
     ];

@@ -626,6 +626,9 @@ fn the_api_is_in_the_jail() {
         fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
         path.display().to_string()
     };
+    let metrics = jail.root().join("metrics");
+    File::create(&metrics).unwrap();
+    std::os::unix::fs::chown(&metrics, Some(UID), None).unwrap();
     let redirections = format!("7<>{} 8<>{}", image("one", 1 << 20), image("two", 2 << 20));
     let jail = jail
         .with(&["--daemonize", "--pass-fd", "7", "--pass-fd", "8"])
@@ -645,7 +648,9 @@ fn the_api_is_in_the_jail() {
     let drive =
         |path: &str| json!({"drive_id": "a", "path_on_host": path, "is_root_device": false});
     client.done("PUT", "/drives/a", drive("/dev/fd/7"));
+    client.done("PUT", "/metrics", json!({"metrics_path": "/metrics"}));
     client.done("PUT", "/actions", json!({"action_type": "InstanceStart"}));
+    client.done("PUT", "/actions", json!({"action_type": "FlushMetrics"}));
     // The other one, the same again, one that is none, and back.
     let change = |path: &str| json!({"drive_id": "a", "path_on_host": path});
     client.done("PATCH", "/drives/a", change("/dev/fd/8"));
@@ -658,6 +663,13 @@ fn the_api_is_in_the_jail() {
     client.done("PATCH", "/vm", json!({"state": "Paused"}));
     client.done("PATCH", "/vm", json!({"state": "Resumed"}));
     assert_eq!(client.get("/")["state"], "Running");
+    // From the jailer's first instruction on.
+    let lines = fs::read_to_string(&metrics).unwrap();
+    let line: serde_json::Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+    for name in ["process_startup_time_us", "process_startup_time_cpu_us"] {
+        let us = line["api_server"][name].as_u64().unwrap();
+        assert!((1..60_000_000).contains(&us), "{name}: {us}");
+    }
     let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     for thread in threads.map(|t| t.unwrap().path()) {
         let status = fs::read_to_string(thread.join("status")).unwrap();

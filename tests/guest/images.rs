@@ -270,7 +270,7 @@ fn killed_processes_leave_what_the_next_command_understands() {
             nix::unistd::Pid::from_raw(pid),
             nix::sys::signal::Signal::SIGKILL,
         )
-        .unwrap()
+        .unwrap();
     };
     let gone = |pid: i32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
