@@ -22,6 +22,7 @@ const LAYERS: [&[&str]; 6] = [
         "acpi",
         "rate-limiter",
         "qcow2",
+        "erofs",
     ],
     &[
         "hypervisor",
@@ -110,11 +111,12 @@ const UNSAFE: &[(&str, &str)] = &[
 ];
 
 /// What the VMM must never link, and why.
-const NOT_IN_THE_VMM: [(&str, &str); 8] = [
+const NOT_IN_THE_VMM: [(&str, &str); 9] = [
     ("tokio", "no async runtime in the guest-facing process"),
     ("clap", "half a megabyte for a dozen options"),
     ("anyhow", "errors are typed below the programs"),
     ("alveole-host", "host-side work lives in another process"),
+    ("alveole-erofs", "host-side work lives in another process"),
     ("alveole-network", "host-side work lives in another process"),
     ("alveole-cli", "host-side work lives in another process"),
     ("alveole-jailer", "it has root's rights, the VMM none"),
