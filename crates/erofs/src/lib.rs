@@ -3,6 +3,7 @@
 //! The format is that of the kernel's `fs/erofs/erofs_fs.h` and `Documentation/filesystems/erofs.rst`: what Linux 5.15 reads,
 //! uncompressed. Deliberately does not know: where files come from, layers, tar, containers, paths.
 
+mod encode;
 mod error;
 mod format;
 mod reader;
