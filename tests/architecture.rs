@@ -43,7 +43,7 @@ const LAYERS: [&[&str]; 6] = [
         "virtio-rng",
         "virtio-vsock",
     ],
-    &["machine", "api-server", "host", "network"],
+    &["machine", "api-server", "host", "network", "image"],
     &["vmm", "cli", "jailer", "bench"],
 ];
 
@@ -68,7 +68,10 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("io-uring", &["block-store"]),
     ("httparse", &["api-server", "mmds"]),
     ("miniz_oxide", &["qcow2"]),
-    ("ruzstd", &["qcow2"]),
+    ("ruzstd", &["qcow2", "image"]),
+    ("ureq", &["image"]),
+    ("tar", &["image"]),
+    ("flate2", &["image"]),
     ("smoltcp", &["mmds"]),
     ("netlink-sys", &["network"]),
     ("netlink-packet-core", &["network"]),
@@ -111,11 +114,13 @@ const UNSAFE: &[(&str, &str)] = &[
 ];
 
 /// What the VMM must never link, and why.
-const NOT_IN_THE_VMM: [(&str, &str); 9] = [
+const NOT_IN_THE_VMM: [(&str, &str); 11] = [
     ("tokio", "no async runtime in the guest-facing process"),
     ("clap", "half a megabyte for a dozen options"),
     ("anyhow", "errors are typed below the programs"),
     ("alveole-host", "host-side work lives in another process"),
+    ("alveole-image", "host-side work lives in another process"),
+    ("rustls", "no network of the host in the guest-facing process"),
     ("alveole-erofs", "host-side work lives in another process"),
     ("alveole-network", "host-side work lives in another process"),
     ("alveole-cli", "host-side work lives in another process"),
