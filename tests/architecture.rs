@@ -120,7 +120,10 @@ const NOT_IN_THE_VMM: [(&str, &str); 11] = [
     ("anyhow", "errors are typed below the programs"),
     ("alveole-host", "host-side work lives in another process"),
     ("alveole-image", "host-side work lives in another process"),
-    ("rustls", "no network of the host in the guest-facing process"),
+    (
+        "rustls",
+        "no network of the host in the guest-facing process",
+    ),
     ("alveole-erofs", "host-side work lives in another process"),
     ("alveole-network", "host-side work lives in another process"),
     ("alveole-cli", "host-side work lives in another process"),

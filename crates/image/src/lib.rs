@@ -3,6 +3,7 @@
 //!
 //! Deliberately does not know: machines and how they run, what an image's command is for, how EROFS lies on a disk (`alveole-erofs` does).
 
+mod credentials;
 mod digest;
 mod error;
 mod export;
@@ -11,7 +12,9 @@ mod import;
 mod layers;
 mod limits;
 mod oci;
+mod pull;
 mod reference;
+mod registry;
 mod store;
 mod tarfile;
 mod tree;

@@ -9,8 +9,7 @@ use std::process::{Command, exit};
 
 use rustix::io::Errno;
 use rustix::process::{
-    Pid, Resource, Rlimit, Signal, WaitOptions, getpid, kill_process, setrlimit, setsid,
-    waitpid,
+    Pid, Resource, Rlimit, Signal, WaitOptions, getpid, kill_process, setrlimit, setsid, waitpid,
 };
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use rustix::thread::{
