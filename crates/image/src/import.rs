@@ -118,7 +118,7 @@ impl Importing<'_> {
         let mut file = self.store.new_file()?;
         crate::folder::write_tar(path, file.as_file_mut())?;
         let reopened = file.reopen().doing(|| "open a new layer".into())?;
-        self.root_fs(&path.display().to_string(), reopened, name)
+        self.root_fs(&path.display().to_string(), reopened, &name)
     }
 
     /// Something that cannot be read twice: it is kept first, as a layer if it is one.
@@ -146,7 +146,7 @@ impl Importing<'_> {
         file.rewind().doing(doing)?;
         if !is_of_an_archive(&clean(&first.path)) {
             let name = self.wanted_name(what)?;
-            return self.root_fs(what, file, name);
+            return self.root_fs(what, file, &name);
         }
         let file = if packing == Packing::Plain {
             file
@@ -189,7 +189,7 @@ impl Importing<'_> {
 
     // A root file system -----------------------------------------------------------------------
 
-    fn root_fs(&self, what: &str, file: File, name: Reference) -> Result<Vec<Image>, ImageError> {
+    fn root_fs(&self, what: &str, file: File, name: &Reference) -> Result<Vec<Image>, ImageError> {
         let mut start = [0; 4];
         let mut file = file;
         let n = file.read(&mut start).doing(|| format!("read {what}"))?;
@@ -229,7 +229,7 @@ impl Importing<'_> {
             layers: vec![Descriptor::new(&media_type, digest, size)],
         };
         let manifest = self.store.add_document(MANIFEST, &oci::write(&manifest)?)?;
-        Ok(vec![self.store.name(&name, manifest, id)?])
+        Ok(vec![self.store.name(name, manifest, id)?])
     }
 
     // OCI layouts ------------------------------------------------------------------------------

@@ -222,7 +222,9 @@ impl Registry {
         let realm = get("realm")
             .ok_or_else(|| self.refused(what, "it wants a token and does not say from where"))?;
         // Whoever can read along could use what is sent there.
-        if !realm.starts_with("https://") && !(self.is_plain && realm.starts_with("http://")) {
+        let is_safe =
+            realm.starts_with("https://") || self.is_plain && realm.starts_with("http://");
+        if !is_safe {
             return Err(self.refused(
                 what,
                 &format!("it wants a token from {realm}, which is no https address"),

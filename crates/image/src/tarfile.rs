@@ -26,6 +26,9 @@ pub(crate) enum Kind {
     Fifo,
 }
 
+/// Stretches of data: offset and length.
+type Parts = Vec<(u64, u64)>;
+
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
     /// As it is written: with `..`, slashes at either end and the like.
@@ -35,7 +38,7 @@ pub(crate) struct Entry {
     /// Of a regular file, holes included.
     pub(crate) size_bytes: u64,
     /// Stretches of data of a sparse file, in order: offset and length.
-    parts: Option<Vec<(u64, u64)>>,
+    parts: Option<Parts>,
 }
 
 /// A piece of a file, in order.
@@ -312,7 +315,7 @@ impl<R: Read> Tar<R> {
         header: &Header,
         extended: &Extended,
         wire: u64,
-    ) -> io::Result<(Option<Vec<(u64, u64)>>, u64)> {
+    ) -> io::Result<(Option<Parts>, u64)> {
         let record = |key: &str| extended.records.get(key.as_bytes());
         let mut numbers = Vec::new();
         let size;

@@ -32,7 +32,7 @@ fn names_share_content_and_removal_frees_what_nobody_needs() {
         0o700
     );
     let base = layer(&[dir("etc"), file("etc/a", "a")]);
-    layout(&folder.path().join("one"), &[base.clone()]);
+    layout(&folder.path().join("one"), std::slice::from_ref(&base));
     layout(
         &folder.path().join("two"),
         &[base, layer(&[file("b", "b")])],
