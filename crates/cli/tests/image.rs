@@ -521,3 +521,97 @@ fn registries_with_certificates_are_checked() {
     let got = pull(&certificate);
     assert_eq!(got.status, 0, "{}", got.err);
 }
+
+#[test]
+fn a_full_disk_keeps_nothing_half_made() {
+    let test = "a_full_disk_keeps_nothing_half_made";
+    let house = House::new();
+    fs::create_dir_all(house.path("root")).unwrap();
+    // More than fits, and not zeros.
+    let noise: Vec<u8> = (0..12u32 << 20)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8 | 1)
+        .collect();
+    fs::write(house.path("root/noise"), noise).unwrap();
+    let tar = house.root_tar();
+    let store = house.path("store");
+    fs::create_dir_all(&store).unwrap();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=16m", "tmpfs"])
+        .arg(&store)
+        .output();
+    if !mounted.is_ok_and(|o| o.status.success()) {
+        return skip(test, "only root can make a small disk");
+    }
+    let got = house.image(&format!("import {} x", tar.display()));
+    let left: Vec<_> = fs::read_dir(store.join("tmp")).unwrap().collect();
+    let list = house.image("ls --quiet").out;
+    house.image("prune");
+    let usage = fs::read_dir(store.join("blobs/sha256")).unwrap().count();
+    run(Command::new("umount").arg(&store));
+    assert!(
+        got.status == 1
+            && got.err.contains("No space left on device")
+            && got.err.contains("alveole image prune"),
+        "{}",
+        got.err
+    );
+    assert!(
+        left.is_empty() && list.is_empty() && usage == 0,
+        "{left:?} {list} {usage}"
+    );
+}
+
+#[test]
+fn no_rights_are_needed() {
+    let test = "no_rights_are_needed";
+    if !rustix::process::geteuid().is_root() || !have(test, &["setpriv"]) {
+        return skip(test, "only root can become somebody else");
+    }
+    let house = House::new();
+    // Files of others, devices, attributes: as root's tar has them.
+    let root = house.path("root");
+    fs::create_dir_all(root.join("dev")).unwrap();
+    run(Command::new("mknod")
+        .arg(root.join("dev/null"))
+        .args(["c", "1", "3"]));
+    fs::write(root.join("theirs"), "x").unwrap();
+    std::os::unix::fs::chown(root.join("theirs"), Some(4711), Some(42)).unwrap();
+    let tar = house.root_tar();
+    // Where everybody may come.
+    let shared = tempfile::tempdir_in("/tmp").unwrap();
+    fs::set_permissions(shared.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let program = shared.path().join("alveole");
+    fs::copy(env!("CARGO_BIN_EXE_alveole"), &program).unwrap();
+    let disk = |owner: u32| {
+        let store = shared.path().join(format!("store-{owner}"));
+        fs::create_dir(&store).unwrap();
+        std::os::unix::fs::chown(&store, Some(owner), Some(owner)).unwrap();
+        let id = owner.to_string();
+        let output = Command::new("setpriv")
+            .args(["--reuid", &id, "--regid", &id, "--clear-groups"])
+            .arg(&program)
+            .args(["image", "--store"])
+            .arg(&store)
+            .args(["import", "-", "x"])
+            .stdin(File::open(&tar).unwrap())
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let disk = fs::read_dir(store.join("disks"))
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap()
+            .path();
+        fs::read(disk).unwrap()
+    };
+    assert_eq!(
+        disk(0),
+        disk(65534),
+        "what somebody without rights imports is something else"
+    );
+}

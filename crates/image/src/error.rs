@@ -89,7 +89,7 @@ pub enum ImageError {
     },
     /// The root disk could not be written.
     #[error("cannot make the root disk: {0}")]
-    Disk(#[from] alveole_erofs::WriteError),
+    Disk(#[source] alveole_erofs::WriteError),
     /// The root disk could not be read.
     #[error("cannot read the root disk {}: {source}; `alveole image rm` and a new pull or import make it anew", path.display())]
     ReadDisk {
@@ -98,6 +98,19 @@ pub enum ImageError {
         /// Why.
         source: alveole_erofs::ReadError,
     },
+}
+
+impl From<alveole_erofs::WriteError> for ImageError {
+    fn from(error: alveole_erofs::WriteError) -> Self {
+        match error {
+            // With a cure.
+            alveole_erofs::WriteError::Io(source) => Self::Io {
+                what: "write the root disk".into(),
+                source,
+            },
+            other => Self::Disk(other),
+        }
+    }
 }
 
 fn cure(error: &io::Error) -> &'static str {

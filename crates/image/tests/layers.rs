@@ -296,6 +296,17 @@ fn limits_name_themselves_and_the_cure() {
 }
 
 #[test]
+fn a_hundred_thousand_files_and_half_of_them_gone() {
+    let lower: Vec<E> = (0..100_000)
+        .map(|n| file(&format!("d{}/f{n}", n % 100), n.to_string()))
+        .collect();
+    let upper: Vec<E> = (0..50).map(|n| file(&format!(".wh.d{n}"), "")).collect();
+    let found = tree(&[&lower, &upper]);
+    assert_eq!(found.len(), 1 + 50 + 50_000);
+    assert!(found.contains_key(&b"/d99/f99999"[..]) && !found.contains_key(&b"/d49/f99949"[..]));
+}
+
+#[test]
 fn packed_layers_and_bombs() {
     let plain = layer(&[file("a", b"some text".repeat(10_000))]);
     let gzip = |bytes: &[u8]| {
