@@ -24,6 +24,7 @@ const LAYERS: [&[&str]; 6] = [
         "qcow2",
         "agent-protocol",
         "egress-rules",
+        "erofs",
     ],
     &[
         "hypervisor",
@@ -60,6 +61,7 @@ const LAYERS: [&[&str]; 6] = [
         "agent-client",
         "guest-kernel",
         "instance",
+        "image",
     ],
     &["vmm", "cli", "jailer", "bench", "agent"],
 ];
@@ -92,7 +94,10 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("io-uring", &["block-store"]),
     ("httparse", &["api-server", "mmds"]),
     ("miniz_oxide", &["qcow2"]),
-    ("ruzstd", &["qcow2", "guest-kernel"]),
+    ("ruzstd", &["qcow2", "guest-kernel", "image"]),
+    ("ureq", &["image"]),
+    ("tar", &["image", "agent", "guest-kernel"]),
+    ("flate2", &["image", "guest-kernel"]),
     ("smoltcp", &["mmds"]),
     ("netlink-sys", &["network"]),
     ("netlink-packet-core", &["network"]),
@@ -143,11 +148,17 @@ const UNSAFE: &[(&str, &str)] = &[
 ];
 
 /// What the VMM must never link, and why.
-const NOT_IN_THE_VMM: [(&str, &str); 8] = [
+const NOT_IN_THE_VMM: [(&str, &str); 11] = [
     ("tokio", "no async runtime in the guest-facing process"),
     ("clap", "half a megabyte for a dozen options"),
     ("anyhow", "errors are typed below the programs"),
     ("alveole-host", "host-side work lives in another process"),
+    ("alveole-image", "host-side work lives in another process"),
+    (
+        "rustls",
+        "no network of the host in the guest-facing process",
+    ),
+    ("alveole-erofs", "host-side work lives in another process"),
     ("alveole-network", "host-side work lives in another process"),
     ("alveole-cli", "host-side work lives in another process"),
     ("alveole-jailer", "it has root's rights, the VMM none"),

@@ -9,6 +9,7 @@ mod console;
 mod disk;
 mod doctor;
 mod guests;
+mod image;
 mod images;
 mod interfaces;
 mod kernel;
@@ -32,6 +33,7 @@ To start with:
   alveole run --kernel vmlinux --initrd initrd.img  boot a guest on this terminal
   alveole run --lab --kernel …                      the same where KVM cannot run guests
   alveole run -p 8080:80 --kernel …                 the same, with a port of this host that leads to it
+  alveole image pull debian:12                      a container image, kept as a root disk that is only read
   alveole disk overlay root.img guest.qcow2         a disk of its own for each guest, over a shared one
 
 alveole --help shows everything.
@@ -53,6 +55,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Make, show, resize and mend the images that are guests' disks
     Disk(images::DiskArgs),
+    /// Get, show and remove container images, from registries and files
+    Image(image::ImageArgs),
     /// Make, show and remove networks of guests on this host
     Net(net::NetArgs),
     /// Kernels that guests of images boot
@@ -100,6 +104,7 @@ fn main() -> ExitCode {
         },
         Some(Command::Doctor(args)) => doctor::doctor(&args),
         Some(Command::Disk(args)) => images::disk(&args),
+        Some(Command::Image(args)) => image::image(&args),
         Some(Command::Net(args)) => net::net(&args),
         Some(Command::Kernel(args)) => kernel::kernel(&args),
         Some(Command::Guest(command)) => guests::guest(&command),
