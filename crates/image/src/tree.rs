@@ -123,9 +123,6 @@ impl Tree {
             }
             What::File(number, target) => Here::File(*number, target.clone()),
             What::Link(target) => {
-                if **target == *event.path {
-                    return Ok(());
-                }
                 let target_shown = String::from_utf8_lossy(target).into_owned();
                 let (target_parent, target_name) = split(target);
                 let found = self
@@ -133,6 +130,11 @@ impl Tree {
                     .map_err(said)?
                     .and_then(|node| self.nodes[node].children.get(target_name));
                 match found {
+                    // It is there already.
+                    Some(Slot {
+                        what: Here::File(..),
+                        ..
+                    }) if **target == *event.path => return Ok(()),
                     Some(Slot {
                         what: here @ Here::File(..),
                         ..

@@ -219,6 +219,10 @@ fn impossible_layers_are_refused_with_a_reason() {
             "a: it is a hard link to nothing, which is not there",
         ),
         (
+            vec![link("a", "a")],
+            "a: it is a hard link to a, which is not there",
+        ),
+        (
             vec![dir("d"), link("a", "d")],
             "it is a hard link to the directory d",
         ),

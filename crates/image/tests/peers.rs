@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::Command;
 
 use alveole_image::{Format, Import, Limits, Platform, Quiet, Reference, Store};
+use proptest::prelude::*;
 use support::{
     E, assert_same, device, dir, disk_tree, file, have, host_tree, layer, layout, link, run, skip,
     symlink,
@@ -363,4 +364,72 @@ fn a_real_debian_is_what_umoci_says() {
         ours.len()
     );
     assert_same(&ours, &theirs);
+}
+
+/// What random layers are made of. Parents may be symbolic links, and links lead into lower layers.
+fn random_entry() -> impl Strategy<Value = E> {
+    let path = || proptest::collection::vec("[abc]", 1..4).prop_map(|p| p.join("/"));
+    (path(), path(), 0..12u8, 0..9000usize).prop_map(|(path, other, kind, size)| match kind {
+        0..3 => dir(&path),
+        3..6 => file(&path, vec![size as u8; size]),
+        6 | 7 => symlink(
+            &path,
+            &format!("{}{other}", if size % 2 == 0 { "/" } else { "../" }),
+        ),
+        8 | 9 => link(&path, &other),
+        _ => {
+            let (parent, name) = path
+                .rsplit_once('/')
+                .map_or((String::new(), path.as_str()), |(p, n)| {
+                    (format!("{p}/"), n)
+                });
+            file(&format!("{parent}.wh.{name}"), "")
+        }
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    /// Where `umoci` can unpack a random stack, ours is the same tree.
+    #[test]
+    fn random_stacks_are_what_umoci_says(stack in proptest::collection::vec(proptest::collection::vec(random_entry(), 1..8), 1..4)) {
+        let test = "random_stacks_are_what_umoci_says";
+        if !rustix::process::geteuid().is_root() || Command::new("umoci").arg("--version").output().is_err() {
+            skip(test, "there is no umoci, or no root for it");
+            return Ok(());
+        }
+        let layers: Vec<Vec<u8>> = stack
+            .iter()
+            .map(|entries| {
+                // As tools write them: whiteouts first.
+                let (mut all, rest): (Vec<E>, Vec<E>) = entries.iter().cloned().partition(|e| e.path.contains(".wh."));
+                all.extend(rest);
+                layer(&all)
+            })
+            .collect();
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path().join("layout");
+        layout(&at, &layers);
+        let bundle = folder.path().join("bundle");
+        let theirs = Command::new("umoci").arg("unpack").arg("--image").arg(format!("{}:latest", at.display())).arg(&bundle).output().unwrap();
+        let store = Store::open(&folder.path().join("store")).unwrap();
+        let ours = store.import(&at, &how(Some("x")), &Quiet);
+        if !theirs.status.success() {
+            return Ok(());
+        }
+        let ours = ours.map_err(|e| TestCaseError::fail(format!("umoci unpacks it, but: {e}")))?;
+        // Directories that nobody described have the time at which they were made there.
+        let plain = |tree: support::Tree| -> Vec<(String, String)> {
+            tree.into_iter()
+                .skip(1)
+                .map(|(path, line)| {
+                    let line = if line.starts_with("Directory") { "Directory".to_owned() } else { line };
+                    (String::from_utf8(path).unwrap(), line)
+                })
+                .collect()
+        };
+        let (ours, theirs) = (plain(disk_tree(&ours[0].root_disk)), plain(host_tree(&bundle.join("rootfs"))));
+        prop_assert_eq!(ours, theirs, "ours first");
+    }
 }
