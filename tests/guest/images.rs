@@ -1,6 +1,7 @@
 //! `alveole run IMAGE` and the commands about what it started, as people type them.
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Instant;
@@ -8,12 +9,16 @@ use std::time::Instant;
 use tempfile::TempDir;
 
 use crate::harness::images::{path, root_files, tool};
-use crate::harness::{Vm, patience};
+use crate::harness::{NOBODY, Vm, is_root, kvm_is_open_to_all, patience, skip};
 
 /// A user's home with a kernel and a root disk.
 struct Home {
     dir: TempDir,
     root: PathBuf,
+    files: PathBuf,
+    programs: PathBuf,
+    /// The user has no rights.
+    by_nobody: bool,
 }
 
 impl Home {
@@ -35,7 +40,14 @@ impl Home {
         ) {
             return None;
         }
-        let home = Self { dir, root };
+        let monitor = Path::new(env!("CARGO_BIN_EXE_alveole-vmm"));
+        let home = Self {
+            dir,
+            root,
+            files,
+            programs: monitor.parent().unwrap().into(),
+            by_nobody: false,
+        };
         let kernel = vm.kernel_path();
         let tree = fs::read_dir(kernel.with_file_name("lib/modules"));
         let tree = tree.into_iter().flatten().flatten().next();
@@ -48,12 +60,40 @@ impl Home {
         Some(home)
     }
 
+    /// The same, of a user without rights; nothing, with the skip told, where such a one has no guests.
+    #[track_caller]
+    fn of_nobody() -> Option<Self> {
+        if !kvm_is_open_to_all() {
+            skip("/dev/kvm is not open to an unprivileged user here");
+            return None;
+        }
+        let mut home = Self::new()?;
+        if !is_root() {
+            return Some(home);
+        }
+        // What this user can reach, by a process of its own: a program that is open for writing cannot be run.
+        let programs = home.dir.path().join("programs");
+        fs::create_dir(&programs).unwrap();
+        for name in ["alveole", "alveole-vmm", "alveole-agent"] {
+            assert!(tool(
+                "cp",
+                &[path(&home.programs.join(name)), path(&programs)]
+            ));
+        }
+        assert!(tool("chown", &["-R", "65534:65534", path(home.dir.path())]));
+        home.programs = programs;
+        home.by_nobody = true;
+        Some(home)
+    }
+
     fn command(&self, words: &[&str]) -> Command {
-        let monitor = Path::new(env!("CARGO_BIN_EXE_alveole-vmm"));
-        let mut command = Command::new(monitor.with_file_name("alveole"));
+        let mut command = Command::new(self.programs.join("alveole"));
         command
             .args(words)
             .env("ALVEOLE_HOME", self.dir.path().join("home"));
+        if self.by_nobody {
+            command.uid(NOBODY).gid(NOBODY);
+        }
         command.stdin(Stdio::null());
         command
     }
@@ -166,6 +206,76 @@ fn exit_statuses_and_streams_are_the_processes_own() {
     assert!(status != 0 && errors.contains("Read-only"), "{errors}");
     // Nothing of all these is left.
     assert_eq!(home.does(&["ps", "-aq"]), "");
+}
+
+/// An image as its maker describes it, imported and run by a user without rights.
+#[test]
+fn an_image_is_run_as_it_says() {
+    let Some(home) = Home::of_nobody() else {
+        return;
+    };
+    // A docker archive: a layer, a config, a manifest.
+    let made = home.dir.path().join("made");
+    fs::create_dir(&made).unwrap();
+    let layer = made.join("layer.tar");
+    assert!(tool(
+        "tar",
+        &[
+            "--owner=0",
+            "--group=0",
+            "-C",
+            path(&home.files),
+            "-cf",
+            path(&layer),
+            "."
+        ]
+    ));
+    let digest = crate::harness::images::sum(&layer);
+    let config = serde_json::json!({
+        "architecture": "amd64", "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
+        "config": {
+            "Entrypoint": ["/bin/sh", "-c", "trap 'echo told; exit 4' USR1; echo $0 $1 $A; pwd; id -u; while test \"$1\" = wait; do sleep 0.05; done"],
+            "Cmd": ["zero", "one"], "Env": ["A=image", "PATH=/bin"], "User": "web", "WorkingDir": "/mnt",
+            "StopSignal": "SIGUSR1",
+        },
+    });
+    fs::write(made.join("config.json"), config.to_string()).unwrap();
+    let manifest = serde_json::json!([{"Config": "config.json", "RepoTags": ["web:1"], "Layers": ["layer.tar"]}]);
+    fs::write(made.join("manifest.json"), manifest.to_string()).unwrap();
+    let archive = home.dir.path().join("web.tar");
+    let members = ["manifest.json", "config.json", "layer.tar"];
+    let words = [&["-C", path(&made), "-cf", path(&archive)], &members[..]].concat();
+    assert!(tool("tar", &words));
+    home.does(&["image", "import", path(&archive)]);
+    let run = |before: &[&str], after: &[&str]| {
+        let words = [&["run", "--rm", "--net", "none"], before, &["web:1"], after].concat();
+        home.does(&words)
+    };
+    assert_eq!(run(&[], &[]), "zero one image\n/mnt\n33");
+    assert_eq!(
+        run(&["-e", "A=mine"], &["null", "eins"]),
+        "null eins mine\n/mnt\n33"
+    );
+    assert_eq!(
+        run(&["--entrypoint", "/bin/echo", "-u", "0"], &["all", "else"]),
+        "all else"
+    );
+    // Its own signal asks it to end, and its disk stays as long as a VM is there.
+    let id = home.does(&["run", "-d", "--net", "none", "web:1", "x", "wait"]);
+    home.wait_until(20, "output", || home.does(&["logs", &id]).contains("33"));
+    home.does(&["stop", &id]);
+    assert_eq!(home.does(&["wait", &id]), "4");
+    home.does(&["image", "rm", "web:1"]);
+    home.does(&["image", "prune"]);
+    home.does(&["start", &id]);
+    assert!(
+        home.does(&["exec", &id, "cat", "/etc/passwd"])
+            .contains("web")
+    );
+    let gone = home.output(&["run", "--rm", "localhost:1/web:1"]);
+    assert_eq!(gone.status.code(), Some(125));
+    home.does(&["rm", "-f", &id]);
 }
 
 #[test]

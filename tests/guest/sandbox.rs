@@ -1,11 +1,8 @@
 //! The monitor runs confined and needs no rights.
 
-use std::fs::File;
-use std::os::unix::fs::PermissionsExt;
-
 use nix::sys::signal::Signal;
 
-use crate::harness::{Vm, is_root, skip};
+use crate::harness::{Vm, kvm_is_open_to_all, skip};
 
 #[test]
 fn every_thread_of_a_running_monitor_is_confined() {
@@ -33,11 +30,7 @@ fn every_thread_of_a_running_monitor_is_confined() {
 
 #[test]
 fn no_rights_are_needed_where_kvm_is_accessible() {
-    let kvm = File::options().read(true).write(true).open("/dev/kvm");
-    let open_to_all = kvm
-        .and_then(|f| f.metadata())
-        .is_ok_and(|m| m.permissions().mode() & 0o006 == 0o006);
-    if is_root() && !open_to_all {
+    if !kvm_is_open_to_all() {
         skip("/dev/kvm is not open to an unprivileged user here");
         return;
     }

@@ -13,7 +13,7 @@ mod vm;
 
 pub(crate) use console::Console;
 pub(crate) use sources::skip;
-pub(crate) use vm::{End, Running, Vm, is_root};
+pub(crate) use vm::{End, NOBODY, Running, Vm, is_root, kvm_is_open_to_all};
 
 use std::time::Duration;
 

@@ -25,7 +25,7 @@ const END_OF_BOOT: &str = "alveole-guest: ready";
 /// Console lines that a failure shows.
 const SHOWN_LINES: usize = 25;
 /// The unprivileged user everywhere.
-const NOBODY: u32 = 65534;
+pub(crate) const NOBODY: u32 = 65534;
 
 /// A guest in the making.
 #[derive(Debug)]
@@ -519,6 +519,11 @@ impl std::fmt::Display for End {
 }
 
 /// Whether the tests run as root.
+/// Whether users without rights, too, may have guests here.
+pub(crate) fn kvm_is_open_to_all() -> bool {
+    !is_root() || fs::metadata("/dev/kvm").is_ok_and(|m| m.permissions().mode() & 0o006 == 0o006)
+}
+
 pub(crate) fn is_root() -> bool {
     fs::metadata("/proc/self").unwrap().uid() == 0
 }

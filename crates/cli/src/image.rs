@@ -16,6 +16,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use crate::places::Places;
 use crate::size::{DiskSize, human};
 
 /// Digits of an id that are shown to people.
@@ -187,6 +188,37 @@ impl How {
     }
 }
 
+/// Root disks of VMs, which stay as long as these are there.
+fn in_use() -> anyhow::Result<Vec<PathBuf>> {
+    let vms = Places::usual().vms().list()?;
+    Ok(vms.into_iter().map(|vm| vm.record.root_disk).collect())
+}
+
+/// The image of this name, from its registry if it is not here.
+pub(crate) fn here_or_pulled(name: &str) -> anyhow::Result<Image> {
+    let store = Places::usual().images()?;
+    match store.resolve(name) {
+        Err(ImageError::NotFound(_)) => {}
+        found => return found.map_err(|e| anyhow!("{e}")),
+    }
+    let Ok(reference) = name.parse::<Reference>() else {
+        return store.resolve(name).map_err(|e| anyhow!("{e}"));
+    };
+    crate::hint(&format!("the image {reference} is not here; it is pulled"));
+    let progress: Box<dyn Progress> = match io::stderr().is_terminal() {
+        true => Box::new(Bars::default()),
+        false => Box::new(Quiet),
+    };
+    let how = Import {
+        name: None,
+        platform: Platform::host(),
+        limits: Limits::default(),
+    };
+    store
+        .pull(&reference, &how, &*progress)
+        .map_err(|e| anyhow!("{e}; `alveole image import` takes images from files"))
+}
+
 pub(crate) fn image(args: &ImageArgs) -> anyhow::Result<ExitCode> {
     act(args).map_err(|error| match error.downcast_ref::<ImageError>() {
         // Its text has its causes in it.
@@ -196,8 +228,10 @@ pub(crate) fn image(args: &ImageArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn act(args: &ImageArgs) -> anyhow::Result<ExitCode> {
-    let path = args.store.clone().unwrap_or_else(Store::usual_path);
-    let store = Store::open(&path)?;
+    let store = match &args.store {
+        Some(path) => Store::open(path)?,
+        None => Places::usual().images()?,
+    };
     match &args.act {
         Act::Pull(args) => {
             let progress = args.how.progress();
@@ -218,13 +252,13 @@ fn act(args: &ImageArgs) -> anyhow::Result<ExitCode> {
         }
         Act::Rm { images } => {
             for image in images {
-                for name in store.remove(image, &[])? {
+                for name in store.remove(image, &in_use()?)? {
                     crate::print(&format!("removed {name}\n"))?;
                 }
             }
         }
         Act::Prune { all } => {
-            let (names, freed_bytes) = store.prune(&[], *all)?;
+            let (names, freed_bytes) = store.prune(&in_use()?, *all)?;
             for name in names {
                 crate::print(&format!("removed {name}\n"))?;
             }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use alveole_guest_kernel::KernelStore;
+use alveole_image::{ImageError, Store};
 use alveole_instance::Vms;
 
 /// Everything is below this folder, if it is set.
@@ -51,6 +52,10 @@ impl Places {
 
     pub(crate) fn kernels(&self) -> KernelStore {
         KernelStore::new(&self.data.join("kernels"))
+    }
+
+    pub(crate) fn images(&self) -> Result<Store, ImageError> {
+        Store::open(&self.data.join("images"))
     }
 
     pub(crate) fn vms(&self) -> Vms {

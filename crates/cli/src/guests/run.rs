@@ -8,12 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use alveole_agent_client::{AgentError, Streams};
-use alveole_agent_protocol::{Process, Refusal};
+use alveole_agent_protocol::{Process, Refusal, WindowSize};
 use alveole_host::programs;
+use alveole_image::RunConfig;
 use alveole_instance::{Attach, InstanceError, Record, Restart, State, Vm, attach};
 use anyhow::{Context, bail};
 
 use super::terminal::{Keys, Raw, is_terminal, pass_signals, size};
+use crate::image::here_or_pulled;
 use crate::places::Places;
 use crate::run::RunArgs;
 use crate::size::DiskSize;
@@ -92,33 +94,36 @@ fn restart(text: &str) -> Result<Restart, String> {
     }
 }
 
-/// What is known of an image.
-struct Image {
+/// What is known of what is to be run.
+struct Base {
     id: String,
     root_disk: PathBuf,
-    process: Process,
-    stop_signal: Option<u8>,
+    config: RunConfig,
 }
 
-/// A disk with a root file system, named by its path.
-fn image(name: &str) -> anyhow::Result<Image> {
-    let path = Path::new(name);
-    if !name.contains('/') {
-        bail!(
-            "there is no image '{name}'; a disk with a root file system (EROFS) is named by its path, as ./root.erofs"
-        );
+/// An image by its name or id, or a disk with a root file system, named by a path that begins with `/`, `./` or `../`.
+fn base(name: &str) -> anyhow::Result<Base> {
+    if ["/", "./", "../"]
+        .iter()
+        .any(|begin| name.starts_with(begin))
+    {
+        let root_disk = Path::new(name)
+            .canonicalize()
+            .with_context(|| format!("cannot use the disk '{name}' as an image"))?;
+        return Ok(Base {
+            id: String::new(),
+            root_disk,
+            config: RunConfig {
+                cmd: vec!["/bin/sh".into()],
+                ..RunConfig::default()
+            },
+        });
     }
-    let root_disk = path
-        .canonicalize()
-        .with_context(|| format!("cannot use the image '{name}'"))?;
-    Ok(Image {
-        id: String::new(),
-        root_disk,
-        process: Process {
-            args: vec!["/bin/sh".into()],
-            ..Process::default()
-        },
-        stop_signal: None,
+    let image = here_or_pulled(name)?;
+    Ok(Base {
+        id: image.id.to_string(),
+        root_disk: image.root_disk,
+        config: image.config,
     })
 }
 
@@ -163,8 +168,8 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
     let kernel = places
         .kernels()
         .get(args.kernel.as_ref().and_then(|k| k.to_str()))?;
-    let image = image(image_name)?;
-    let process = process(args, image.process)?;
+    let base = base(image_name)?;
+    let process = process(args, &base.config)?;
     let id = Record::new_id()?;
     let name = args.network.name().unwrap_or_else(|| format!("vm-{id}"));
     network.push(format!("--name={name}"));
@@ -172,9 +177,9 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
     let record = Record {
         version: Record::VERSION,
         image: image_name.into(),
-        image_id: image.id,
+        image_id: base.id,
         created_ms: now_ms(),
-        root_disk: image.root_disk,
+        root_disk: base.root_disk,
         kernel: kernel.name,
         cpus: args.cpus,
         memory_mib: args.memory.mib(),
@@ -183,10 +188,7 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
         hostname,
         network,
         process,
-        stop_signal: more
-            .stop_signal
-            .or(image.stop_signal)
-            .unwrap_or(USUAL_STOP_SIGNAL),
+        stop_signal: stop_signal(more.stop_signal, &base.config),
         labels: labels(&more.label),
         restart: more.restart.unwrap_or_default(),
         remove: more.rm,
@@ -226,9 +228,20 @@ fn labels(words: &[String]) -> BTreeMap<String, String> {
     words.iter().map(pair).collect()
 }
 
-fn process(args: &RunArgs, image: Process) -> anyhow::Result<Process> {
+/// What was said, or what the image says, if it can be understood: others wrote it.
+fn stop_signal(said: Option<u8>, image: &RunConfig) -> u8 {
+    said.or_else(|| super::signal(&image.stop_signal).ok())
+        .unwrap_or(USUAL_STOP_SIGNAL)
+}
+
+/// The image's process, with what was said instead: as of containers, a program that is said takes the place of the image's entrypoint and
+/// arguments, arguments that are said that of its arguments.
+fn process(args: &RunArgs, image: &RunConfig) -> anyhow::Result<Process> {
     let more = &args.for_image;
-    let mut env = image.env;
+    let mut env = Vec::new();
+    for word in image.env.iter().filter(|word| word.contains('=')) {
+        set(&mut env, word);
+    }
     for file in &more.env_file {
         let text = std::fs::read_to_string(file)
             .with_context(|| format!("cannot read --env-file '{}'", file.display()))?;
@@ -240,24 +253,35 @@ fn process(args: &RunArgs, image: Process) -> anyhow::Result<Process> {
     for word in &more.env {
         set(&mut env, word);
     }
-    let mut words = image.args;
-    if !args.command.is_empty() || more.entrypoint.is_some() {
-        words = Vec::new();
-        words.extend(more.entrypoint.clone().filter(|e| !e.is_empty()));
-        words.extend(args.command.clone());
+    let mut words = match &more.entrypoint {
+        Some(program) => vec![program.clone()],
+        None => image.entrypoint.clone(),
+    };
+    // An empty one is none.
+    words.retain(|word| !word.is_empty());
+    match (args.command.as_slice(), &more.entrypoint) {
+        ([], None) => words.extend(image.cmd.iter().cloned()),
+        (said, _) => words.extend(said.iter().cloned()),
     }
+    if words.is_empty() {
+        bail!("the image says no program to run: give one, behind the image's name");
+    }
+    let size = || {
+        size().unwrap_or(WindowSize {
+            rows: 24,
+            columns: 80,
+        })
+    };
     Ok(Process {
         args: words,
         env,
-        cwd: more.workdir.clone().unwrap_or(image.cwd),
+        cwd: more
+            .workdir
+            .clone()
+            .unwrap_or_else(|| image.working_dir.clone()),
         make_cwd: true,
-        user: more.user.clone().unwrap_or(image.user),
-        terminal: more.tty.then(|| {
-            size().unwrap_or(alveole_agent_protocol::WindowSize {
-                rows: 24,
-                columns: 80,
-            })
-        }),
+        user: more.user.clone().unwrap_or_else(|| image.user.clone()),
+        terminal: more.tty.then(size),
         input: more.interactive,
     })
 }
