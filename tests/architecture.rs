@@ -96,7 +96,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("miniz_oxide", &["qcow2"]),
     ("ruzstd", &["qcow2", "guest-kernel", "image"]),
     ("ureq", &["image"]),
-    ("tar", &["image", "agent", "guest-kernel"]),
+    ("tar", &["image", "agent", "guest-kernel", "cli"]),
     ("flate2", &["image", "guest-kernel"]),
     ("smoltcp", &["mmds"]),
     ("netlink-sys", &["network"]),

@@ -365,6 +365,66 @@ fn a_vm_is_looked_after() {
     assert_eq!(home.does(&["ps", "-aq"]), "");
 }
 
+#[test]
+fn files_are_copied_in_and_out() {
+    let Some(home) = Home::new() else { return };
+    home.does(&home.run(&["-d", "--name", "box"], &["sleep", "1000"]));
+    let at = |name: &str| home.dir.path().join(name).display().to_string();
+    let tree = at("tree");
+    fs::create_dir_all(format!("{tree}/sub")).unwrap();
+    fs::write(format!("{tree}/sub/file"), "content").unwrap();
+    std::os::unix::fs::symlink("sub/file", format!("{tree}/link")).unwrap();
+    let sparse = fs::File::create(format!("{tree}/sparse")).unwrap();
+    sparse.set_len(1 << 30).unwrap();
+    home.does(&["cp", &tree, "box:/mnt"]);
+    assert_eq!(
+        home.does(&["exec", "box", "cat", "/mnt/tree/sub/file"]),
+        "content"
+    );
+    // Another name, where there is no such folder, and what is in a folder.
+    home.does(&["cp", &tree, "box:/mnt/other"]);
+    home.does(&["cp", &format!("{tree}/."), "box:/tmp"]);
+    let listed = home.does(&[
+        "exec",
+        "box",
+        "sh",
+        "-c",
+        "cat /mnt/other/link; ls /tmp | tr '\\n' ' '; stat -c %u /tmp/link",
+    ]);
+    assert_eq!(listed, "contentlink sparse sub 0");
+    home.does(&["exec", "box", "sh", "-c", "chmod 6755 /mnt/other/sub/file"]);
+    home.does(&["cp", "box:/mnt/other", &at("back")]);
+    let back = fs::metadata(at("back/sub/file")).unwrap();
+    assert_eq!(fs::read_to_string(at("back/link")).unwrap(), "content");
+    let mode = std::os::unix::fs::PermissionsExt::mode(&back.permissions());
+    assert_eq!(mode & 0o7777, 0o755, "a guest gives no rights here");
+    let sparse = fs::metadata(at("back/sparse")).unwrap();
+    assert_eq!(sparse.len(), 1 << 30);
+    assert!(std::os::unix::fs::MetadataExt::blocks(&sparse) < 1000);
+    home.does(&["cp", "-L", "box:/mnt/other/link", &at("one")]);
+    assert_eq!(fs::read_to_string(at("one")).unwrap(), "content");
+    for (words, said) in [
+        ([&at("nothing"), "box:/mnt"], "nothing"),
+        ([&tree, "box:/no/such/place"], "/no/such"),
+        (["box:/no/such", &at("x")], "/no/such"),
+        (["box:/mnt/other", &at("no/folder/x")], "no/folder"),
+        ([&tree, &at("x")], "VM:/PATH"),
+    ] {
+        let output = home.output(&[&["cp"], &words[..]].concat());
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            !output.status.success() && errors.contains(said),
+            "{words:?}: {errors}"
+        );
+    }
+    let left: Vec<_> = fs::read_dir(home.dir.path()).unwrap().flatten().collect();
+    assert!(
+        left.iter()
+            .all(|e| !e.file_name().to_string_lossy().starts_with(".alveole")),
+        "{left:?}"
+    );
+}
+
 /// Of whatever is killed, the next command makes sense.
 #[test]
 fn killed_processes_leave_what_the_next_command_understands() {

@@ -12,6 +12,7 @@ use anyhow::{Context, bail};
 use clap::Subcommand;
 use serde_json::json;
 
+use super::copy::{End, copy};
 use super::run::{attached_to, set, start};
 use super::terminal::{Raw, is_terminal, pass_signals, size};
 use super::{Format, table};
@@ -19,7 +20,7 @@ use crate::places::Places;
 use crate::{hint, print};
 
 /// An agent that is alive answers.
-const AGENT_PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const AGENT_PATIENCE: Duration = Duration::from_secs(10);
 /// Between two looks at something that changes.
 const LOOK: Duration = Duration::from_millis(20);
 /// A keeper writes down the end of what was killed.
@@ -61,6 +62,19 @@ pub(crate) enum GuestCommand {
         /// The program and its arguments
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
+    },
+    /// Copy files and folders into a VM or out of it
+    #[command(after_help = "\
+Into a folder that is there, under its own name; else it gets the name that is said. `FOLDER/.` is what is in the folder. In the \
+VM all of it is root's; here it is this user's, without set-user and set-group bits.")]
+    Cp {
+        /// What a link leads to, instead of the link
+        #[arg(short = 'L', long)]
+        follow_link: bool,
+        /// A path, or VM:PATH
+        from: End,
+        /// A path, or VM:PATH
+        to: End,
     },
     /// Show what a VM's process said
     Logs {
@@ -196,6 +210,11 @@ pub(crate) fn guest(command: &GuestCommand) -> anyhow::Result<ExitCode> {
             }
             Ok(exec(&vm, &process))
         }
+        GuestCommand::Cp {
+            follow_link,
+            from,
+            to,
+        } => copy(&vms, from, to, *follow_link),
         GuestCommand::Logs {
             follow,
             timestamps,

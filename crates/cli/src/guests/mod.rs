@@ -1,6 +1,7 @@
 //! Guests of images: started, looked at, spoken with, ended.
 
 mod commands;
+mod copy;
 mod empty_disk;
 mod keep;
 mod run;
