@@ -1,7 +1,7 @@
 //! The admin wrapper people type.
 //!
 //! Turns a command line into a machine description and becomes the VMM, makes and mends the images that are
-//! guests' disks, or shows what the host can do.
+//! guests' disks, gets and keeps container images, or shows what the host can do.
 //! Deliberately does not know: how a guest is built or run (`alveole-vmm` does), how blocks lie in an image
 //! (`alveole-block-store` does), how the host is examined (`alveole-host` does).
 
@@ -33,7 +33,6 @@ To start with:
   alveole run --kernel vmlinux --initrd initrd.img  boot a guest on this terminal
   alveole run --lab --kernel …                      the same where KVM cannot run guests
   alveole run -p 8080:80 --kernel …                 the same, with a port of this host that leads to it
-  alveole image pull debian:12                      a container image, kept as a root disk that is only read
   alveole disk overlay root.img guest.qcow2         a disk of its own for each guest, over a shared one
 
 alveole --help shows everything.

@@ -77,8 +77,8 @@ pub enum ImageError {
         /// What there is.
         available: String,
     },
-    /// The registry said no.
-    #[error("{registry} refuses {what}: {why}")]
+    /// The registry said no, or nothing.
+    #[error("cannot get {what} from {registry}: {why}")]
     Registry {
         /// Host, and port if it was said.
         registry: String,

@@ -302,9 +302,14 @@ impl Store {
     pub(crate) fn new_file(&self) -> Result<NamedTempFile, ImageError> {
         let folder = self.root.join("tmp");
         let doing = || format!("make a file in {}", folder.display());
-        let file = NamedTempFile::new_in(&folder).doing(doing)?;
-        rustix::fs::flock(&file, FlockOperation::LockExclusive).doing(doing)?;
-        Ok(file)
+        loop {
+            let file = NamedTempFile::new_in(&folder).doing(doing)?;
+            rustix::fs::flock(&file, FlockOperation::LockExclusive).doing(doing)?;
+            // Before it was locked, another process may have taken it for what a killed one left.
+            if file.path().exists() {
+                return Ok(file);
+            }
+        }
     }
 
     pub(crate) fn blob_path(&self, digest: &Digest) -> PathBuf {

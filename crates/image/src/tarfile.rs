@@ -141,7 +141,7 @@ impl<R: Read> Tar<R> {
         if self.ended {
             return Ok(None);
         }
-        let skip = self.left + self.padding;
+        let skip = self.left.saturating_add(self.padding);
         if io::copy(&mut self.input.by_ref().take(skip), &mut io::sink())? != skip {
             return Err(cut_off());
         }

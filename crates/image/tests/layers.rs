@@ -279,6 +279,35 @@ fn impossible_layers_are_refused_with_a_reason() {
 }
 
 #[test]
+fn sizes_beyond_all_measure() {
+    // The largest size of GNU's binary numbers, of a file and of a long name.
+    for kind in [
+        EntryType::Regular,
+        EntryType::GNULongName,
+        EntryType::XHeader,
+        EntryType::GNUSparse,
+    ] {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.as_mut_bytes()[..1].copy_from_slice(b"f");
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        header.set_size(u64::MAX);
+        header.set_cksum();
+        let why = error(&[[header.as_bytes().to_vec(), vec![1; 2048]].concat()]);
+        assert!(
+            why.contains("cut off")
+                || why.contains("are the most")
+                || why.contains("map of a sparse file")
+                || why.contains("numeric field"),
+            "{kind:?}: {why}"
+        );
+    }
+}
+
+#[test]
 fn limits_name_themselves_and_the_cure() {
     let few = Limits {
         entries: 5,

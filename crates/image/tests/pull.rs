@@ -345,7 +345,7 @@ fn registries_words_are_passed_on() {
         .unwrap_err()
         .to_string();
     assert!(
-        why.contains("127.0.0.1:1 refuses") && why.contains("no answer"),
+        why.contains("from 127.0.0.1:1: ") && why.contains("no answer"),
         "{why}"
     );
     let arm = Import {
