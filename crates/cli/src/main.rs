@@ -29,11 +29,9 @@ const START: &str = "\
 alveole runs microVMs: small Linux guests, each in a process of its own.
 
 To start with:
-  alveole doctor                                    what this machine can do, and what to mend
-  alveole run --kernel vmlinux --initrd initrd.img  boot a guest on this terminal
-  alveole run --lab --kernel …                      the same where KVM cannot run guests
-  alveole run -p 8080:80 --kernel …                 the same, with a port of this host that leads to it
-  alveole disk overlay root.img guest.qcow2         a disk of its own for each guest, over a shared one
+  alveole doctor                     what this machine can do, and what to mend
+  alveole kernel add PACKAGE.deb     a kernel for guests of images
+  alveole run -it --rm debian        run a container image as a microVM
 
 alveole --help shows everything.
 ";

@@ -111,7 +111,7 @@ fn alone_it_shows_where_to_start() {
     assert_eq!(output.status.code(), Some(0));
     let text = stdout(&output);
     assert!(
-        text.contains("alveole doctor") && text.contains("alveole run --kernel"),
+        text.contains("alveole doctor") && text.contains("alveole run -it"),
         "{text}"
     );
     assert!(text.lines().count() <= 10);
