@@ -43,6 +43,7 @@ usage: alveole-vmm [--api-sock PATH] [--config-file FILE [--no-api]] [options]
   --show-level          name the level in log lines
   --show-log-origin     name file and line of origin in log lines
   --metrics-path FILE   write counters to FILE, one JSON line a minute and one at the end
+  --no-seccomp          understood, and the filters stay (a warning says so)
   --start-time-us, --start-time-cpu-us, --parent-cpu-time-us N
                         what a jailer says of itself, for the times of the start in the counters
   --version, --help
@@ -86,6 +87,8 @@ pub(crate) struct Args {
     pub(crate) show_log_origin: bool,
     pub(crate) metrics_path: Option<PathBuf>,
     pub(crate) launched: Launched,
+    /// No filters were wished for. They stay: the program is right under them, and nobody is worse off.
+    pub(crate) no_seccomp: bool,
 }
 
 impl Default for Args {
@@ -111,6 +114,7 @@ impl Default for Args {
             show_log_origin: false,
             metrics_path: None,
             launched: Launched::default(),
+            no_seccomp: false,
         }
     }
 }
@@ -120,11 +124,6 @@ const NOT_BUILT: &[(&str, &str)] = &[
     (
         "seccomp-filter",
         "each thread's own filter is part of this program and cannot be exchanged; leave the option out",
-    ),
-    (
-        "no-seccomp",
-        "filters cannot be switched off: tell us which call was refused, it is in the last line of standard \
-         error; leave the option out",
     ),
     (
         "snapshot-version",
@@ -181,6 +180,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "help" => return Ok(Request::Help),
             "version" => return Ok(Request::Version),
             "no-api" => args.no_api = true,
+            "no-seccomp" => args.no_seccomp = true,
             "boot-timer" => args.boot_timer = true,
             "enable-pci" => args.transport = Transport::Pci,
             "show-level" => args.show_level = true,
@@ -396,7 +396,6 @@ mod tests {
                 "expected a whole number",
             ),
             ("--start-time-us -1", "expected a whole number"),
-            ("--no-seccomp", "cannot be switched off"),
             ("--seccomp-filter f", "cannot be exchanged"),
             ("--mmds-size-limit x", "expected a whole number"),
         ] {

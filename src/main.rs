@@ -44,6 +44,11 @@ fn main() -> ExitCode {
 fn run(args: &Args, started: Instant) -> Result<End, Failure> {
     logger::start(args.id.as_deref().unwrap_or(session::DEFAULT_ID));
     raise_descriptor_limit();
+    if args.no_seccomp {
+        log::warn!(
+            "--no-seccomp: the filters stay; if one refuses a call, the last line of standard error names it: tell us"
+        );
+    }
     let host = |e: &dyn std::error::Error| Failure::Host(e.to_string());
     let config = args.config_file.as_deref().map(description::read);
     let config = config.transpose()?;

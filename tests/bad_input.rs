@@ -674,8 +674,12 @@ fn wrong_words_on_the_command_line() {
             &["--mmds-size-limit", "expected a whole number", help],
         ),
         (
-            &["--no-seccomp"],
-            &["--no-seccomp cannot be had", "leave the option out", help],
+            &["--seccomp-filter", "f"],
+            &[
+                "--seccomp-filter cannot be had",
+                "leave the option out",
+                help,
+            ],
         ),
         (&["--id", "a", "--id", "b"], &["--id is given twice", help]),
         (&["--config-file"], &["--config-file", help]),

@@ -32,7 +32,11 @@ const MAP_THE_HOLE: &[u8] = b"\xbf\0\x20\x10\0\xb8\x83\0\0\xc0\xb9\0\x02\0\0\
 
 /// Starts a guest with this console and waits until all its processors are there.
 fn start<'a>(bench: &'a Bench, cpus: usize, console: &str) -> Running<'a> {
-    let mut running = bench.start(&["--console", console]);
+    start_with(bench, cpus, &["--console", console])
+}
+
+fn start_with<'a>(bench: &'a Bench, cpus: usize, words: &[&str]) -> Running<'a> {
+    let mut running = bench.start(words);
     let id = running.id();
     let last = format!("vcpu {}", cpus - 1);
     let there = running.wait_until(|| {
@@ -111,6 +115,21 @@ fn every_thread_is_confined() {
     }
     running.signal(SIGINT);
     running.end().assert(130, &[]);
+}
+
+/// Hosts that start Firecracker without filters start this with them.
+#[test]
+fn a_wish_for_no_filters_is_understood_and_they_stay() {
+    if no_kvm("a_wish_for_no_filters_is_understood_and_they_stay") {
+        return;
+    }
+    let bench = Bench::new(&hang());
+    // It waits until every thread has its filter.
+    let running = start_with(&bench, 1, &["--console", "none", "--no-seccomp"]);
+    running.signal(SIGINT);
+    running
+        .end()
+        .assert(130, &["--no-seccomp: the filters stay"]);
 }
 
 /// Makes the thread called `name` make system call `number` with `args`, from outside: where it waits
@@ -285,10 +304,10 @@ fn every_end_of_a_guest_is_told_apart() {
                 "64-bit mode",
             ],
         ),
-        (&[reset()], 3, &["asked for a reset", "vCPU 0 at rip 0x100"]),
+        (&[reset()], 0, &["asked for a reset", "vCPU 0 at rip 0x100"]),
         (
             &[keyboard()],
-            3,
+            0,
             &["asked for a reset", "vCPU 0 at rip 0x100"],
         ),
         (

@@ -121,7 +121,7 @@ struct How {
     #[arg(long, value_name = "N", default_value_t = Limits::default().entries)]
     max_entries: u64,
 
-    /// Largest root disk [256G]
+    /// Largest root disk; 256G if it is not said
     #[arg(long, value_name = "SIZE")]
     max_size: Option<DiskSize>,
 

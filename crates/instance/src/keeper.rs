@@ -394,7 +394,7 @@ impl Once<'_> {
             .map_err(|e| not_started(format!("cannot start the monitor: {e}")))?;
         let pid = rustix::process::Pid::from_child(&monitor.child);
         lock(&self.control.now).monitor = pidfd_open(pid, PidfdFlags::empty()).ok();
-        let result = self.in_machine(&listener, setup, &mut monitor, phase, tell);
+        let result = self.in_machine(listener, setup, &mut monitor, phase, tell);
         {
             let mut now = lock(&self.control.now);
             now.controls = None;
@@ -421,14 +421,17 @@ impl Once<'_> {
 
     fn in_machine(
         &mut self,
-        listener: &UnixListener,
+        listener: UnixListener,
         setup: Setup,
         monitor: &mut Monitor,
         phase: &mut Phase,
         tell: &mut impl FnMut(Told<'_>),
     ) -> Result<Exit, Failure> {
         let (vm, control) = (self.vm, self.control);
-        let connection = wait_for_guest(listener, monitor)?;
+        let connection = wait_for_guest(&listener, monitor)?;
+        // The first that connects is the agent, as it is the guest's first process; others of the guest are not listened to.
+        drop(listener);
+        let _ = fs::remove_file(vm.socket(&format!("vsock_{READY_PORT}")));
         let session = Session::begin(connection, BOOT_PATIENCE);
         session
             .and_then(|session| session.ask(&Request::Setup(Box::new(setup))))

@@ -57,8 +57,8 @@ pub(crate) struct ImageArgs {
     #[arg(short, long, value_name = "FOLDER", requires = "image")]
     workdir: Option<String>,
 
-    /// Who the process is: USER[:GROUP], names of the image or numbers [the image's]
-    #[arg(short, long, value_name = "USER", requires = "image")]
+    /// Who the process is, by names of the image or by numbers [the image's]
+    #[arg(short, long, value_name = "USER[:GROUP]", requires = "image")]
     user: Option<String>,
 
     /// The program, instead of the image's; an empty one is none
@@ -73,8 +73,8 @@ pub(crate) struct ImageArgs {
     #[arg(long, value_name = "NAME[=VALUE]", requires = "image")]
     label: Vec<String>,
 
-    /// What happens after its end: no, on-failure[:N] or always
-    #[arg(long, value_name = "WHAT", value_parser = restart, requires = "image")]
+    /// What happens after its end
+    #[arg(long, value_name = "no|on-failure[:N]|always", value_parser = restart, requires = "image")]
     restart: Option<Restart>,
 
     /// The signal that asks the process to end [the image's, or TERM]
