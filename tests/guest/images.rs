@@ -347,6 +347,29 @@ fn a_vm_is_looked_after() {
         home.does(&["logs", "--since", "2100-01-01T00:00:00Z", "web"]),
         ""
     );
+    let stats = home.does(&["stats", "--no-stream", "--format", "json", "web"]);
+    let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
+    let line = &stats[0];
+    let number = |name: &str| {
+        line[name]
+            .as_f64()
+            .unwrap_or_else(|| panic!("{name}: {line}"))
+    };
+    assert_eq!(line["name"], "web");
+    assert!(
+        number("guest_memory_bytes") > f64::from(100 << 20),
+        "{line}"
+    );
+    assert!(number("guest_memory_used_bytes") < number("guest_memory_bytes"));
+    assert!(
+        number("pss_bytes") > f64::from(1 << 20) && number("tasks") > 2.0,
+        "{line}"
+    );
+    assert!(
+        number("cpu_guest_percent") + number("cpu_monitor_percent") < 200.0,
+        "{line}"
+    );
+    assert!(home.does(&["stats", "--no-stream"]).contains("web "));
     // It is asked, and its own status is what remains.
     assert_eq!(home.does(&["stop", "web"]), "web");
     assert_eq!(home.does(&["wait", "web"]), "3");
@@ -359,9 +382,21 @@ fn a_vm_is_looked_after() {
     assert_eq!(home.does(&["exec", "web", "cat", "/kept"]), "kept");
     home.does(&["kill", "web"]);
     assert_eq!(home.does(&["wait", "web"]), "137");
+    let taken = home.does(&["system", "df", "--format", "json"]);
+    let taken: serde_json::Value = serde_json::from_str(&taken).unwrap();
+    let vms = taken
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|k| k["kind"] == "VMs")
+        .unwrap();
+    assert!(
+        vms["count"] == 1 && vms["unused_bytes"].as_u64().unwrap() > 1 << 20,
+        "{taken}"
+    );
     home.does(&["rename", "web", "other"]);
     assert!(!home.output(&["inspect", "web"]).status.success());
-    home.does(&["rm", "other"]);
+    assert!(home.does(&["system", "prune"]).contains("removed VM other"));
     assert_eq!(home.does(&["ps", "-aq"]), "");
 }
 

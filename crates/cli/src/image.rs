@@ -189,7 +189,7 @@ impl How {
 }
 
 /// Root disks of VMs, which stay as long as these are there.
-fn in_use() -> anyhow::Result<Vec<PathBuf>> {
+pub(crate) fn in_use() -> anyhow::Result<Vec<PathBuf>> {
     let vms = Places::usual().vms().list()?;
     Ok(vms.into_iter().map(|vm| vm.record.root_disk).collect())
 }

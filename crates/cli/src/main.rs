@@ -8,6 +8,7 @@
 mod console;
 mod disk;
 mod doctor;
+mod generate;
 mod guests;
 mod image;
 mod images;
@@ -18,6 +19,7 @@ mod net;
 mod places;
 mod run;
 mod size;
+mod system;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -60,6 +62,10 @@ enum Command {
     Kernel(kernel::KernelArgs),
     #[command(flatten)]
     Guest(guests::GuestCommand),
+    /// Show what all of it takes on this host's disk, and remove what nobody needs
+    System(system::SystemArgs),
+    /// Make completions for shells, and man pages
+    Generate(generate::GenerateArgs),
     #[command(hide = true)]
     Keep(guests::KeepArgs),
 }
@@ -105,6 +111,8 @@ fn main() -> ExitCode {
         Some(Command::Net(args)) => net::net(&args),
         Some(Command::Kernel(args)) => kernel::kernel(&args),
         Some(Command::Guest(command)) => guests::guest(&command),
+        Some(Command::System(args)) => system::system(&args),
+        Some(Command::Generate(args)) => generate::generate(&args, Cli::command()),
         Some(Command::Keep(args)) => guests::keep_vm(&args),
     };
     done.unwrap_or_else(|e| {

@@ -136,3 +136,28 @@ fn version_and_help_are_there() {
         assert!(stdout(&help).contains(word), "{word}");
     }
 }
+
+#[test]
+fn completions_and_man_pages_know_every_command() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = alveole(&["generate", "completions", shell]);
+        let text = stdout(&output);
+        assert!(
+            output.status.success() && text.contains("alveole"),
+            "{shell}"
+        );
+        assert!(
+            text.contains("exec") && text.contains("restart"),
+            "{shell}"
+        );
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    assert!(alveole(&["generate", "man", path]).status.success());
+    for page in ["alveole.1", "alveole-run.1", "alveole-image-pull.1"] {
+        let text = std::fs::read_to_string(folder.path().join(page)).unwrap();
+        assert!(text.contains(".SH NAME"), "{page}");
+    }
+    let nowhere = alveole(&["generate", "man", "/no/such/folder"]);
+    assert!(String::from_utf8_lossy(&nowhere.stderr).contains("/no/such/folder"));
+}

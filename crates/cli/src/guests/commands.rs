@@ -14,6 +14,7 @@ use serde_json::json;
 
 use super::copy::{End, copy};
 use super::run::{attached_to, set, start};
+use super::stats::stats;
 use super::terminal::{Raw, is_terminal, pass_signals, size};
 use super::{Format, table};
 use crate::places::Places;
@@ -89,6 +90,17 @@ VM all of it is root's; here it is this user's, without set-user and set-group b
         since: Option<SystemTime>,
         /// The VM
         vm: String,
+    },
+    /// Show what VMs use, as this host and as they themselves see it
+    Stats {
+        /// One line each, and end
+        #[arg(long)]
+        no_stream: bool,
+        /// text or json
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+        /// The VMs [all that run]
+        vms: Vec<String>,
     },
     /// Be attached to a VM's process; Ctrl-P Ctrl-Q lets go of a terminal
     Attach {
@@ -221,6 +233,11 @@ pub(crate) fn guest(command: &GuestCommand) -> anyhow::Result<ExitCode> {
             since,
             vm,
         } => logs(&vms.find(vm)?, *follow, *timestamps, *since),
+        GuestCommand::Stats {
+            no_stream,
+            format,
+            vms: names,
+        } => stats(&vms, names, *no_stream, *format),
         GuestCommand::Attach { no_stdin, vm } => {
             let vm = vms.find(vm)?;
             Ok(attached_to(

@@ -5,6 +5,7 @@ mod copy;
 mod empty_disk;
 mod keep;
 mod run;
+mod stats;
 mod terminal;
 
 use std::fmt::Write;
