@@ -146,10 +146,7 @@ fn completions_and_man_pages_know_every_command() {
             output.status.success() && text.contains("alveole"),
             "{shell}"
         );
-        assert!(
-            text.contains("exec") && text.contains("restart"),
-            "{shell}"
-        );
+        assert!(text.contains("exec") && text.contains("restart"), "{shell}");
     }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().to_str().unwrap();
