@@ -20,7 +20,7 @@ use alveole_guest_kernel::{KernelStore, Source as KernelSource};
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::harness::images::{bytes, ext4, path, root_files, tool};
+use crate::harness::images::{bytes, ext4, output, path, root_files, tool};
 use crate::harness::{End, Running, Vm, patience};
 
 const SECONDS: u64 = 60;
@@ -419,6 +419,8 @@ fn changes_stay_on_their_disk() {
         tool("e2fsck", &["-fn", path(&changes)]),
         "it was left in order"
     );
+    let facts = output("dumpe2fs", &["-h", path(&changes)]);
+    assert!(!facts.contains("needs_recovery"), "{facts}");
 }
 
 #[test]

@@ -391,7 +391,7 @@ fn a_vm_is_looked_after() {
         .find(|k| k["kind"] == "VMs")
         .unwrap();
     assert!(
-        vms["count"] == 1 && vms["unused_bytes"].as_u64().unwrap() > 1 << 20,
+        vms["count"] == 1 && vms["unused_bytes"].as_u64().unwrap() > 1 << 16,
         "{taken}"
     );
     home.does(&["rename", "web", "other"]);

@@ -11,7 +11,7 @@ use alveole_agent_protocol::{READY_PORT, Setup, ShutdownHow};
 use alveole_network::guest_config::{self, DeviceConfig};
 use vsock::{VMADDR_CID_HOST, VsockStream};
 
-use crate::session::set_clock;
+use crate::session::{Shared, set_clock};
 use crate::{mount, serve, shutdown};
 
 /// The modules that the guest needs, one file name a line, each after those it needs itself.
@@ -82,11 +82,14 @@ fn connect() -> Result<OwnedFd, String> {
 /// # Errors
 ///
 /// What could not be done; the rest was not tried.
-pub(crate) fn set_up(setup: &Setup) -> Result<(), String> {
+pub(crate) fn set_up(setup: &Setup, shared: &Shared) -> Result<(), String> {
     if let Some(unix_ns) = setup.unix_ns {
         set_clock(unix_ns)?;
     }
-    mount::root(setup)?;
+    if let Some(changes) = mount::root(setup)? {
+        // It is set up once.
+        let _ = shared.changes.set(changes);
+    }
     let devices = setup
         .network
         .iter()

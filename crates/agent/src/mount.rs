@@ -2,16 +2,18 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use alveole_agent_protocol::{Mount, Setup, Source};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{MountFlags, mount, mount_move};
 
 /// Where the guest's root is put together, in the initramfs.
 const ROOT: &str = "/root";
-/// What changes of the root are kept in, if not on a disk.
-const IN_MEMORY: &str = "/changes";
+/// Where changes of the root are kept.
+const CHANGES: &str = "/changes";
 /// Disks that the machine has may be found by the kernel a little later.
 const DISK_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -96,13 +98,14 @@ fn described(what: &Mount, target: &str) -> Result<(), String> {
     attach(&source, target, &what.kind, flags, &what.options)
 }
 
-/// Puts the guest's root together and moves into it.
-pub(crate) fn root(setup: &Setup) -> Result<(), String> {
+/// Puts the guest's root together and moves into it. Gives the disk of its changes, if it has one.
+pub(crate) fn root(setup: &Setup) -> Result<Option<OwnedFd>, String> {
+    let mut changes = None;
     if let Some(lower) = &setup.root {
         if setup.read_only {
             described(lower, ROOT)?;
         } else {
-            overlay(lower, setup.changes.as_ref())?;
+            changes = overlay(lower, setup.changes.as_ref())?;
         }
         in_root(ROOT)?;
         move_into(ROOT)?;
@@ -112,36 +115,30 @@ pub(crate) fn root(setup: &Setup) -> Result<(), String> {
     for what in &setup.mounts {
         described(what, &what.target)?;
     }
-    Ok(())
+    Ok(changes)
 }
 
-fn overlay(lower: &Mount, changes: Option<&Mount>) -> Result<(), String> {
+fn overlay(lower: &Mount, changes: Option<&Mount>) -> Result<Option<OwnedFd>, String> {
     const LOWER: &str = "/lower";
     described(lower, LOWER)?;
-    let upper = match changes {
+    let mut on_disk = None;
+    match changes {
         Some(disk) => {
-            described(disk, IN_MEMORY)?;
-            IN_MEMORY
+            described(disk, CHANGES)?;
+            let folder = open(CHANGES, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+            on_disk = Some(folder.map_err(|e| format!("cannot open '{CHANGES}': {e}"))?);
         }
-        None => {
-            attach(
-                "tmpfs",
-                IN_MEMORY,
-                "tmpfs",
-                MountFlags::empty(),
-                "mode=0755",
-            )?;
-            IN_MEMORY
-        }
-    };
-    let (changed, work) = (format!("{upper}/root"), format!("{upper}/work"));
+        None => attach("tmpfs", CHANGES, "tmpfs", MountFlags::empty(), "mode=0755")?,
+    }
+    let (changed, work) = (format!("{CHANGES}/root"), format!("{CHANGES}/work"));
     for folder in [&changed, &work] {
         fs::create_dir_all(folder).map_err(|e| format!("cannot make '{folder}': {e}"))?;
     }
     // A root is what its image says, owner and mode of its top included.
     copy_attributes(Path::new(LOWER), Path::new(&changed))?;
     let options = format!("lowerdir={LOWER},upperdir={changed},workdir={work}");
-    attach("root", ROOT, "overlay", MountFlags::empty(), &options)
+    attach("root", ROOT, "overlay", MountFlags::empty(), &options)?;
+    Ok(on_disk)
 }
 
 fn copy_attributes(from: &Path, to: &Path) -> Result<(), String> {
@@ -226,7 +223,7 @@ fn move_into(root: &str) -> Result<(), String> {
 }
 
 /// Makes every file system safe to be left: written out, and not written any more.
-pub(crate) fn leave() {
+pub(crate) fn leave(changes: Option<&OwnedFd>) {
     rustix::fs::sync();
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     // The last first, as they lie over one another.
@@ -238,6 +235,11 @@ pub(crate) fn leave() {
             let target = target.replace("\\040", " ");
             let _ = rustix::mount::mount_remount(&target, MountFlags::RDONLY, "");
         }
+    }
+    if let Some(changes) = changes {
+        // Nothing is begun that had to be finished by the next start.
+        let path = format!("/proc/self/fd/{}", changes.as_raw_fd());
+        let _ = rustix::mount::mount_remount(&path, MountFlags::RDONLY, "");
     }
     rustix::fs::sync();
 }

@@ -4,8 +4,8 @@ use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ const MAX_SESSIONS: usize = 1024;
 pub(crate) fn shared() -> Result<Arc<Shared>, String> {
     let shared = Arc::new(Shared {
         reaper: Reaper::default(),
+        changes: OnceLock::new(),
     });
     let reaping = Arc::clone(&shared);
     thread::Builder::new()

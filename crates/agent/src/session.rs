@@ -29,6 +29,8 @@ const MAX_UNSENT_BYTES: usize = 128 << 10;
 /// What all sessions share.
 pub(crate) struct Shared {
     pub(crate) reaper: Reaper,
+    /// Where the root's changes are kept, which no path leads to once the root is there.
+    pub(crate) changes: OnceLock<OwnedFd>,
 }
 
 /// Why a session ended before its end.
@@ -72,7 +74,7 @@ pub(crate) fn serve(connection: OwnedFd, shared: &Arc<Shared>, first: bool) -> R
             "the guest is set up already: this can be asked once, on the agent's own connection"
                 .into(),
         ),
-        Ok(Request::Setup(setup)) => done(init::set_up(&setup)),
+        Ok(Request::Setup(setup)) => done(init::set_up(&setup, shared)),
         Ok(Request::Run(process)) => return run(link, &process, shared),
         Ok(Request::CopyIn(request)) => return job(link, shared, copy::unpack(request)),
         Ok(Request::CopyOut(request)) => return job(link, shared, copy::pack(request)),
@@ -82,7 +84,7 @@ pub(crate) fn serve(connection: OwnedFd, shared: &Arc<Shared>, first: bool) -> R
         Ok(Request::Shutdown(request)) => {
             link.say(&Answer::Done)?;
             link.finish();
-            ending::shut_down(&request);
+            ending::shut_down(&request, shared.changes.get());
         }
     };
     link.say(&answer)?;

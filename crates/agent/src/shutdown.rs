@@ -1,5 +1,6 @@
 //! The end of a guest: processes are asked, then killed, file systems are left in order, the power goes off.
 
+use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,8 +15,8 @@ const LOOK: Duration = Duration::from_millis(2);
 /// After they were killed.
 const KILLED_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Ends the guest.
-pub(crate) fn shut_down(request: &Shutdown) -> ! {
+/// Ends the guest. `changes`: where those of the root are kept.
+pub(crate) fn shut_down(request: &Shutdown, changes: Option<&OwnedFd>) -> ! {
     let asked = Signal::from_named_raw(i32::from(request.signal)).unwrap_or(Signal::TERM);
     let grace = Duration::from_millis(request.grace_ms.into());
     for (signal, patience) in [(asked, grace), (Signal::KILL, KILLED_PATIENCE)] {
@@ -32,7 +33,7 @@ pub(crate) fn shut_down(request: &Shutdown) -> ! {
             break;
         }
     }
-    mount::leave();
+    mount::leave(changes);
     end(request.how)
 }
 
