@@ -76,8 +76,8 @@ pub(crate) fn serve(connection: OwnedFd, shared: &Arc<Shared>, first: bool) -> R
         ),
         Ok(Request::Setup(setup)) => done(init::set_up(&setup, shared)),
         Ok(Request::Run(process)) => return run(link, &process, shared),
-        Ok(Request::CopyIn(request)) => return job(link, shared, copy::unpack(request)),
-        Ok(Request::CopyOut(request)) => return job(link, shared, copy::pack(request)),
+        Ok(Request::CopyIn(request)) => return job(link, copy::unpack(request)),
+        Ok(Request::CopyOut(request)) => return job(link, copy::pack(request)),
         Ok(Request::Metrics) => Answer::Metrics(Box::new(metrics::gather())),
         Ok(Request::SetClock { unix_ns }) => done(set_clock(unix_ns)),
         Ok(Request::Signal { pid, signal }) => signal_process(shared, pid, signal),
@@ -203,7 +203,7 @@ fn run(mut link: Link, process: &Process, shared: &Arc<Shared>) -> Result<(), Br
     result
 }
 
-fn job(mut link: Link, _shared: &Shared, job: Result<Job, Refusal>) -> Result<(), Broken> {
+fn job(mut link: Link, job: Result<Job, Refusal>) -> Result<(), Broken> {
     let job = match job {
         Ok(job) => job,
         Err(refusal) => {

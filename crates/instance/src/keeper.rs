@@ -95,12 +95,11 @@ pub enum Told<'a> {
 /// The folder cannot be used. How the guest fares is no error of this.
 pub fn keep(
     vm: &Vm,
-    lock_of_vm: &KeeperLock,
+    _proves: &KeeperLock,
     with_client: bool,
     mut machine: impl FnMut() -> Result<Machine, String>,
     mut tell: impl FnMut(Told<'_>),
 ) -> Result<Ended, InstanceError> {
-    let _ = lock_of_vm;
     for old in [
         vm.at("ended.json"),
         vm.at("phase.json"),
