@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
+use std::process::Command;
 
 use crate::{KernelError, compressed};
 
@@ -32,12 +33,17 @@ pub(crate) fn unpack(package: &Path, into: &Path) -> Result<Unpacked, KernelErro
         if name.starts_with("data.tar") {
             let data = compressed::open(name, member).map_err(damaged)?;
             unpack_data(data, into).map_err(damaged)?;
-            return found(into).ok_or_else(|| {
+            let unpacked = found(into).ok_or_else(|| {
                 wrong(
                     "has no kernel (boot/vmlinuz-*) with modules: is it a meta package? The one that it depends on has them"
                         .into(),
                 )
-            });
+            })?;
+            // Debian's are completed where they are installed.
+            if !unpacked.modules.join("modules.dep").exists() {
+                depmod(&unpacked.modules, into).map_err(wrong)?;
+            }
+            return Ok(unpacked);
         }
     }
     Err(wrong(
@@ -82,6 +88,24 @@ fn unpack_data(data: impl Read, into: &Path) -> io::Result<()> {
         io::copy(&mut entry, &mut File::create_new(&to)?)?;
     }
     Ok(())
+}
+
+/// Has depmod(8) find out which modules need which. It only reads and writes below the folder.
+fn depmod(modules: &Path, below: &Path) -> Result<(), String> {
+    let release = modules.file_name().unwrap_or_default();
+    let done = Command::new("depmod")
+        .arg("-b")
+        .arg(below)
+        .arg(release)
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+        .output()
+        .map_err(|e| format!("does not say which modules need which, and depmod, which finds out, cannot be run: {e}; install kmod"))?;
+    if done.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&done.stderr);
+    let said = said.lines().next().unwrap_or_default();
+    Err(format!("has modules that depmod cannot read: {said}"))
 }
 
 fn found(below: &Path) -> Option<Unpacked> {

@@ -3,10 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use alveole_guest_kernel::{KernelStore, MACHINE, Source, write_initramfs};
+use alveole_guest_kernel::{KernelStore, MACHINE, ModuleTree, Source, write_initramfs};
 use tempfile::TempDir;
 
 const RELEASE: &str = "6.1.0-9-test";
@@ -44,6 +45,22 @@ fn modules(below: &Path) -> PathBuf {
     tree
 }
 
+/// A package of what is below a folder.
+fn build(root: &Path, compression: &str) -> PathBuf {
+    let control =
+        "Package: kernel\nVersion: 1\nArchitecture: amd64\nMaintainer: x <x@x.x>\nDescription: x\n";
+    fs::create_dir_all(root.join("DEBIAN")).unwrap();
+    fs::write(root.join("DEBIAN/control"), control).unwrap();
+    let out = root.with_extension("deb");
+    let built = Command::new("dpkg-deb")
+        .args(["--root-owner-group", "-Z", compression, "--build"])
+        .args([root, &out])
+        .output()
+        .unwrap();
+    assert!(built.status.success(), "{built:?}");
+    out
+}
+
 struct Bench {
     dir: TempDir,
     store: KernelStore,
@@ -71,7 +88,6 @@ impl Bench {
             .dir
             .path()
             .join(format!("package-{compression}-{merged_usr}"));
-        fs::create_dir_all(root.join("DEBIAN")).unwrap();
         fs::create_dir_all(root.join("boot")).unwrap();
         kernel(&root.join(format!("boot/vmlinuz-{RELEASE}")));
         modules(&if merged_usr {
@@ -79,16 +95,7 @@ impl Bench {
         } else {
             root.clone()
         });
-        let control = "Package: kernel\nVersion: 1\nArchitecture: amd64\nMaintainer: x <x@x.x>\nDescription: x\n";
-        fs::write(root.join("DEBIAN/control"), control).unwrap();
-        let out = root.with_extension("deb");
-        let built = Command::new("dpkg-deb")
-            .args(["--root-owner-group", "-Z", compression, "--build"])
-            .args([&root, &out])
-            .output()
-            .unwrap();
-        assert!(built.status.success(), "{built:?}");
-        out
+        build(&root, compression)
     }
 
     #[track_caller]
@@ -174,6 +181,63 @@ fn packages_in_every_compression() {
             assert_eq!(text, format!("the module {name}"));
         }
     }
+}
+
+/// Says loudly that a test does not run; `tools/test` counts these lines.
+fn skip(test: &str, why: &str) {
+    let line = format!("SKIPPED {test}: {why}\n");
+    // Not `eprint!`: the test runner keeps that for itself.
+    let _ = std::io::stderr().write_all(line.as_bytes());
+    if let Some(path) = std::env::var_os("ALVEOLE_SKIP_LOG") {
+        let mut log = fs::File::options()
+            .append(true)
+            .create(true)
+            .open(path)
+            .unwrap();
+        log.write_all(line.as_bytes()).unwrap();
+    }
+}
+
+/// Debian's packages say nothing of which modules need which: that is found out where they are installed.
+#[test]
+fn a_package_as_debian_has_them() {
+    const NAME: &str = "a_package_as_debian_has_them";
+    let Some(vmlinuz) = std::env::var_os("ALVEOLE_TEST_KERNEL").map(PathBuf::from) else {
+        return skip(NAME, "ALVEOLE_TEST_KERNEL is not set");
+    };
+    let trees = fs::read_dir(vmlinuz.with_file_name("lib").join("modules"));
+    let Some(tree) = trees.into_iter().flatten().flatten().next() else {
+        return skip(NAME, "beside ALVEOLE_TEST_KERNEL are no modules");
+    };
+    let (tree, release) = (tree.path(), tree.file_name());
+    let bench = Bench::new();
+    let root = bench.dir.path().join("debian");
+    let modules = root.join("lib/modules").join(&release);
+    let order = ModuleTree::open(&tree).unwrap().resolve(MACHINE).unwrap();
+    for file in &order {
+        let to = modules.join(file.strip_prefix(&tree).unwrap());
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(file, to).unwrap();
+    }
+    for name in [
+        "modules.builtin",
+        "modules.builtin.modinfo",
+        "modules.order",
+    ] {
+        let _ = fs::copy(tree.join(name), modules.join(name));
+    }
+    fs::create_dir_all(root.join("boot")).unwrap();
+    let name = format!("vmlinuz-{}", release.to_str().unwrap());
+    fs::copy(&vmlinuz, root.join("boot").join(name)).unwrap();
+    let package = build(&root, "none");
+    let kernel = bench.store.add(&Source::Package(package), None).unwrap();
+    assert_eq!(kernel.release, release.to_str().unwrap());
+    let listed =
+        fs::read_to_string(kernel.kernel().with_file_name("modules").join("order")).unwrap();
+    assert_eq!(listed.lines().count(), order.len(), "{listed}");
+    // Whatever needs another comes after it.
+    let place = |name: &str| listed.lines().position(|l| l == name).unwrap();
+    assert!(place("virtio_ring.ko") < place("virtio_blk.ko"), "{listed}");
 }
 
 #[test]
