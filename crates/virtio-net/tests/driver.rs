@@ -369,6 +369,28 @@ fn frames_of_every_kind_of_length_reach_the_link_as_they_are() {
     assert_eq!(nic.count("tx_frames"), 13);
 }
 
+/// An Ethernet header is the least that is a frame.
+#[test]
+fn frames_of_every_length_reach_the_link_or_are_refused() {
+    let mut nic = nic();
+    let all = with_header(&NO_OFFLOADS, &frame(MAX_FRAME_BYTES + HEADER_BYTES + 1, 3));
+    let longest = all.len() - HEADER_BYTES;
+    let room = nic.driver.allocate(all.len() as u64);
+    nic.driver.ram().write(room, &all).unwrap();
+    let lengths = 14..=MAX_FRAME_BYTES;
+    for len in 0..=longest {
+        let chain = HEADER_BYTES + len;
+        let buffer = Buffer::Raw(room, u32::try_from(chain).unwrap(), false);
+        assert_eq!(nic.driver.request(TX, &[buffer]).len, 0, "{len}");
+        if lengths.contains(&len) {
+            assert!(nic.arrived(0) == all[..chain], "{len}");
+        }
+    }
+    let passed = lengths.count();
+    assert_eq!(nic.count("tx_frames"), passed as u64);
+    assert_eq!(nic.count("tx_malformed"), (longest + 1 - passed) as u64);
+}
+
 #[test]
 fn any_framing_of_a_chain_is_the_same_frame() {
     let mut nic = nic();
