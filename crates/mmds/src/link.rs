@@ -115,28 +115,14 @@ impl LinkQueue for Detour {
         let Some(frame) = self.service.give() else {
             return self.inner.receive(into);
         };
-        let len = (HEADER_BYTES as u64).saturating_add(frame.len() as u64);
-        if into.len_bytes() < len {
-            return Ok(Received::TooLong);
-        }
-        // All but `num_buffers`, which is the device's.
-        into.copy_from(0, &[0; HEADER_BYTES - 2]);
-        into.copy_from(HEADER_BYTES as u64, &frame);
-        Ok(Received::Frame(len))
+        Ok(Received::own(&frame, into))
     }
 
     fn receive_kept(&mut self, into: &mut [u8]) -> io::Result<Received> {
         let Some(frame) = self.service.give() else {
             return self.inner.receive_kept(into);
         };
-        let len = HEADER_BYTES.saturating_add(frame.len());
-        let Some(into) = into.get_mut(..len) else {
-            return Ok(Received::TooLong);
-        };
-        let (header, room) = into.split_at_mut(HEADER_BYTES);
-        header.fill(0);
-        room.copy_from_slice(&frame);
-        Ok(Received::Frame(len as u64))
+        Ok(Received::own_kept(&frame, into))
     }
 
     fn readable_fd(&self) -> BorrowedFd<'_> {

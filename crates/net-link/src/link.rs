@@ -118,6 +118,35 @@ pub enum Received {
     Closed,
 }
 
+/// How a link that has frames of its own, beside those of the link behind it, hands them out.
+impl Received {
+    /// Writes a frame behind a header that says nothing, into guest memory.
+    #[must_use]
+    pub fn own(frame: &[u8], into: &GuestBuffers) -> Self {
+        let len = (HEADER_BYTES as u64).saturating_add(frame.len() as u64);
+        if into.len_bytes() < len {
+            return Self::TooLong;
+        }
+        // All but `num_buffers`, which is the device's.
+        into.copy_from(0, &[0; HEADER_BYTES - 2]);
+        into.copy_from(HEADER_BYTES as u64, frame);
+        Self::Frame(len)
+    }
+
+    /// The same, into memory of this process.
+    #[must_use]
+    pub fn own_kept(frame: &[u8], into: &mut [u8]) -> Self {
+        let len = HEADER_BYTES.saturating_add(frame.len());
+        let Some(into) = into.get_mut(..len) else {
+            return Self::TooLong;
+        };
+        let (header, room) = into.split_at_mut(HEADER_BYTES);
+        header.fill(0);
+        room.copy_from_slice(frame);
+        Self::Frame(len as u64)
+    }
+}
+
 /// One pair of queues of a link: frames in both directions. Never waits.
 pub trait LinkQueue: Send {
     /// Sends one frame straight from guest memory.
