@@ -34,6 +34,10 @@ const MAX_PROCESSES: usize = 100_000;
 const MAX_WAIT: Duration = Duration::from_secs(2);
 const ROUND: Duration = Duration::from_millis(2);
 
+/// How long to wait for a holder that can be seen. A process that starts another one lends it its open files, locks
+/// included, until that executes its program: an image that was just closed may be held for that moment.
+const PATIENCE: Duration = Duration::from_millis(250);
+
 /// Locks `file` for as long as it is open anywhere, rings of the kernel included.
 pub(crate) fn lock(file: &File, path: &Path, write: bool) -> Result<(), OpenError> {
     let start = Instant::now();
@@ -42,7 +46,8 @@ pub(crate) fn lock(file: &File, path: &Path, write: bool) -> Result<(), OpenErro
             Err(Conflict) => holders(file),
             Ok(()) => return Ok(()),
         };
-        if error.is_none() && start.elapsed() < MAX_WAIT {
+        let patience = if error.is_none() { MAX_WAIT } else { PATIENCE };
+        if start.elapsed() < patience {
             sys::unlock(file);
             thread::sleep(ROUND);
             continue;

@@ -609,6 +609,31 @@ fn another_process_is_kept_off_and_named() {
 }
 
 #[test]
+fn an_image_that_is_lent_for_a_moment_is_waited_for() {
+    let folder = folder();
+    let path = file(folder.path(), "disk", 1 << 20);
+    let first = open(&path, &OpenOptions::default()).unwrap();
+    // As between fork and exec: a child has all that its parent has open. It only sleeps, and ends.
+    // SAFETY: the child calls nothing but what may be called after fork(2) in a process with threads.
+    let child = unsafe {
+        let child = libc::fork();
+        if child == 0 {
+            libc::usleep(60_000);
+            libc::_exit(0);
+        }
+        child
+    };
+    assert!(child > 0);
+    drop(first);
+    open(&path, &OpenOptions::default()).unwrap();
+    // SAFETY: our own child, and no status is asked for.
+    assert_eq!(
+        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) },
+        child
+    );
+}
+
+#[test]
 fn an_image_is_opened_again_at_once() {
     let folder = folder();
     let path = file(folder.path(), "disk", 1 << 20);
