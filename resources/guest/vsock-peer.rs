@@ -5,7 +5,8 @@
 //!     vsock-peer receive PORT BYTES       from the host
 //!     vsock-peer echo PORT COUNT ROUNDS   so many connections at once, each of them so often
 //!     vsock-peer halves PORT              end one direction, then read the other to its end
-//!     vsock-peer udp-echo PORT            not vsock: send datagrams back to where they come from, for ever
+//!     vsock-peer tcp-echo PORT            not vsock: send everything of each connection back, for ever
+//!     vsock-peer udp-echo PORT            the same with datagrams
 //!     vsock-peer udp-ask ADDRESS TEXT     the other end of that: say what comes back, for which it waits for 3 s
 //!
 //! Who connects says in nine bytes what is to come: a letter and a number (little endian).
@@ -22,7 +23,7 @@ use std::ffi::c_int;
 use std::fs::File;
 use std::hash::{DefaultHasher, Hasher};
 use std::io::{self, Read, Write};
-use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::FromRawFd;
 use std::process::exit;
 use std::thread;
@@ -137,6 +138,17 @@ fn order(stream: &mut impl Write, what: u8, number: u64) -> io::Result<()> {
     stream.write_all(&bytes)
 }
 
+fn send_back(stream: &mut (impl Read + Write)) -> io::Result<()> {
+    let mut piece = vec![0; 4096];
+    loop {
+        let got = stream.read(&mut piece)?;
+        if got == 0 {
+            return Ok(());
+        }
+        stream.write_all(&piece[..got])?;
+    }
+}
+
 fn obey(mut stream: File) -> io::Result<()> {
     let mut what = [0];
     stream.read_exact(&mut what)?;
@@ -150,16 +162,7 @@ fn obey(mut stream: File) -> io::Result<()> {
             let sum = write_all(&mut stream, number)?;
             stream.write_all(&sum.to_le_bytes())
         }
-        b'e' => {
-            let mut piece = vec![0; 4096];
-            loop {
-                let got = stream.read(&mut piece)?;
-                if got == 0 {
-                    return Ok(());
-                }
-                stream.write_all(&piece[..got])?;
-            }
-        }
+        b'e' => send_back(&mut stream),
         b'h' => {
             let len = io::copy(&mut stream, &mut io::sink())?;
             stream.write_all(&len.to_le_bytes())
@@ -264,6 +267,20 @@ fn halves(port: u32) -> io::Result<()> {
     Ok(())
 }
 
+fn tcp_echo(port: u16) -> io::Result<()> {
+    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))?;
+    println!("vsock-peer: takes connections");
+    loop {
+        let (mut stream, _) = listener.accept()?;
+        stream.set_nodelay(true)?;
+        thread::spawn(move || {
+            if let Err(e) = send_back(&mut stream) {
+                println!("vsock-peer: a connection failed: {e}");
+            }
+        });
+    }
+}
+
 fn udp_echo(port: u16) -> io::Result<()> {
     let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))?;
     println!("vsock-peer: takes datagrams");
@@ -299,9 +316,10 @@ fn main() {
         Some("receive") => receive(port, number(2)),
         Some("echo") => echo(port, number(2), number(3)),
         Some("halves") => halves(port),
+        Some("tcp-echo") => tcp_echo(port as u16),
         Some("udp-echo") => udp_echo(port as u16),
         Some("udp-ask") if words.len() == 3 => udp_ask(&words[1], &words[2]),
-        _ => Err(io::Error::other("say serve, send, receive, echo, halves, udp-echo or udp-ask")),
+        _ => Err(io::Error::other("say serve, send, receive, echo, halves, tcp-echo, udp-echo or udp-ask")),
     };
     if let Err(e) = done {
         println!("vsock-peer: failed: {e}");

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::table::Column;
 use super::tap::{GUEST, GUEST_MAC, PREFIX, Tap};
-use super::vsock;
+use super::{request, vsock};
 use crate::machine::{Device, Machine};
 use crate::run::{Run, cpu_seconds};
 use crate::vmm::Kind;
@@ -26,10 +26,22 @@ pub(super) struct Job {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum What {
     Ping,
-    Tcp { streams: u32, from_guest: bool },
-    Udp { from_guest: bool },
-    Vsock { streams: u32, from_guest: bool },
-    VsockPing { streams: u32 },
+    /// A byte there and a byte back by TCP, without a pause: what netperf calls TCP_RR.
+    TcpRequest,
+    Tcp {
+        streams: u32,
+        from_guest: bool,
+    },
+    Udp {
+        from_guest: bool,
+    },
+    Vsock {
+        streams: u32,
+        from_guest: bool,
+    },
+    VsockPing {
+        streams: u32,
+    },
 }
 
 impl What {
@@ -63,8 +75,9 @@ const fn sockets(name: &'static str, streams: u32, from_guest: bool) -> Job {
     )
 }
 
-pub(super) const JOBS: [Job; 13] = [
+pub(super) const JOBS: [Job; 14] = [
     job("ping", What::Ping),
+    job("tcp-rr", What::TcpRequest),
     tcp("tcp1-to-guest", 1, false),
     tcp("tcp1-from-guest", 1, true),
     tcp("tcp8-to-guest", 8, false),
@@ -200,6 +213,9 @@ impl Plan {
             What::Ping => {
                 // A hundred a second.
                 return Ok(percentiles(at, &ping(self.seconds * 100)?));
+            }
+            What::TcpRequest => {
+                return Ok(percentiles(at, &request::round_trips(GUEST, self.seconds)?));
             }
             What::VsockPing { streams } => {
                 let times = vsock::round_trips(&self.vsock_path(), self.seconds, streams)?;

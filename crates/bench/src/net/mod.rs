@@ -7,6 +7,7 @@
 mod bare;
 mod cell;
 mod jobs;
+mod request;
 mod ring;
 mod table;
 mod tap;
