@@ -35,6 +35,7 @@ fn begin() -> Result<std::convert::Infallible, String> {
     load_modules()?;
     let shared = serve::shared()?;
     let host = connect()?;
+    note();
     serve::begin(host, &shared, true);
     serve::vsock(&shared)
 }
@@ -75,6 +76,11 @@ fn connect() -> Result<OwnedFd, String> {
             Err(_) => std::thread::sleep(Duration::from_millis(1)),
         }
     }
+}
+
+/// A line in the kernel's log, whose time says when it was: `dmesg` tells how long kernel and agent took.
+fn note() {
+    let _ = fs::write("/dev/kmsg", "alveole-agent: the host is there\n");
 }
 
 /// Makes the guest what the host describes.

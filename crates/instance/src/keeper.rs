@@ -24,6 +24,7 @@ use rustix::process::{
 use crate::ask::Ask;
 use crate::folder::{now_ms, write_json};
 use crate::log::LogWriter;
+use crate::stages::reached;
 use crate::streams::{Fanout, Hub, Input, lock};
 use crate::{Ended, InstanceError, KeeperLock, Phase, Restart, Vm};
 
@@ -140,6 +141,7 @@ pub fn keep(
         .spawn(move || serve(&listener, &serving))
         .map_err(InstanceError::file("serve", &socket))?;
 
+    reached("kept");
     tell(Told::Serves);
     let mut pause = RESTART_PAUSE;
     let ended = loop {
@@ -391,6 +393,7 @@ impl Once<'_> {
         };
         let mut monitor = Monitor::start(vm, machine)
             .map_err(|e| not_started(format!("cannot start the monitor: {e}")))?;
+        reached("monitor");
         let pid = rustix::process::Pid::from_child(&monitor.child);
         lock(&self.control.now).monitor = pidfd_open(pid, PidfdFlags::empty()).ok();
         let result = self.in_machine(listener, setup, &mut monitor, phase, tell);
@@ -412,6 +415,7 @@ impl Once<'_> {
         }
         lock(&self.control.now).monitor = None;
         drop(monitor);
+        reached("off");
         for gone in &sockets {
             let _ = fs::remove_file(gone);
         }
@@ -431,6 +435,7 @@ impl Once<'_> {
         // The first that connects is the agent, as it is the guest's first process; others of the guest are not listened to.
         drop(listener);
         let _ = fs::remove_file(vm.socket(&format!("vsock_{READY_PORT}")));
+        reached("agent");
         let session = Session::begin(connection, BOOT_PATIENCE);
         session
             .and_then(|session| session.ask(&Request::Setup(Box::new(setup))))
@@ -454,10 +459,12 @@ impl Once<'_> {
             if let Err(e) = write_json(&vm.at("phase.json"), phase) {
                 log::warn!("{e}");
             }
+            reached("started");
             lock(&control.now).controls = Some(controls);
             control.hub.begun(pid);
             tell(Told::Runs);
         });
+        reached("exited");
         match exit {
             Ok(exit) => Ok(exit),
             Err(AgentError::Refused(refusal)) => Err(Failure {

@@ -14,6 +14,7 @@ mod folder;
 mod keeper;
 mod log;
 mod record;
+mod stages;
 mod streams;
 
 pub use ask::{Ask, Attach, ask, attach};
@@ -22,3 +23,4 @@ pub use folder::{KeeperLock, Vm, Vms};
 pub use keeper::{Machine, Told, keep};
 pub use log::{LogEntry, LogReader};
 pub use record::{Ended, Phase, Record, Restart, State};
+pub use stages::{reached, stages_file};

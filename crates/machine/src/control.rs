@@ -186,6 +186,7 @@ impl Machine {
         for vcpu in &self.vcpus {
             vcpu.order(Order::Run);
         }
+        log::info!("the guest runs");
         let mut next_tick = Instant::now() + period;
         loop {
             if let Some(request) = self.deferred.pop_front() {

@@ -7,8 +7,10 @@ use std::process::{Command, ExitCode};
 use alveole_agent_protocol::{Mount, Setup, Source};
 use alveole_guest_kernel::Kernel;
 use alveole_host::programs;
-use alveole_instance::{Machine, Told, Vm, keep};
-use alveole_vm_config::{BootSource, CacheType, Drive, Entropy, MachineConfig, VmConfig, Vsock};
+use alveole_instance::{Machine, Told, Vm, keep, reached, stages_file};
+use alveole_vm_config::{
+    BootSource, CacheType, Drive, Entropy, LogLevel, Logger, MachineConfig, VmConfig, Vsock,
+};
 use anyhow::Context;
 use clap::Parser;
 
@@ -103,10 +105,13 @@ fn machine(places: &Places, vm: &Vm) -> anyhow::Result<Machine> {
     let record = &vm.record;
     let kernel = places.kernels().get(Some(&record.kernel))?;
     let initramfs = kernel.initramfs(&programs::agent()?)?;
+    reached("kernel");
     let changes = changes(places, vm)?;
+    reached("disk");
     let words = Words::try_parse_from([&"words".to_owned()].into_iter().chain(&record.network))
         .context("cannot understand the VM's words about networks")?;
     let plugged = words.network.begin(true)?.finish()?;
+    reached("network");
     let description = VmConfig {
         boot_source: boot_source(&kernel, initramfs),
         machine_config: MachineConfig {
@@ -122,6 +127,7 @@ fn machine(places: &Places, vm: &Vm) -> anyhow::Result<Machine> {
             vsock_id: None,
         }),
         entropy: Some(Entropy::default()),
+        logger: stages_file().map(monitor_log),
         ..VmConfig::default()
     };
     let description = hand_over(&description)?;
@@ -152,6 +158,16 @@ fn machine(places: &Places, vm: &Vm) -> anyhow::Result<Machine> {
         setup,
         held: vec![Box::new(description), Box::new(plugged.descriptors)],
     })
+}
+
+/// Where the monitor says that the guest runs: beside the other stages.
+fn monitor_log(mut stages: PathBuf) -> Logger {
+    stages.as_mut_os_string().push(".monitor");
+    Logger {
+        log_path: Some(stages),
+        level: Some(LogLevel::Info),
+        ..Logger::default()
+    }
 }
 
 fn boot_source(kernel: &Kernel, initramfs: PathBuf) -> BootSource {

@@ -11,7 +11,7 @@ use alveole_agent_client::{AgentError, Streams};
 use alveole_agent_protocol::{Process, Refusal, WindowSize};
 use alveole_host::programs;
 use alveole_image::RunConfig;
-use alveole_instance::{Attach, InstanceError, Record, Restart, State, Vm, attach};
+use alveole_instance::{Attach, InstanceError, Record, Restart, State, Vm, attach, reached};
 use anyhow::{Context, bail};
 
 use super::terminal::{Keys, Raw, is_terminal, pass_signals, size};
@@ -197,6 +197,7 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
     let vms = places.vms();
     vms.sweep();
     let vm = vms.create(&name, &record)?;
+    reached("created");
     start_keeper(&vm, !more.detach)
 }
 
