@@ -341,13 +341,18 @@ impl Bench {
         }
         let listener = UnixListener::bind(&ready)?;
         let folder = self.home.join("data/kernels").join(NAME);
-        let disk = fs::read_dir(self.home.join("data/images/disks"))?
-            .flatten()
-            .map(|entry| entry.path())
-            .find(|path| path.extension().is_some_and(|e| e == "erofs"))
-            .context("the store has no root disk")?;
+        let one = |folder: &Path, fits: &dyn Fn(&str) -> bool| -> anyhow::Result<PathBuf> {
+            let entries = fs::read_dir(folder)?.flatten();
+            let mut fitting = entries.filter(|entry| entry.file_name().to_str().is_some_and(fits));
+            let found = fitting.next().map(|entry| entry.path());
+            found.with_context(|| format!("{} has not what is looked for", folder.display()))
+        };
+        let initramfs = one(&folder, &|name| name.starts_with("initramfs-"))?;
+        let disk = one(&self.home.join("data/images/disks"), &|name| {
+            Path::new(name).extension().is_some_and(|e| e == "erofs")
+        })?;
         let config = json!({
-            "boot-source": {"kernel_image_path": utf8(&args.kernel)?, "initrd_path": utf8(&folder.join("initramfs"))?, "boot_args": CMDLINE},
+            "boot-source": {"kernel_image_path": utf8(&args.kernel)?, "initrd_path": utf8(&initramfs)?, "boot_args": CMDLINE},
             "drives": [{"drive_id": "root", "path_on_host": utf8(&disk)?, "is_root_device": false, "is_read_only": true}],
             "machine-config": {"vcpu_count": args.cpus, "mem_size_mib": args.memory},
             "vsock": {"guest_cid": 3, "uds_path": utf8(&socket)?},
@@ -360,15 +365,14 @@ impl Bench {
             .map(Into::into)
             .collect();
         let start = Instant::now();
-        let run = run::Run::start(
+        let mut run = run::Run::start(
             firecracker.path.as_os_str(),
             &words,
             &self.scratch.join("fc.stderr"),
             PATIENCE,
         )?;
-        if !run::wait_readable(&listener, start + PATIENCE) {
-            bail!("{}", run.failure("the agent did not connect"));
-        }
+        run.wait_for_other(&listener, "its guest's agent was there")
+            .map_err(anyhow::Error::msg)?;
         Ok(milliseconds(start.elapsed()))
     }
 
@@ -471,7 +475,8 @@ impl Bench {
             .context("there is no podman in PATH")?;
         let podman = Podman {
             root: self.scratch.join("podman"),
-            run: self.scratch.join("podman.run"),
+            // It takes no long path for this.
+            run: tempfile::Builder::new().prefix("ap.").tempdir()?,
             version: succeed("podman", &version)?.trim().to_owned(),
         };
         let archive = self.scratch.join("tree.tar");
@@ -543,7 +548,7 @@ impl Bench {
 /// podman, with a store of its own.
 struct Podman {
     root: PathBuf,
-    run: PathBuf,
+    run: tempfile::TempDir,
     version: String,
 }
 
@@ -555,7 +560,7 @@ impl Podman {
             .arg("--root")
             .arg(&self.root)
             .arg("--runroot")
-            .arg(&self.run)
+            .arg(self.run.path())
             .args(words)
             .output()?;
         succeed(&format!("podman {}", words.join(" ")), &output)?;

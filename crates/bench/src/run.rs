@@ -211,6 +211,25 @@ impl Run {
         }
     }
 
+    /// Waits until something else is readable.
+    ///
+    /// # Errors
+    /// The process ended or the time was over before; `what` is what was waited for.
+    pub(crate) fn wait_for_other(&mut self, other: &impl AsFd, what: &str) -> Result<(), String> {
+        let pidfd = self.pidfd()?;
+        let mut fds = [
+            PollFd::new(other, PollFlags::IN),
+            PollFd::new(&pidfd, PollFlags::IN),
+        ];
+        if !wait_any(&mut fds, self.deadline) {
+            return Err(self.failure(&format!("time-out before {what}")));
+        }
+        if fds[0].revents().is_empty() {
+            return Err(self.failure(&format!("ended before {what}")));
+        }
+        Ok(())
+    }
+
     /// Waits for the end of the process; how long after the start it came, and how.
     ///
     /// # Errors
