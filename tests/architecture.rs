@@ -92,7 +92,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("virtio-queue", &["virtio"]),
     ("seccompiler", &["thread-sandbox"]),
     ("io-uring", &["block-store"]),
-    ("httparse", &["api-server", "mmds"]),
+    ("httparse", &["api-server", "mmds", "instance"]),
     ("miniz_oxide", &["qcow2"]),
     ("ruzstd", &["qcow2", "guest-kernel", "image"]),
     ("ureq", &["image"]),
