@@ -17,6 +17,7 @@ use super::events::{EventsArgs, events};
 use super::run::{attached_to, set, start};
 use super::stats::stats;
 use super::terminal::{Raw, is_terminal, pass_signals, size};
+use super::top::{TopArgs, top};
 use super::update::{UpdateArgs, update};
 use super::{Format, shortened, table};
 use crate::places::Places;
@@ -104,6 +105,8 @@ VM all of it is root's; here it is this user's, without set-user and set-group b
         /// The VMs [all that run]
         vms: Vec<String>,
     },
+    /// Watch VMs: what they use, live, sorted and filtered
+    Top(TopArgs),
     /// Show what happened to VMs
     Events(EventsArgs),
     /// Change what VMs are and may use, while they run as far as that goes
@@ -235,6 +238,7 @@ pub(crate) fn guest(command: &GuestCommand) -> anyhow::Result<ExitCode> {
             format,
             vms: names,
         } => stats(&vms, names, *no_stream, *format),
+        GuestCommand::Top(args) => top(&vms, args),
         GuestCommand::Events(args) => events(&vms, args),
         GuestCommand::Update(args) => each(&vms, &args.vms, |vm| update(&vm, args)),
         GuestCommand::Attach { no_stdin, vm } => {

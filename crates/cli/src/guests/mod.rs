@@ -10,6 +10,7 @@ mod run;
 mod sample;
 mod stats;
 mod terminal;
+mod top;
 mod update;
 
 use std::fmt::Write;
