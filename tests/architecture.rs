@@ -92,10 +92,11 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("virtio-queue", &["virtio"]),
     ("seccompiler", &["thread-sandbox"]),
     ("io-uring", &["block-store"]),
-    ("httparse", &["api-server", "mmds"]),
+    ("httparse", &["api-server", "mmds", "instance"]),
     ("miniz_oxide", &["qcow2"]),
     ("ruzstd", &["qcow2", "guest-kernel", "image"]),
     ("ureq", &["image"]),
+    ("ratatui", &["cli"]),
     ("tar", &["image", "agent", "guest-kernel", "cli"]),
     ("flate2", &["image", "guest-kernel"]),
     ("smoltcp", &["mmds"]),
@@ -148,8 +149,9 @@ const UNSAFE: &[(&str, &str)] = &[
 ];
 
 /// What the VMM must never link, and why.
-const NOT_IN_THE_VMM: [(&str, &str); 11] = [
+const NOT_IN_THE_VMM: [(&str, &str); 12] = [
     ("tokio", "no async runtime in the guest-facing process"),
+    ("ratatui", "what people look at is another process's"),
     ("clap", "half a megabyte for a dozen options"),
     ("anyhow", "errors are typed below the programs"),
     ("alveole-host", "host-side work lives in another process"),

@@ -149,6 +149,11 @@ impl RunArgs {
 
 /// Becomes the VMM, or the lab with the VMM in it. Comes back only with an error.
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<Infallible> {
+    if !args.for_image.limits.is_empty() {
+        bail!(
+            "--disk-bandwidth, --disk-iops and --net-bandwidth are for guests of images: leave them out, or name an image"
+        );
+    }
     let vmm = programs::vmm()?;
     if args.lab && !in_lab() {
         return lab::enter(args);

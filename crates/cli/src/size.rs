@@ -100,6 +100,27 @@ impl FromStr for DiskSize {
     }
 }
 
+/// Bytes a second; zero is none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rate {
+    bytes: u64,
+}
+
+impl Rate {
+    pub(crate) fn bytes_per_s(self) -> u64 {
+        self.bytes
+    }
+}
+
+impl FromStr for Rate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bytes = u64::try_from(bytes(text)?).map_err(|_| too_large())?;
+        Ok(Self { bytes })
+    }
+}
+
 /// What a disk's size is to become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NewSize {

@@ -44,6 +44,16 @@ pub enum InstanceError {
         /// Where it goes wrong.
         why: String,
     },
+    /// The monitor's API does not do it.
+    #[error("{request} of the monitor of '{name}': {why}")]
+    Monitor {
+        /// The VM.
+        name: String,
+        /// What it was asked.
+        request: String,
+        /// Why not.
+        why: String,
+    },
     /// The guest did not come up.
     #[error("the VM '{name}' did not start: {why}")]
     NoStart {

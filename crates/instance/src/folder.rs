@@ -9,6 +9,7 @@
 //! NAME/console      what the guest's kernel said
 //! NAME/monitor      what the monitor said
 //! NAME/changes      the disk that takes the root's changes
+//! .events...        what happened to all of them (`events`)
 //! ```
 //!
 //! Sockets are elsewhere, as their paths are bounded (108 bytes, unix(7)) and as a host that starts again has none:
@@ -31,7 +32,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::record::VERSION;
-use crate::{Ended, InstanceError, Phase, Record, State};
+use crate::{Ended, EventReader, Happened, InstanceError, Phase, Record, State};
 
 /// What is not whole begins with it, which no VM's name does.
 const UNFINISHED: &str = ".new-";
@@ -102,12 +103,23 @@ impl Vms {
             Err(_) if folder.exists() => return Err(InstanceError::Exists(name.into())),
             Err(e) => return Err(InstanceError::file("make the folder", &folder)(e)),
         }
-        Ok(Vm {
+        let vm = Vm {
             name: name.into(),
             record: record.clone(),
             folder,
             run: self.run.join(&record.id),
-        })
+        };
+        vm.note(Happened::Created);
+        Ok(vm)
+    }
+
+    /// What happened to all VMs, as far as that is kept, and what happens.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub fn events(&self) -> Result<EventReader, InstanceError> {
+        EventReader::new(&self.folder)
     }
 
     /// All VMs, by name. Folders that cannot be read are passed over with a warning.
@@ -166,17 +178,7 @@ impl Vms {
 
     fn open(&self, name: &str) -> Result<Vm, InstanceError> {
         let folder = self.folder.join(name);
-        let path = folder.join("vm.json");
-        let record: Record = match read_json(&path)? {
-            Some(record) => record,
-            None => return Err(InstanceError::Unknown(name.into())),
-        };
-        if record.version > VERSION {
-            return Err(InstanceError::Record {
-                path,
-                why: format!("it is of version {}", record.version),
-            });
-        }
+        let record = read_record(&folder, name)?;
         Ok(Vm {
             name: name.into(),
             run: self.run.join(&record.id),
@@ -255,6 +257,8 @@ impl Vm {
                 restarts: 0,
                 monitor_pid: None,
                 keeper_pid: 0,
+                cpus: self.record.cpus,
+                memory_mib: self.record.memory_mib,
             };
             // Of the one that keeps it now: it removes the other's first.
             return Ok(State::Kept(
@@ -292,6 +296,50 @@ impl Vm {
         }
     }
 
+    /// What its folder says by now.
+    ///
+    /// # Errors
+    ///
+    /// It is gone, or cannot be understood.
+    pub fn again(&self) -> Result<Self, InstanceError> {
+        let record = read_record(&self.folder, &self.name)?;
+        if record.id != self.record.id {
+            return Err(InstanceError::Unknown(self.name.clone()));
+        }
+        Ok(Self {
+            record,
+            ..self.clone()
+        })
+    }
+
+    /// Changes what it is; gives what it is then. Those who change it at the same time do so one after the other, and its keeper
+    /// has it with its next start. Nothing is changed where `how` fails.
+    ///
+    /// # Errors
+    ///
+    /// It is gone, its folder cannot be written, or the error of `how`.
+    pub fn change<E: From<InstanceError>>(
+        &self,
+        how: impl FnOnce(&mut Record) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        // Of the folder itself: it is not the keeper's, and goes with the folder.
+        let folder = File::open(&self.folder).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => InstanceError::Unknown(self.name.clone()),
+            _ => InstanceError::file("open", &self.folder)(e),
+        })?;
+        rustix::io::retry_on_intr(|| rustix::fs::flock(&folder, FlockOperation::LockExclusive))
+            .map_err(|e| InstanceError::file("lock", &self.folder)(e.into()))?;
+        let mut changed = self.again()?;
+        how(&mut changed.record)?;
+        write_json(&changed.at("vm.json"), &changed.record)?;
+        Ok(changed)
+    }
+
+    /// Whether nobody wrote down how it ended, which is for who holds its lock to say.
+    pub(crate) fn was_lost(&self) -> bool {
+        self.at("phase.json").exists() && !self.at("ended.json").exists()
+    }
+
     /// Becomes its keeper.
     ///
     /// # Errors
@@ -319,12 +367,16 @@ impl Vm {
     ///
     /// Something of it cannot be removed.
     pub fn remove(self, _lock: &KeeperLock) -> Result<(), InstanceError> {
+        if self.was_lost() {
+            self.note(Happened::Lost);
+        }
         let _ = fs::remove_dir_all(&self.run);
         // Away at once, so that its name is free and nobody finds half of it.
         let gone = self
             .folder
             .with_file_name(format!("{UNFINISHED}{}", self.record.id));
         fs::rename(&self.folder, &gone).map_err(InstanceError::file("remove", &self.folder))?;
+        self.note(Happened::Removed);
         fs::remove_dir_all(&gone).map_err(InstanceError::file("remove", &gone))
     }
 
@@ -346,8 +398,33 @@ impl Vm {
         ) {
             Err(rustix::io::Errno::EXIST) => Err(InstanceError::Exists(name.into())),
             done => done.map_err(|e| InstanceError::file("rename", &self.folder)(e.into())),
-        }
+        }?;
+        let renamed = Self {
+            name: name.into(),
+            folder: to,
+            ..self.clone()
+        };
+        renamed.note(Happened::Renamed {
+            from: self.name.clone(),
+        });
+        Ok(())
     }
+}
+
+/// What a VM is, as its folder says.
+fn read_record(folder: &Path, name: &str) -> Result<Record, InstanceError> {
+    let path = folder.join("vm.json");
+    let record: Record = match read_json(&path)? {
+        Some(record) => record,
+        None => return Err(InstanceError::Unknown(name.into())),
+    };
+    if record.version > VERSION {
+        return Err(InstanceError::Record {
+            path,
+            why: format!("it is of version {}", record.version),
+        });
+    }
+    Ok(record)
 }
 
 const LOCK_TRIES: u32 = 50;

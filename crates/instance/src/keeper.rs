@@ -1,13 +1,12 @@
 //! Keeping a VM: its machine, its main process, who is attached, and how it ended.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,16 +16,15 @@ use alveole_agent_protocol::{
     Answer, Control, Exit, READY_PORT, Refusal, Request, Setup, Shutdown, ShutdownHow, Stream,
     from_json,
 };
-use rustix::process::{
-    PidfdFlags, Signal, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
-};
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::ask::Ask;
 use crate::folder::{now_ms, write_json};
 use crate::log::LogWriter;
+use crate::monitor::Monitor;
 use crate::stages::reached;
 use crate::streams::{Fanout, Hub, Input, lock};
-use crate::{Ended, InstanceError, KeeperLock, Phase, Restart, Vm};
+use crate::{Ended, Happened, InstanceError, KeeperLock, Phase, Restart, Vm};
 
 /// A guest's kernel and agent, on a slow host.
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
@@ -44,10 +42,6 @@ const CLIENTS_PATIENCE: Duration = Duration::from_secs(5);
 const RESTART_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 const GOOD_WHILE: Duration = Duration::from_secs(10);
-/// A console's text that has grown so far is put aside, and the one before it is gone.
-const MAX_CONSOLE_BYTES: u64 = 1 << 20;
-/// How much of what the monitor said last is told.
-const TOLD_BYTES: usize = 600;
 
 /// What a start of the machine needs.
 pub struct Machine {
@@ -89,7 +83,7 @@ pub enum Told<'a> {
 }
 
 /// Keeps a VM until it has ended for good, and gives how. The main thread calls it, as the monitor ends with who started it.
-/// `machine` makes what each start needs; `tell` is told how far it is.
+/// `machine` makes what each start needs, of the VM as it is by then; `tell` is told how far it is.
 ///
 /// # Errors
 ///
@@ -98,9 +92,12 @@ pub fn keep(
     vm: &Vm,
     _proves: &KeeperLock,
     with_client: bool,
-    mut machine: impl FnMut() -> Result<Machine, String>,
+    mut machine: impl FnMut(&Vm) -> Result<Machine, String>,
     mut tell: impl FnMut(Told<'_>),
 ) -> Result<Ended, InstanceError> {
+    if vm.was_lost() {
+        vm.note(Happened::Lost);
+    }
     for old in [
         vm.at("ended.json"),
         vm.at("phase.json"),
@@ -117,6 +114,8 @@ pub fn keep(
             .as_raw_nonzero()
             .get()
             .cast_unsigned(),
+        cpus: vm.record.cpus,
+        memory_mib: vm.record.memory_mib,
     };
     write_json(&vm.at("phase.json"), &phase)?;
     fs::DirBuilder::new()
@@ -166,9 +165,12 @@ pub fn keep(
             at_ms: now_ms(),
             why,
         };
+        vm.note((&ended).into());
         let stopping = lock(&control.now).stopping;
+        // As it is by now: it may have been changed while the machine ran.
+        let restart = vm.again().map_or(vm.record.restart, |vm| vm.record.restart);
         let again = !stopping
-            && match vm.record.restart {
+            && match restart {
                 Restart::No => false,
                 Restart::OnFailure(most) => {
                     ended.status != 0 && most.is_none_or(|most| phase.restarts < most)
@@ -183,9 +185,13 @@ pub fn keep(
         if begun.elapsed() > GOOD_WHILE {
             pause = RESTART_PAUSE;
         }
+        phase.restarts += 1;
+        vm.note(Happened::Restarting {
+            restarts: phase.restarts,
+            pause_ms: u64::try_from(pause.as_millis()).unwrap_or(u64::MAX),
+        });
         thread::sleep(pause);
         pause = (pause * 2).min(LONGEST_PAUSE);
-        phase.restarts += 1;
         if lock(&control.now).stopping {
             break ended;
         }
@@ -239,118 +245,6 @@ fn not_started(why: impl Into<String>) -> Failure {
     }
 }
 
-/// The monitor, which ends with this.
-struct Monitor {
-    child: Child,
-    said: PathBuf,
-    /// Goes after the monitor.
-    _held: Vec<Box<dyn Send>>,
-}
-
-impl Monitor {
-    fn start(vm: &Vm, machine: Machine) -> io::Result<Self> {
-        let said = vm.at("monitor");
-        let out = File::create(&said)?;
-        let mut command = machine.monitor;
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(out);
-        // SAFETY: one system call, nothing is allocated.
-        unsafe {
-            command.pre_exec(|| {
-                // A keeper that is killed leaves no guest behind.
-                set_parent_process_death_signal(Some(Signal::KILL))?;
-                Ok(())
-            });
-        }
-        let mut child = command.spawn()?;
-        if let Some(console) = child.stdout.take() {
-            let path = vm.at("console");
-            thread::Builder::new()
-                .name("console".into())
-                .spawn(move || keep_console(console, &path))?;
-        }
-        Ok(Self {
-            child,
-            said,
-            _held: machine.held,
-        })
-    }
-
-    fn has_ended(&mut self) -> bool {
-        !matches!(self.child.try_wait(), Ok(None))
-    }
-
-    /// Waits for its end, and kills it if that does not come.
-    fn end(&mut self, patience: Duration) {
-        let until = Instant::now() + patience;
-        while !self.has_ended() {
-            if Instant::now() > until {
-                let _ = self.child.kill();
-                let _ = self.child.wait();
-                return;
-            }
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// How it ended, in its own words.
-    fn last_words(&mut self) -> String {
-        let status = match self.child.try_wait() {
-            Ok(Some(status)) => match (status.code(), status.signal()) {
-                (Some(code), _) => format!("exit status {code}"),
-                (_, Some(signal)) => format!("signal {signal}"),
-                _ => "unknown status".into(),
-            },
-            _ => "it still runs".into(),
-        };
-        let said = fs::read(&self.said).unwrap_or_default();
-        let said =
-            String::from_utf8_lossy(&said[said.len().saturating_sub(TOLD_BYTES)..]).into_owned();
-        // It says in one line, the last, how it ended.
-        let said = said
-            .lines()
-            .rfind(|l| !l.trim().is_empty())
-            .unwrap_or_default();
-        if said.is_empty() {
-            return status;
-        }
-        format!("{status}: {said}")
-    }
-}
-
-/// What the guest writes to its console, as far as that is kept. A guest can write for ever, and a disk may be full: it goes on.
-fn keep_console(mut from: impl Read, path: &Path) {
-    let mut buffer = [0; 4096];
-    let mut file = File::create(path);
-    let mut size = 0;
-    loop {
-        let count = match from.read(&mut buffer) {
-            Ok(0) => return,
-            Ok(count) => count,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(_) => return,
-        };
-        if size >= MAX_CONSOLE_BYTES {
-            let _ = fs::rename(path, path.with_extension("1"));
-            file = File::create(path);
-            size = 0;
-        }
-        if let Ok(file) = &mut file {
-            let _ = file.write_all(&buffer[..count]);
-        }
-        size += count as u64;
-    }
-}
-
-impl Drop for Monitor {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 /// The main process's input, if it has one; the end that the process reads.
 fn new_input(control: &Kept) -> Result<Option<File>, InstanceError> {
     if !control.vm.record.process.input {
@@ -373,7 +267,7 @@ struct Once<'a> {
 impl Once<'_> {
     fn run(
         mut self,
-        machine: &mut impl FnMut() -> Result<Machine, String>,
+        machine: &mut impl FnMut(&Vm) -> Result<Machine, String>,
         phase: &mut Phase,
         tell: &mut impl FnMut(Told<'_>),
     ) -> Result<Exit, Failure> {
@@ -386,7 +280,11 @@ impl Once<'_> {
         }
         let listener =
             UnixListener::bind(&ready).map_err(|e| told(InstanceError::file("make", &ready)(e)))?;
-        let mut machine = machine().map_err(not_started)?;
+        // What was changed since the last start is so from this one on.
+        let now = vm.again().map_err(told)?;
+        phase.cpus = now.record.cpus;
+        phase.memory_mib = now.record.memory_mib;
+        let mut machine = machine(&now).map_err(not_started)?;
         let setup = Setup {
             unix_ns: Some(now_ms().saturating_mul(1_000_000)),
             ..std::mem::take(&mut machine.setup)
@@ -414,6 +312,9 @@ impl Once<'_> {
             }
         }
         lock(&self.control.now).monitor = None;
+        if monitor.says_panic() {
+            vm.note(Happened::Panicked);
+        }
         drop(monitor);
         reached("off");
         for gone in &sockets {
@@ -462,6 +363,9 @@ impl Once<'_> {
             reached("started");
             lock(&control.now).controls = Some(controls);
             control.hub.begun(pid);
+            vm.note(Happened::Started {
+                restarts: phase.restarts,
+            });
             tell(Told::Runs);
         });
         reached("exited");
@@ -544,10 +448,15 @@ fn client(connection: UnixStream, control: &Arc<Kept>) -> Result<(), AgentError>
     match session.request::<Ask>()? {
         Ask::Attach(how) => attached(session, control, &how),
         Ask::Stop { signal, grace_ms } => {
+            let signal = signal.unwrap_or(control.stop_signal);
+            control.vm.note(Happened::Stopping {
+                signal: Some(signal),
+            });
             stop(control, signal, grace_ms);
             session.answer_with(&Answer::Done)
         }
         Ask::Signal(signal) => {
+            control.vm.note(Happened::Signalled { signal });
             // As containers have it: after this one it is not started again.
             if signal == 9 || signal == 15 || signal == control.stop_signal {
                 lock(&control.now).stopping = true;
@@ -565,6 +474,7 @@ fn client(connection: UnixStream, control: &Arc<Kept>) -> Result<(), AgentError>
             session.answer_with(&answer)
         }
         Ask::Kill => {
+            control.vm.note(Happened::Stopping { signal: None });
             kill(control);
             session.answer_with(&Answer::Done)
         }
@@ -572,7 +482,7 @@ fn client(connection: UnixStream, control: &Arc<Kept>) -> Result<(), AgentError>
 }
 
 /// Asks for the end, and sees that it comes.
-fn stop(control: &Arc<Kept>, signal: Option<u8>, grace_ms: u32) {
+fn stop(control: &Arc<Kept>, signal: u8, grace_ms: u32) {
     let controls = {
         let mut now = lock(&control.now);
         now.stopping = true;
@@ -583,7 +493,7 @@ fn stop(control: &Arc<Kept>, signal: Option<u8>, grace_ms: u32) {
         kill(control);
         return;
     };
-    controls.signal(signal.unwrap_or(control.stop_signal));
+    controls.signal(signal);
     let control = Arc::clone(control);
     let _ = thread::Builder::new().name("stop".into()).spawn(move || {
         thread::sleep(Duration::from_millis(grace_ms.into()));

@@ -7,20 +7,25 @@
 //!
 //! Deliberately does not know: images, networks, what people type, how the machine is described.
 
+mod api;
 mod ask;
 mod error;
+mod events;
 mod folder;
-#[expect(unsafe_code, reason = "what runs between fork and exec")]
 mod keeper;
 mod log;
+#[expect(unsafe_code, reason = "what runs between fork and exec")]
+mod monitor;
 mod record;
 mod stages;
 mod streams;
 
+pub use api::MonitorApi;
 pub use ask::{Ask, Attach, ask, attach};
 pub use error::InstanceError;
+pub use events::{Event, EventReader, Happened};
 pub use folder::{KeeperLock, Vm, Vms};
 pub use keeper::{Machine, Told, keep};
 pub use log::{LogEntry, LogReader};
-pub use record::{Ended, Phase, Record, Restart, State};
+pub use record::{Ended, Limits, Phase, Record, Restart, State};
 pub use stages::{reached, stages_file};

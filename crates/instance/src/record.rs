@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use alveole_agent_protocol::Process;
 use serde::{Deserialize, Serialize};
 
-/// What a VM is: written once, when it is made.
+/// What a VM is: written when it is made, and when it is changed (`Vm::change`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     /// The version of this file.
@@ -46,6 +46,21 @@ pub struct Record {
     pub restart: Restart,
     /// It is removed after its end.
     pub remove: bool,
+    /// What its disks and interfaces may carry.
+    #[serde(default)]
+    pub limits: Limits,
+}
+
+/// What each of a VM's disks and network interfaces may carry; none: as much as it can.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Limits {
+    /// Bytes a second that a disk reads and writes.
+    pub disk_bytes_per_s: Option<u64>,
+    /// Requests a second of a disk.
+    pub disk_operations_per_s: Option<u64>,
+    /// Bytes a second of an interface, each way.
+    pub network_bytes_per_s: Option<u64>,
 }
 
 /// The version of [`Record`] that this program writes.
@@ -89,6 +104,12 @@ pub struct Phase {
     pub monitor_pid: Option<u32>,
     /// The keeper's process.
     pub keeper_pid: u32,
+    /// Processors of the machine that runs: what the record says is for the next one.
+    #[serde(default)]
+    pub cpus: u8,
+    /// Its memory, in MiB.
+    #[serde(default)]
+    pub memory_mib: u64,
 }
 
 /// What a VM does, as its folder says.

@@ -7,16 +7,19 @@ use std::time::{Duration, SystemTime};
 
 use alveole_agent_client::{AgentError, Guest, Streams};
 use alveole_agent_protocol::{Process, Refusal};
-use alveole_instance::{Ask, InstanceError, LogReader, State, Vm, Vms, ask};
+use alveole_instance::{Ask, Happened, InstanceError, LogReader, State, Vm, Vms, ask};
 use anyhow::{Context, bail};
 use clap::Subcommand;
 use serde_json::json;
 
 use super::copy::{End, copy};
+use super::events::{EventsArgs, events};
 use super::run::{attached_to, set, start};
 use super::stats::stats;
 use super::terminal::{Raw, is_terminal, pass_signals, size};
-use super::{Format, table};
+use super::top::{TopArgs, top};
+use super::update::{UpdateArgs, update};
+use super::{Format, shortened, table};
 use crate::places::Places;
 use crate::{hint, print};
 
@@ -86,7 +89,7 @@ VM all of it is root's; here it is this user's, without set-user and set-group b
         #[arg(short, long)]
         timestamps: bool,
         /// Not what is older: a time (2026-01-02T03:04:05Z) or so long ago (10m)
-        #[arg(long, value_name = "WHEN", value_parser = since)]
+        #[arg(long, value_name = "WHEN", value_parser = super::time_or_ago)]
         since: Option<SystemTime>,
         /// The VM
         vm: String,
@@ -102,6 +105,12 @@ VM all of it is root's; here it is this user's, without set-user and set-group b
         /// The VMs [all that run]
         vms: Vec<String>,
     },
+    /// Watch VMs: what they use, live, sorted and filtered
+    Top(TopArgs),
+    /// Show what happened to VMs
+    Events(EventsArgs),
+    /// Change what VMs are and may use, while they run as far as that goes
+    Update(UpdateArgs),
     /// Be attached to a VM's process; Ctrl-P Ctrl-Q lets go of a terminal
     Attach {
         /// Pass nothing on
@@ -176,15 +185,6 @@ VM all of it is root's; here it is this user's, without set-user and set-group b
     },
 }
 
-fn since(text: &str) -> Result<SystemTime, String> {
-    if let Ok(time) = humantime::parse_rfc3339_weak(text) {
-        return Ok(time);
-    }
-    let ago = humantime::parse_duration(text).ok();
-    ago.and_then(|ago| SystemTime::now().checked_sub(ago))
-        .ok_or_else(|| "write a time, as 2026-01-02T03:04:05Z, or how long ago, as 10m".into())
-}
-
 pub(crate) fn guest(command: &GuestCommand) -> anyhow::Result<ExitCode> {
     let vms = Places::usual().vms();
     match command {
@@ -238,6 +238,9 @@ pub(crate) fn guest(command: &GuestCommand) -> anyhow::Result<ExitCode> {
             format,
             vms: names,
         } => stats(&vms, names, *no_stream, *format),
+        GuestCommand::Top(args) => top(&vms, args),
+        GuestCommand::Events(args) => events(&vms, args),
+        GuestCommand::Update(args) => each(&vms, &args.vms, |vm| update(&vm, args)),
         GuestCommand::Attach { no_stdin, vm } => {
             let vm = vms.find(vm)?;
             Ok(attached_to(
@@ -408,6 +411,9 @@ fn exec(vm: &Vm, process: &Process) -> ExitCode {
         errors: Some(Box::new(io::stderr())),
     };
     let exit = guest.run(process, streams, |controls, _| {
+        vm.note(Happened::Exec {
+            program: process.args.first().cloned().unwrap_or_default(),
+        });
         if let Err(e) = pass_signals(controls, terminal) {
             hint(&format!("signals are not passed on: {e}"));
         }
@@ -538,19 +544,6 @@ fn ps(vms: &Vms, all: bool, quiet: bool, format: Format) -> anyhow::Result<ExitC
     };
     print(&text)?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn shortened(text: &str) -> String {
-    const MOST: usize = 30;
-    let text: String = text
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect();
-    if text.chars().count() <= MOST {
-        return text;
-    }
-    let begin: String = text.chars().take(MOST - 1).collect();
-    format!("{begin}…")
 }
 
 fn ago(ms: u64) -> String {

@@ -15,6 +15,7 @@ use anyhow::Context;
 use clap::Parser;
 
 use super::empty_disk;
+use super::limits::describe;
 use crate::interfaces::{NetworkArgs, keep_over_exec};
 use crate::places::Places;
 use crate::run::hand_over;
@@ -60,7 +61,7 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
         &vm,
         &lock,
         args.with_client,
-        || machine(&places, &vm).map_err(|e| format!("{e:#}")),
+        |vm| machine(&places, vm).map_err(|e| format!("{e:#}")),
         |told| match told {
             Told::Serves => say("serves"),
             Told::Runs => {
@@ -112,7 +113,7 @@ fn machine(places: &Places, vm: &Vm) -> anyhow::Result<Machine> {
         .context("cannot understand the VM's words about networks")?;
     let plugged = words.network.begin(true)?.finish()?;
     reached("network");
-    let description = VmConfig {
+    let mut description = VmConfig {
         boot_source: boot_source(&kernel, initramfs),
         machine_config: MachineConfig {
             vcpu_count: record.cpus,
@@ -130,6 +131,7 @@ fn machine(places: &Places, vm: &Vm) -> anyhow::Result<Machine> {
         logger: stages_file().map(monitor_log),
         ..VmConfig::default()
     };
+    describe(&record.limits, &mut description);
     let description = hand_over(&description)?;
     let mut monitor = Command::new(programs::vmm()?);
     monitor

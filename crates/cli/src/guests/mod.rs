@@ -3,12 +3,18 @@
 mod commands;
 mod copy;
 mod empty_disk;
+mod events;
 mod keep;
+mod limits;
 mod run;
+mod sample;
 mod stats;
 mod terminal;
+mod top;
+mod update;
 
 use std::fmt::Write;
+use std::time::SystemTime;
 
 pub(crate) use commands::{GuestCommand, guest};
 pub(crate) use keep::{KeepArgs, keep_vm};
@@ -44,6 +50,30 @@ pub(crate) fn table(head: &[&str], rows: Vec<Vec<String>>) -> String {
         text.push('\n');
     }
     text
+}
+
+/// A time, or how long ago.
+pub(crate) fn time_or_ago(text: &str) -> Result<SystemTime, String> {
+    if let Ok(time) = humantime::parse_rfc3339_weak(text) {
+        return Ok(time);
+    }
+    let ago = humantime::parse_duration(text).ok();
+    ago.and_then(|ago| SystemTime::now().checked_sub(ago))
+        .ok_or_else(|| "write a time, as 2026-01-02T03:04:05Z, or how long ago, as 10m".into())
+}
+
+/// A word of somebody else, short and without what a terminal would obey.
+pub(crate) fn shortened(text: &str) -> String {
+    const MOST: usize = 30;
+    let text: String = text
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    if text.chars().count() <= MOST {
+        return text;
+    }
+    let begin: String = text.chars().take(MOST - 1).collect();
+    format!("{begin}…")
 }
 
 /// A signal by its name or number.

@@ -11,9 +11,12 @@ use alveole_agent_client::{AgentError, Streams};
 use alveole_agent_protocol::{Process, Refusal, WindowSize};
 use alveole_host::programs;
 use alveole_image::RunConfig;
-use alveole_instance::{Attach, InstanceError, Record, Restart, State, Vm, attach, reached};
+use alveole_instance::{
+    Attach, InstanceError, Limits, Record, Restart, State, Vm, attach, reached,
+};
 use anyhow::{Context, bail};
 
+use super::limits::LimitArgs;
 use super::terminal::{Keys, Raw, is_terminal, pass_signals, size};
 use crate::image::here_or_pulled;
 use crate::places::Places;
@@ -80,9 +83,12 @@ pub(crate) struct ImageArgs {
     /// The signal that asks the process to end [the image's, or TERM]
     #[arg(long, value_name = "SIGNAL", value_parser = super::signal, requires = "image")]
     stop_signal: Option<u8>,
+
+    #[command(flatten)]
+    pub(crate) limits: LimitArgs,
 }
 
-fn restart(text: &str) -> Result<Restart, String> {
+pub(super) fn restart(text: &str) -> Result<Restart, String> {
     match text.split_once(':') {
         None if text == "no" => Ok(Restart::No),
         None if text == "always" => Ok(Restart::Always),
@@ -173,6 +179,8 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
     let id = Record::new_id()?;
     let name = args.network.name().unwrap_or_else(|| format!("vm-{id}"));
     network.push(format!("--name={name}"));
+    let mut limits = Limits::default();
+    more.limits.change(&mut limits);
     let hostname = args.network.hostname().unwrap_or_else(|| name.clone());
     let record = Record {
         version: Record::VERSION,
@@ -192,6 +200,7 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
         labels: labels(&more.label),
         restart: more.restart.unwrap_or_default(),
         remove: more.rm,
+        limits,
         id,
     };
     let vms = places.vms();
@@ -221,7 +230,7 @@ fn disk_bytes(args: &RunArgs) -> anyhow::Result<Option<u64>> {
     }
 }
 
-fn labels(words: &[String]) -> BTreeMap<String, String> {
+pub(super) fn labels(words: &[String]) -> BTreeMap<String, String> {
     let pair = |word: &String| match word.split_once('=') {
         Some((name, value)) => (name.to_owned(), value.to_owned()),
         None => (word.clone(), String::new()),

@@ -1,0 +1,215 @@
+//! The monitor's process, and what is seen of its guest from outside.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Signal, set_parent_process_death_signal};
+
+use crate::{Happened, Machine, Vm};
+
+/// A console's text that has grown so far is put aside, and the one before it is gone.
+const MAX_CONSOLE_BYTES: u64 = 1 << 20;
+/// The monitor's exit status where the guest's kernel panicked.
+const PANICKED: i32 = 4;
+/// So often in one run of the machine it is written down that the guest was out of memory: a guest can be so, or say so, for ever.
+const MAX_OOM_EVENTS: u32 = 16;
+/// The longest line of a console that is looked at.
+const MAX_LOOKED_AT_BYTES: usize = 1024;
+/// How much of what the monitor said last is told.
+const TOLD_BYTES: usize = 600;
+
+/// The monitor, which ends with this.
+pub(crate) struct Monitor {
+    pub(crate) child: Child,
+    said: PathBuf,
+    /// Goes after the monitor.
+    _held: Vec<Box<dyn Send>>,
+}
+
+impl Monitor {
+    pub(crate) fn start(vm: &Vm, machine: Machine) -> io::Result<Self> {
+        let said = vm.at("monitor");
+        let out = File::create(&said)?;
+        let mut command = machine.monitor;
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(out);
+        // SAFETY: one system call, nothing is allocated.
+        unsafe {
+            command.pre_exec(|| {
+                // A keeper that is killed leaves no guest behind.
+                set_parent_process_death_signal(Some(Signal::KILL))?;
+                Ok(())
+            });
+        }
+        let mut child = command.spawn()?;
+        if let Some(console) = child.stdout.take() {
+            let (path, vm) = (vm.at("console"), vm.clone());
+            thread::Builder::new()
+                .name("console".into())
+                .spawn(move || {
+                    keep_console(console, &path, |process| vm.note(Happened::Oom { process }));
+                })?;
+        }
+        Ok(Self {
+            child,
+            said,
+            _held: machine.held,
+        })
+    }
+
+    /// Whether it has ended as its guest's kernel panicked.
+    pub(crate) fn says_panic(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(Some(status)) if status.code() == Some(PANICKED))
+    }
+
+    pub(crate) fn has_ended(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Waits for its end, and kills it if that does not come.
+    pub(crate) fn end(&mut self, patience: Duration) {
+        let until = Instant::now() + patience;
+        while !self.has_ended() {
+            if Instant::now() > until {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// How it ended, in its own words.
+    pub(crate) fn last_words(&mut self) -> String {
+        let status = match self.child.try_wait() {
+            Ok(Some(status)) => match (status.code(), status.signal()) {
+                (Some(code), _) => format!("exit status {code}"),
+                (_, Some(signal)) => format!("signal {signal}"),
+                _ => "unknown status".into(),
+            },
+            _ => "it still runs".into(),
+        };
+        let said = fs::read(&self.said).unwrap_or_default();
+        let said =
+            String::from_utf8_lossy(&said[said.len().saturating_sub(TOLD_BYTES)..]).into_owned();
+        // It says in one line, the last, how it ended.
+        let said = said
+            .lines()
+            .rfind(|l| !l.trim().is_empty())
+            .unwrap_or_default();
+        if said.is_empty() {
+            return status;
+        }
+        format!("{status}: {said}")
+    }
+}
+
+/// What the guest writes to its console, as far as that is kept. A guest can write for ever, and a disk may be full: it goes on.
+fn keep_console(mut from: impl Read, path: &Path, mut oom: impl FnMut(String)) {
+    let mut buffer = [0; 4096];
+    let mut look = OomLook::default();
+    let mut file = File::create(path);
+    let mut size = 0;
+    loop {
+        let count = match from.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => count,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => return,
+        };
+        if size >= MAX_CONSOLE_BYTES {
+            let _ = fs::rename(path, path.with_extension("1"));
+            file = File::create(path);
+            size = 0;
+        }
+        if let Ok(file) = &mut file {
+            let _ = file.write_all(&buffer[..count]);
+        }
+        size += count as u64;
+        look.at(&buffer[..count], &mut oom);
+    }
+}
+
+/// Looks for a guest's want of memory in what its kernel says (mm/oom_kill.c, `__oom_kill_process`; an error, which `quiet` does not hush).
+#[derive(Default)]
+struct OomLook {
+    line: Vec<u8>,
+    seen: u32,
+}
+
+impl OomLook {
+    fn at(&mut self, bytes: &[u8], oom: &mut impl FnMut(String)) {
+        for byte in bytes {
+            if *byte != b'\n' {
+                if self.line.len() < MAX_LOOKED_AT_BYTES {
+                    self.line.push(*byte);
+                }
+                continue;
+            }
+            if self.seen < MAX_OOM_EVENTS
+                && let Some(process) = killed_for_memory(&self.line)
+            {
+                self.seen += 1;
+                oom(process);
+            }
+            self.line.clear();
+        }
+    }
+}
+
+/// `12 (name)`, of a line that ends with `Out of memory: Killed process 12 (name) total-vm:...`, or that of a cgroup.
+fn killed_for_memory(line: &[u8]) -> Option<String> {
+    let line = String::from_utf8_lossy(line);
+    let (before, after) = line.split_once(": Killed process ")?;
+    let before = before.to_ascii_lowercase();
+    if !before.contains("out of memory") {
+        return None;
+    }
+    let process = after.split(" total-vm:").next()?.trim();
+    let plain = process.chars().take(64);
+    Some(
+        plain
+            .map(|c| if c.is_control() { ' ' } else { c })
+            .collect(),
+    )
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_out_of_memory_is_found_on_its_console_and_cannot_fill_a_disk_by_it() {
+        let mut found = Vec::new();
+        let mut look = OomLook::default();
+        let console = "[    1.5] a: Killed process 1 (x)\r\n\
+            [    2.5] Out of memory: Killed process 12 (two words) total-vm:1kB, anon-rss:1kB\r\n\
+            [    3.5] Memory cgroup out of memory: Killed process 13 (b\x1b[2J) total-vm:1kB\r\n\
+            out of memory\n: Killed process 1 (a)\n";
+        // However it comes in.
+        for byte in console.as_bytes() {
+            look.at(&[*byte], &mut |process| found.push(process));
+        }
+        assert_eq!(found, ["12 (two words)", "13 (b [2J)"]);
+        let line = "Out of memory: Killed process 1 (a)\n".repeat(100);
+        look.at(line.as_bytes(), &mut |process| found.push(process));
+        assert_eq!(found.len(), MAX_OOM_EVENTS as usize);
+        let endless = vec![b'x'; 1 << 20];
+        look.at(&endless, &mut |process| found.push(process));
+        assert!(look.line.len() <= MAX_LOOKED_AT_BYTES);
+    }
+}
