@@ -34,7 +34,7 @@ const THREADS: [(&str, &[Role]); 3] = [
 
 static EXTRA: OnceLock<ExtraFilters> = OnceLock::new();
 
-/// One program for each of [`THREADS`], ready to be installed.
+/// One program for each of `vmm`, `api` and `vcpu`, ready to be installed.
 #[derive(Clone)]
 pub struct ExtraFilters([Vec<sock_filter>; THREADS.len()]);
 
