@@ -43,14 +43,16 @@ usage: alveole-vmm [--api-sock PATH] [--config-file FILE [--no-api]] [options]
   --show-level          name the level in log lines
   --show-log-origin     name file and line of origin in log lines
   --metrics-path FILE   write counters to FILE, one JSON line a minute and one at the end
+  --seccomp-filter FILE filters of your own, as Firecracker's seccompiler-bin compiles them: they come on top of
+                        the built-in ones, and so only take rights away
   --no-seccomp          understood, and the filters stay (a warning says so)
   --start-time-us, --start-time-cpu-us, --parent-cpu-time-us N
                         what a jailer says of itself, for the times of the start in the counters
   --version, --help
 
 exit status: 0 the guest powered off, asked for a reset or was ended from the console, 4 its
-kernel panicked, 5 a triple fault, 6 KVM could not run it, 1 the host failed,
-148 a system call was refused by the sandbox, 152 the description, or what it names, is wrong,
+kernel panicked, 5 a triple fault, 6 KVM could not run it, 1 the host failed, or the filters of
+--seccomp-filter are wrong, 148 a system call was refused by the sandbox, 152 the description, or what it names, is wrong,
 153 the command line is wrong, 156 the terminal is gone, or SIGHUP, 131 SIGQUIT; by SIGTERM and
 SIGINT it dies, which shells show as 143 and 130
 ";
@@ -89,6 +91,7 @@ pub(crate) struct Args {
     pub(crate) launched: Launched,
     /// No filters were wished for. They stay: the program is right under them, and nobody is worse off.
     pub(crate) no_seccomp: bool,
+    pub(crate) seccomp_filter: Option<PathBuf>,
 }
 
 impl Default for Args {
@@ -115,16 +118,13 @@ impl Default for Args {
             metrics_path: None,
             launched: Launched::default(),
             no_seccomp: false,
+            seccomp_filter: None,
         }
     }
 }
 
 /// Firecracker's options whose function does not exist here, and what to do without it.
 const NOT_BUILT: &[(&str, &str)] = &[
-    (
-        "seccomp-filter",
-        "each thread's own filter is part of this program and cannot be exchanged; leave the option out",
-    ),
     (
         "snapshot-version",
         "snapshots are not built yet; leave the option out",
@@ -181,6 +181,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "version" => return Ok(Request::Version),
             "no-api" => args.no_api = true,
             "no-seccomp" => args.no_seccomp = true,
+            "seccomp-filter" => args.seccomp_filter = Some(text()?.into()),
             "boot-timer" => args.boot_timer = true,
             "enable-pci" => args.transport = Transport::Pci,
             "show-level" => args.show_level = true,
@@ -206,6 +207,9 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "id" => args.id = Some(id(text()?)?),
             _ => return Err(format!("unknown option --{name}")),
         }
+    }
+    if args.no_seccomp && args.seccomp_filter.is_some() {
+        return Err("--no-seccomp and --seccomp-filter exclude each other; leave one out".into());
     }
     if args.no_api && args.config_file.is_none() {
         return Err(
@@ -329,6 +333,8 @@ mod tests {
         .unwrap();
         assert_eq!(a.api_sock, PathBuf::from("/run/a.sock"));
         assert_eq!(a.max_body_bytes, 7);
+        let a = run("--seccomp-filter f.bpf").unwrap();
+        assert_eq!(a.seccomp_filter, Some("f.bpf".into()));
         assert_eq!(
             run("").unwrap().api_sock,
             PathBuf::from("/run/firecracker.socket")
@@ -396,7 +402,9 @@ mod tests {
                 "expected a whole number",
             ),
             ("--start-time-us -1", "expected a whole number"),
-            ("--seccomp-filter f", "cannot be exchanged"),
+            ("--seccomp-filter", "seccomp-filter"),
+            ("--seccomp-filter f --no-seccomp", "exclude each other"),
+            ("--snapshot-version", "leave the option out"),
             ("--mmds-size-limit x", "expected a whole number"),
         ] {
             let e = run(line).unwrap_err();

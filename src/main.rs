@@ -12,12 +12,14 @@ mod metrics;
 mod session;
 mod signals;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use alveole_api_server::{ApiSocket, ApiThread, SendRequest};
 use alveole_event_loop::Worker;
 use alveole_machine::{Bulletin, End, Event, Files, Mailbox};
+use alveole_thread_sandbox::ExtraFilters;
 use alveole_vm_control::{Answer, Command};
 use cli::{Args, Request};
 use exit::Failure;
@@ -48,6 +50,9 @@ fn run(args: &Args, started: Instant) -> Result<End, Failure> {
         log::warn!(
             "--no-seccomp: the filters stay; if one refuses a call, the last line of standard error names it: tell us"
         );
+    }
+    if let Some(path) = &args.seccomp_filter {
+        add_filters(path)?;
     }
     let host = |e: &dyn std::error::Error| Failure::Host(e.to_string());
     let config = args.config_file.as_deref().map(description::read);
@@ -116,6 +121,15 @@ fn serve(
     let failed = move |why| failures.send(Event::LoopEnded(why));
     ApiThread::start(socket, args.max_body_bytes, send, workers, failed)
         .map_err(|e| Failure::Host(e.to_string()))
+}
+
+/// Has every thread that is confined from now on confined by the filters at `path`, too. Firecracker's exit code for wrong ones is 1.
+fn add_filters(path: &Path) -> Result<(), Failure> {
+    let option = |why: String| Failure::Host(format!("--seccomp-filter: {why}"));
+    let bytes = description::read_text(path).map_err(|e| option(e.into_text()))?;
+    ExtraFilters::from_bytes(&bytes)
+        .and_then(alveole_thread_sandbox::set_extra_filters)
+        .map_err(|e| option(format!("{path:?}: {e}")))
 }
 
 /// As many descriptors as the host allows: each connection of the socket device is one, and the usual limit of 1024 is there for programs that

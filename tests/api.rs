@@ -18,6 +18,7 @@ use api_client::{Client, read_response};
 use nix::sys::signal::Signal::{SIGINT, SIGTERM};
 use serde_json::{Value, json};
 use tiny_guest::{Bench, Running, hang, no_kvm, power_off, print, skipped};
+use yaml_rust2::YamlLoader;
 
 /// The host or a file cannot give what is needed.
 const HOST: i32 = 1;
@@ -575,6 +576,73 @@ fn what_is_wrong_is_told_at_once_and_leaves_no_trace() {
     assert_eq!(client.get("/vm/config"), before);
     running.signal(SIGTERM);
     running.end().assert(143, &["ended by signal 15"]);
+}
+
+/// What API.md says of them, which is made of the description, is what the program does.
+#[test]
+fn limits_that_are_described_are_kept() {
+    let bench = Bench::new(&up());
+    let _running = start(&bench, &[]);
+    let mut client = Client::at(&socket(&bench));
+    let ours =
+        YamlLoader::load_from_str(include_str!("../resources/openapi/alveole.yaml")).unwrap();
+    let theirs =
+        YamlLoader::load_from_str(include_str!("../resources/openapi/firecracker.yaml")).unwrap();
+    for (definition, path, body, fields) in [
+        (
+            "MachineConfiguration",
+            "/machine-config",
+            json!({"vcpu_count": 1, "mem_size_mib": 64}),
+            &["vcpu_count", "mem_size_mib"][..],
+        ),
+        (
+            "Drive",
+            "/drives/a",
+            json!({"drive_id": "a", "path_on_host": "kernel", "is_root_device": false}),
+            &["num_queues", "serial"],
+        ),
+        (
+            "NetworkInterface",
+            "/network-interfaces/a",
+            json!({"iface_id": "a", "host_dev_name": "none"}),
+            &["num_queue_pairs", "mtu"],
+        ),
+        (
+            "Vsock",
+            "/vsock",
+            json!({"guest_cid": 3, "uds_path": "v.sock"}),
+            &["guest_cid"],
+        ),
+    ] {
+        for field in fields {
+            let limit = |key: &str| {
+                let extension = format!("Alveole{definition}");
+                let ours = &ours[0]["definitions"][extension.as_str()]["properties"][*field][key];
+                let theirs = &theirs[0]["definitions"][definition]["properties"][*field][key];
+                ours.as_i64().or(theirs.as_i64())
+            };
+            let mut fault = |value: Value| {
+                let mut body = body.clone();
+                body[*field] = value;
+                client.ask("PUT", path, &body).fault().to_owned()
+            };
+            let word = |length: i64| json!("x".repeat(length.try_into().unwrap()));
+            let (least, most, make): (_, _, fn(i64) -> Value) = match limit("maxLength") {
+                Some(most) => (limit("minLength"), Some(most), word),
+                None => (limit("minimum"), limit("maximum"), |n| json!(n)),
+            };
+            assert!(least.is_some(), "{definition}.{field}");
+            for (inside, outside) in [(least, least.map(|n| n - 1)), (most, most.map(|n| n + 1))] {
+                let (Some(inside), Some(outside)) = (inside, outside) else {
+                    continue;
+                };
+                let told = fault(make(inside));
+                assert!(!told.contains(field), "{field} {inside}: {told}");
+                let told = fault(make(outside));
+                assert!(told.contains(field), "{field} {outside}: {told}");
+            }
+        }
+    }
 }
 
 #[test]

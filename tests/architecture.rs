@@ -91,6 +91,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("vm-superio", &["serial"]),
     ("virtio-queue", &["virtio"]),
     ("seccompiler", &["thread-sandbox"]),
+    ("bitcode", &["thread-sandbox"]),
     ("io-uring", &["block-store"]),
     ("httparse", &["api-server", "mmds", "instance"]),
     ("miniz_oxide", &["qcow2"]),

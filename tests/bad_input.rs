@@ -22,7 +22,8 @@ use nix::sys::signal::Signal::{self, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use nix::sys::termios::{Termios, tcgetattr};
 use tiny_guest::code::{kernel_of_size, tiny_kernel};
 use tiny_guest::{
-    Bench, Ended, hang, no_kvm, power_off, print, skipped, start_on, start_on_with, terminal,
+    Bench, Ended, filters, hang, no_kvm, power_off, print, skipped, start_on, start_on_with,
+    terminal,
 };
 
 /// The host or a file cannot give what is needed.
@@ -674,10 +675,10 @@ fn wrong_words_on_the_command_line() {
             &["--mmds-size-limit", "expected a whole number", help],
         ),
         (
-            &["--seccomp-filter", "f"],
+            &["--seccomp-filter", "f", "--no-seccomp"],
             &[
-                "--seccomp-filter cannot be had",
-                "leave the option out",
+                "--no-seccomp and --seccomp-filter exclude each other",
+                "leave one out",
                 help,
             ],
         ),
@@ -706,6 +707,61 @@ fn wrong_words_on_the_command_line() {
     ] {
         bench.run_with(arguments).assert(USAGE, words);
     }
+}
+
+/// All are told before anything is opened for the guest, those of one file together.
+#[test]
+fn filters_that_cannot_be_used() {
+    let bench = Bench::new(&power_off());
+    let run = |path: &str, words: &[&str]| {
+        let ended = bench.start(&["--seccomp-filter", path]).end();
+        ended.assert(HOST, &[&["--seccomp-filter: ", path][..], words].concat());
+        assert_eq!(ended.said.lines().count(), 1, "{ended:?}");
+    };
+    run("none", &["No such file", "is the path right?"]);
+    run(".", &["Is a directory", "name a file in it"]);
+    run("/dev/null", &["the file is empty", "seccompiler-bin"]);
+    run(
+        "/dev/zero",
+        &["more than 100000 bytes", "is this the right file?"],
+    );
+    run("vm.json", &["nothing that seccompiler-bin has written"]);
+    let program = filters::refuse(libc::SYS_openat, libc::SECCOMP_RET_TRAP);
+    let good = filters::file(&filters::same_for_all(&program));
+    bench.write("cut", &good[..good.len() - 3]);
+    run("cut", &["ends within a filter", "is the file complete?"]);
+    bench.write("long", &[&good[..], b"x"].concat());
+    run(
+        "long",
+        &["1 bytes follow the last filter", "compile the file anew"],
+    );
+    let endless = vec![filters::allow()[0]; 4096];
+    let (allow, none) = (filters::allow(), vec![]);
+    bench.write(
+        "wrong",
+        &filters::file(&[("vmm", endless), ("main", allow), ("vcpu", none)]),
+    );
+    run(
+        "wrong",
+        &[
+            "thread \"vmm\" has 4096 instructions, the limit is 4092; take rules out",
+            "there is no thread \"main\"",
+            "thread \"vcpu\" has no instruction",
+            "there is no filter for thread \"api\"; write one",
+        ],
+    );
+    bench.write(
+        "invalid",
+        &filters::file(&filters::only_for("vmm", &vec![0xff])),
+    );
+    run(
+        "invalid",
+        &[
+            "the kernel does not take the filter of thread \"vmm\"",
+            "Invalid argument",
+            "compile it anew",
+        ],
+    );
 }
 
 #[test]

@@ -9,6 +9,8 @@ mod tiny_guest;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -17,7 +19,7 @@ use nix::sys::signal::Signal::{SIGINT, SIGTERM};
 use nix::sys::termios::tcgetattr;
 use tiny_guest::code::kernel_of_size;
 use tiny_guest::{
-    Bench, Running, hang, no_kvm, out, power_off, print, skipped, start_on, terminal,
+    Bench, Running, filters, hang, no_kvm, out, power_off, print, skipped, start_on, terminal,
 };
 
 /// Maps 1 GiB of guest addresses at 0xc0000000, where there is no RAM, by page tables at 0x102000:
@@ -130,6 +132,96 @@ fn a_wish_for_no_filters_is_understood_and_they_stay() {
     running
         .end()
         .assert(130, &["--no-seccomp: the filters stay"]);
+}
+
+/// Filters of the user's own come on top of each thread's.
+#[test]
+fn a_filter_that_allows_everything_runs_a_guest() {
+    if no_kvm("a_filter_that_allows_everything_runs_a_guest") {
+        return;
+    }
+    let words = &["--console", "none", "--seccomp-filter", "all.bpf"];
+    let bench = Bench::new(&hang());
+    let all = filters::file(&filters::same_for_all(&filters::allow()));
+    bench.write("all.bpf", &all);
+    let running = start_with(&bench, 1, words);
+    for thread in threads(running.id()).values() {
+        assert!(thread.has("Seccomp_filters:", "2"), "{}", thread.status);
+    }
+    running.signal(SIGINT);
+    running.end().assert(130, &[]);
+    let bench = Bench::new(&power_off());
+    bench.write("all.bpf", &all);
+    bench.start(words).end().assert(0, &["powered off"]);
+}
+
+#[test]
+fn what_a_filter_of_the_users_refuses_ends_the_vm_as_it_says() {
+    if no_kvm("what_a_filter_of_the_users_refuses_ends_the_vm_as_it_says") {
+        return;
+    }
+    let bench = Bench::new(&hang());
+    let words = &["--console", "none", "--seccomp-filter", "f"];
+    let end = |thread: &str, call, action| {
+        let program = filters::refuse(call, action);
+        bench.write("f", &filters::file(&filters::only_for(thread, &program)));
+        bench.start(words).end()
+    };
+    for (thread, told, call, name) in [
+        (
+            "vcpu",
+            "thread \"vcpu 0\" (role vcpu)",
+            libc::SYS_ioctl,
+            "ioctl (16)",
+        ),
+        (
+            "vmm",
+            "thread \"devices\" (role devices)",
+            libc::SYS_epoll_wait,
+            "epoll_wait (232)",
+        ),
+    ] {
+        let ended = end(thread, call, libc::SECCOMP_RET_TRAP);
+        let words = [told, "a system call that --seccomp-filter refuses: ", name];
+        ended.assert(148, &words);
+        assert_eq!(ended.said.lines().count(), 1, "{ended:?}");
+    }
+    // Killed by the kernel, which says nothing.
+    let ended = end("vcpu", libc::SYS_ioctl, libc::SECCOMP_RET_KILL_PROCESS);
+    assert_eq!(ended.status.signal(), Some(libc::SIGSYS), "{ended:?}");
+    // The call fails, and whoever made it says so: KVM_RUN.
+    let refused = libc::SECCOMP_RET_ERRNO | 95;
+    let ended = end("vcpu", libc::SYS_ioctl, refused);
+    ended.assert(1, &["Operation not supported", "vCPU 0"]);
+}
+
+/// The thread of the API needs no guest.
+#[test]
+fn a_filter_of_the_users_confines_the_api() {
+    let bench = Bench::new(&hang());
+    let refuse = |call| {
+        filters::file(&filters::only_for(
+            "api",
+            &filters::refuse(call, libc::SECCOMP_RET_TRAP),
+        ))
+    };
+    bench.write("f", &refuse(libc::SYS_accept4));
+    let arguments = ["--api-sock", "api", "--seccomp-filter", "f"];
+    let mut running = bench.start_command(bench.command(&arguments));
+    assert!(running.wait_until(|| bench.file("api").exists()));
+    // Refused itself, if the socket is there before it listens.
+    while UnixStream::connect(bench.file("api")).is_err() {
+        assert!(running.child.try_wait().unwrap().is_none());
+    }
+    let ended = running.end();
+    // The socket stays: who is refused a call removes nothing.
+    assert_eq!(ended.status.code(), Some(148), "{ended:?}");
+    for word in [
+        "thread \"api\" (role api)",
+        "--seccomp-filter refuses: accept4 (288)",
+    ] {
+        assert!(ended.said.contains(word), "{ended:?}");
+    }
 }
 
 /// Makes the thread called `name` make system call `number` with `args`, from outside: where it waits

@@ -1,6 +1,7 @@
 //! Runs the real `alveole-vmm` on tiny kernels and wrong input, and looks at what it leaves behind.
 
 pub(crate) mod code;
+pub(crate) mod filters;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};

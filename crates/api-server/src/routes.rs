@@ -288,50 +288,11 @@ fn patch_interface(body: &[u8], name: &str) -> Result<Command, Refusal> {
 }
 
 #[cfg(test)]
+mod documentation;
+
+#[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeSet;
-
-    /// The methods and paths of a file in `resources/openapi`: keys by their depth, as these files are written.
-    fn described(text: &str) -> BTreeSet<(String, String)> {
-        let mut found = BTreeSet::new();
-        let (mut within, mut path) = (false, String::new());
-        for line in text.lines() {
-            let Some(key) = line.trim().strip_suffix(':') else {
-                continue;
-            };
-            match line.len() - line.trim_start().len() {
-                0 => within = key == "paths",
-                2 if within => {
-                    let is_name = |part: &&str| part.starts_with('{');
-                    let parts = key.split('/').map(|p| if is_name(&p) { NAME } else { p });
-                    path = parts.collect::<Vec<_>>().join("/");
-                }
-                4 if within => {
-                    found.insert((key.to_uppercase(), path.clone()));
-                }
-                _ => {}
-            }
-        }
-        found
-    }
-
-    #[test]
-    fn every_route_is_in_a_contract_and_the_other_way_round() {
-        let theirs = described(include_str!("../../../resources/openapi/firecracker.yaml"));
-        let ours = described(include_str!("../../../resources/openapi/alveole.yaml"));
-        assert!(theirs.len() > 30, "{theirs:?}");
-        assert!(
-            ours.contains(&("GET".into(), "/metrics".into())),
-            "{ours:?}"
-        );
-        assert_eq!(theirs.intersection(&ours).next(), None, "described twice");
-        let routes = ROUTES
-            .iter()
-            .map(|(method, path, _)| ((*method).into(), (*path).into()));
-        let all: BTreeSet<_> = theirs.union(&ours).cloned().collect();
-        assert_eq!(routes.collect::<BTreeSet<_>>(), all);
-    }
 
     fn told(method: &str, path: &str, body: &str) -> String {
         command(method, path, "", body.as_bytes())

@@ -22,6 +22,7 @@
 )]
 
 mod compose;
+mod extra;
 mod filters;
 mod report;
 
@@ -38,6 +39,10 @@ mod tests;
 use std::fmt;
 use std::io;
 
+pub use extra::{
+    ExtraFilters, ExtraFiltersError, MAX_EXTRA_FILTERS_BYTES, MAX_EXTRA_INSTRUCTIONS,
+    set_extra_filters,
+};
 pub use report::{install_refusal_report, set_report_log};
 
 /// The exit code of a process that was refused a system call. It is the one Firecracker uses.
@@ -142,7 +147,7 @@ pub enum SandboxError {
     ReportHandler(#[source] io::Error),
 }
 
-/// Confines the calling thread to the system calls of `role`, for good. Threads it makes would inherit
+/// Confines the calling thread to the system calls of `role`, and of these to what [`set_extra_filters`] leaves, for good. Threads it makes would inherit
 /// the filter, but no role can make one.
 ///
 /// # Errors
@@ -185,7 +190,12 @@ pub fn enter_with(role: Role, thread_name: &str, devices: &[&str]) -> Result<(),
     keep_malloc_from_files();
     report::install_handler()?;
     report::name_this_thread(role, thread_name);
-    compose::install(&filter).map_err(|(call, source)| {
+    // Ours refuses to be followed by another one, so it comes last.
+    let extra = extra::of_role(role);
+    let installed = compose::forbid_new_rights()
+        .and_then(|()| extra.map_or(Ok(()), compose::install))
+        .and_then(|()| compose::install(&filter));
+    installed.map_err(|(call, source)| {
         report::forget_this_thread();
         SandboxError::Kernel {
             thread: thread(),

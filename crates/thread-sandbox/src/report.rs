@@ -14,6 +14,8 @@ use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
+use crate::compose::OURS;
+use crate::extra;
 use crate::filters::SYSCALL_NAMES;
 use crate::{REFUSED_EXIT_CODE, Role, SandboxError};
 
@@ -126,7 +128,18 @@ extern "C" fn refused(_signal: c_int, info: *mut libc::siginfo_t, context: *mut 
     if !REPORTED.replace(true) {
         // SAFETY: SA_SIGINFO promises a ucontext, which lives as long as the handler.
         let context = unsafe { &*context.cast::<libc::ucontext_t>() };
-        let line = Line::of(CONFINED.get().as_ref(), info.syscall, &arguments(context));
+        // Where both filters refuse a call by the same means, the data are those of the last one, which is ours.
+        let refuser = if extra::are_set() && info.errno != c_int::from(OURS) {
+            "--seccomp-filter"
+        } else {
+            "its sandbox"
+        };
+        let line = Line::of(
+            CONFINED.get().as_ref(),
+            refuser,
+            info.syscall,
+            &arguments(context),
+        );
         line.write_to(libc::STDERR_FILENO);
         let log = LOG.load(Ordering::Acquire);
         if log >= 0 {
@@ -165,17 +178,23 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    fn of(confined: Option<&Confined>, call: i32, args: &[u64; 6]) -> Self {
+    fn of(confined: Option<&Confined>, refuser: &str, call: i32, args: &[u64; 6]) -> Self {
         let mut line = Self {
             bytes: [0; LINE_LIMIT],
             len: 0,
         };
         // Writing to a buffer that cuts never fails.
-        let _ = line.compose(confined, call, args);
+        let _ = line.compose(confined, refuser, call, args);
         line
     }
 
-    fn compose(&mut self, of: Option<&Confined>, call: i32, args: &[u64; 6]) -> fmt::Result {
+    fn compose(
+        &mut self,
+        of: Option<&Confined>,
+        refuser: &str,
+        call: i32,
+        args: &[u64; 6],
+    ) -> fmt::Result {
         let (name, role) = match of {
             Some(c) => (c.name.get(..c.len).unwrap_or_default(), c.role.name()),
             None => (&b"?"[..], "inherited"),
@@ -190,7 +209,7 @@ impl Line {
         let what = known.unwrap_or(&"unknown");
         write!(
             self,
-            "alveole-vmm: thread \"{thread}\" (role {role}) made a system call that its sandbox \
+            "alveole-vmm: thread \"{thread}\" (role {role}) made a system call that {refuser} \
              refuses: {abi}{what} ({number}), arguments"
         )?;
         for arg in args {

@@ -13,7 +13,7 @@ use crate::{Role, compile, compose, filters};
 
 const PID: u32 = 4711;
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
-const TRAP: u32 = libc::SECCOMP_RET_TRAP;
+const TRAP: u32 = libc::SECCOMP_RET_TRAP | compose::OURS as u32;
 const X86_64: u32 = 0xc000_003e;
 const I386: u32 = 0x4000_0003;
 

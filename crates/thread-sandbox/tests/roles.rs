@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "the cases make raw system calls")]
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_long;
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 use std::{env, io, process, ptr, thread};
 
 use alveole_thread_sandbox::{
-    REFUSED_EXIT_CODE, Role, SandboxError, enter, enter_with, install_refusal_report,
-    known_devices, set_report_log,
+    ExtraFilters, REFUSED_EXIT_CODE, Role, SandboxError, enter, enter_with, install_refusal_report,
+    known_devices, set_extra_filters, set_report_log,
 };
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 const CASE: &str = "ALVEOLE_SANDBOX_CASE";
 
@@ -181,6 +182,9 @@ fn child() {
     if what == "log" {
         set_report_log(1);
     }
+    if what.starts_with("extra-") {
+        set_extra_filters(extra_filters(role)).unwrap();
+    }
     let thread = thread::Builder::new().name(format!("{role} 0"));
     let done = thread.spawn(move || {
         enter(role, &format!("{role} 0")).unwrap();
@@ -201,6 +205,14 @@ fn act(role: Role, what: &str) {
         "log" | "hook-refused" | "no-hook" => {
             syscall(libc::SYS_openat, NONE);
         }
+        "extra-yield" => thread::yield_now(),
+        "extra-socket" => {
+            syscall(libc::SYS_socket, NONE);
+        }
+        "extra-seccomp" => {
+            syscall(libc::SYS_seccomp, NONE);
+        }
+        "extra-other" => daily(role),
         "masked" => {
             // SAFETY: the sets are complete before they are used.
             unsafe {
@@ -239,6 +251,41 @@ fn act(role: Role, what: &str) {
         }
         other => panic!("no case {other}"),
     }
+}
+
+/// As Firecracker's seccompiler-bin makes them: the filter for this role's thread refuses two calls, of which the role may make one;
+/// those of the other threads refuse what every thread does all the time.
+fn extra_filters(role: Role) -> ExtraFilters {
+    let own = match role {
+        Role::Control | Role::Devices | Role::Files => "vmm",
+        Role::Api => "api",
+        Role::Vcpu => "vcpu",
+    };
+    let program = |name: &str| -> Vec<u64> {
+        let (calls, refused) = match (name == own, env::var(CASE).unwrap().ends_with("other")) {
+            (true, false) => (
+                vec![libc::SYS_sched_yield, libc::SYS_socket],
+                SeccompAction::Trap,
+            ),
+            (true, true) => (vec![libc::SYS_socket], SeccompAction::Trap),
+            (false, _) => (
+                vec![libc::SYS_write, libc::SYS_futex],
+                SeccompAction::KillProcess,
+            ),
+        };
+        let rules = calls.into_iter().map(|call| (call, vec![])).collect();
+        let arch = env::consts::ARCH.try_into().unwrap();
+        let filter = SeccompFilter::new(rules, SeccompAction::Allow, refused, arch).unwrap();
+        let program: BpfProgram = filter.try_into().unwrap();
+        let word = |i: &seccompiler::sock_filter| {
+            u64::from(i.code) | u64::from(i.jt) << 16 | u64::from(i.jf) << 24 | u64::from(i.k) << 32
+        };
+        program.iter().map(word).collect()
+    };
+    let map: BTreeMap<_, _> = ["vmm", "api", "vcpu"]
+        .map(|name| (name, program(name)))
+        .into();
+    ExtraFilters::from_bytes(&bitcode::serialize(&map).unwrap()).unwrap()
 }
 
 /// What every thread does all the time.
@@ -406,6 +453,31 @@ fn only_control_kicks() {
                 "{role}: {out:?}"
             );
         }
+    }
+}
+
+#[test]
+fn filters_of_the_users_only_take_rights_away() {
+    for role in Role::ALL {
+        for (what, told) in [
+            ("extra-yield", "--seccomp-filter refuses: sched_yield (24)"),
+            // Both refuse it.
+            ("extra-socket", "its sandbox refuses: socket (41)"),
+            // What let our filter be put on top of the user's is gone with it.
+            ("extra-seccomp", "its sandbox refuses: seccomp (317)"),
+        ] {
+            let out = run(role, what);
+            assert_eq!(
+                out.status.code(),
+                Some(REFUSED_EXIT_CODE),
+                "{role}: {out:?}"
+            );
+            let line = last_line(&out.stderr);
+            assert!(line.contains(told), "{role} {what}: {line}");
+        }
+        // Those of other threads do not concern it.
+        let out = run(role, "extra-other");
+        assert!(out.status.success(), "{role}: {out:?}");
     }
 }
 
