@@ -22,7 +22,7 @@ pub use frame::{
     Decoder, Frame, FrameError, HEADER_BYTES, MAX_DATA_BYTES, MAX_MESSAGE_BYTES, Stream,
 };
 pub use message::{
-    Answer, Control, CopyIn, CopyOut, DeviceMetrics, Exit, FileSystemMetrics, Hello, MemoryMetrics,
+    Answer, Changes, Control, CopyIn, CopyOut, DeviceMetrics, Exit, FileSystemMetrics, Hello, MemoryMetrics,
     MessageError, Metrics, Mount, NetworkMetrics, Pressure, Process, ProcessMetrics, Refusal,
     Request, Setup, Shutdown, ShutdownHow, Source, WindowSize, from_json, to_json,
 };

@@ -45,6 +45,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 const GOOD_WHILE: Duration = Duration::from_secs(10);
 /// A console's text that has grown so far is put aside, and the one before it is gone.
 const MAX_CONSOLE_BYTES: u64 = 1 << 20;
+/// Between two looks at whether a guest without a main process is still wanted.
+const SERVING_LOOK: Duration = Duration::from_millis(5);
 /// How much of what the monitor said last is told.
 const TOLD_BYTES: usize = 600;
 
@@ -76,6 +78,18 @@ struct Now {
     stopping: bool,
 }
 
+/// What a VM is kept for.
+#[derive(Clone, Copy)]
+pub enum Purpose<'a> {
+    /// Its main process.
+    Run {
+        /// Which begins when somebody is attached.
+        with_client: bool,
+    },
+    /// Its agent alone, until this says that it is over. What is known of its main process stays as it is.
+    Serve(&'a dyn Fn() -> bool),
+}
+
 /// What a keeper tells who started it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Told<'a> {
@@ -96,15 +110,15 @@ pub enum Told<'a> {
 pub fn keep(
     vm: &Vm,
     _proves: &KeeperLock,
-    with_client: bool,
+    purpose: Purpose<'_>,
     mut machine: impl FnMut() -> Result<Machine, String>,
     mut tell: impl FnMut(Told<'_>),
 ) -> Result<Ended, InstanceError> {
-    for old in [
-        vm.at("ended.json"),
-        vm.at("phase.json"),
-        vm.socket("keeper"),
-    ] {
+    let serves = matches!(purpose, Purpose::Serve(_));
+    if !serves {
+        remove(&vm.at("ended.json"))?;
+    }
+    for old in [vm.at("phase.json"), vm.socket("keeper")] {
         remove(&old)?;
     }
     let mut phase = Phase {
@@ -144,11 +158,14 @@ pub fn keep(
     let mut pause = RESTART_PAUSE;
     let ended = loop {
         let begun = Instant::now();
-        let with_first = with_client && phase.restarts == 0;
         let once = Once {
             vm,
             control: &control,
-            with_first,
+            purpose: match purpose {
+                // Who was there first goes on after a restart.
+                Purpose::Run { .. } if phase.restarts > 0 => Purpose::Run { with_client: false },
+                purpose => purpose,
+            },
             input: input.take(),
         };
         let outcome = once.run(&mut machine, &mut phase, &mut tell);
@@ -166,6 +183,7 @@ pub fn keep(
         };
         let stopping = lock(&control.now).stopping;
         let again = !stopping
+            && !serves
             && match vm.record.restart {
                 Restart::No => false,
                 Restart::OnFailure(most) => {
@@ -188,7 +206,9 @@ pub fn keep(
             break ended;
         }
     };
-    write_json(&vm.at("ended.json"), &ended)?;
+    if !serves {
+        write_json(&vm.at("ended.json"), &ended)?;
+    }
     let answer = match &ended.why {
         Some(why) => Answer::Refused(Refusal {
             code: code_of(ended.status).into(),
@@ -364,7 +384,7 @@ fn new_input(control: &Kept) -> Result<Option<File>, InstanceError> {
 struct Once<'a> {
     vm: &'a Vm,
     control: &'a Arc<Kept>,
-    with_first: bool,
+    purpose: Purpose<'a>,
     input: Option<File>,
 }
 
@@ -435,7 +455,9 @@ impl Once<'_> {
         session
             .and_then(|session| session.ask(&Request::Setup(Box::new(setup))))
             .map_err(|e| broken(monitor, &e, "the guest cannot be set up"))?;
-        if self.with_first && !control.hub.wait_for_first(FIRST_CLIENT_PATIENCE) {
+        if let Purpose::Run { with_client: true } = self.purpose
+            && !control.hub.wait_for_first(FIRST_CLIENT_PATIENCE)
+        {
             return Err(not_started("who started it is gone"));
         }
         let streams = Streams {
@@ -449,6 +471,17 @@ impl Once<'_> {
         phase.phase = "running".into();
         phase.started_ms = now_ms();
         phase.monitor_pid = Some(monitor.child.id());
+        if let Purpose::Serve(over) = self.purpose {
+            write_json(&vm.at("phase.json"), phase).map_err(|e| not_started(e.to_string()))?;
+            tell(Told::Runs);
+            while !over() {
+                if monitor.has_ended() {
+                    return Err(broken(monitor, &AgentError::Ended, "the guest ended early"));
+                }
+                thread::sleep(SERVING_LOOK);
+            }
+            return Ok(Exit::Code(0));
+        }
         let guest = Guest::new(&vm.socket("vsock"), AGENT_PATIENCE);
         let exit = guest.run(&vm.record.process, streams, |controls, pid| {
             if let Err(e) = write_json(&vm.at("phase.json"), phase) {

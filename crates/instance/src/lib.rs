@@ -19,6 +19,6 @@ mod streams;
 pub use ask::{Ask, Attach, ask, attach};
 pub use error::InstanceError;
 pub use folder::{KeeperLock, Vm, Vms};
-pub use keeper::{Machine, Told, keep};
+pub use keeper::{Machine, Purpose, Told, keep};
 pub use log::{LogEntry, LogReader};
 pub use record::{Ended, Phase, Record, Restart, State};
