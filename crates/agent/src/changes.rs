@@ -83,7 +83,8 @@ fn write_layer(root: &Path, to: impl Write) -> io::Result<()> {
         if OWN.iter().any(|own| relative == Path::new(own)) {
             continue;
         }
-        let named = |e: io::Error| io::Error::new(e.kind(), format!("/{}: {e}", relative.display()));
+        let named =
+            |e: io::Error| io::Error::new(e.kind(), format!("/{}: {e}", relative.display()));
         if layer.one(root, &relative).map_err(named)? {
             let entries: Result<Vec<PathBuf>, io::Error> = fs::read_dir(root.join(&relative))
                 .map_err(named)?
@@ -117,7 +118,9 @@ impl<W: Write> Layer<W> {
         }
         let (own, overlay) = attributes(&path)?;
         let overlay = |name: &str| {
-            let found = overlay.iter().find(|(n, _)| n.strip_prefix(OVERLAY) == Some(name.as_bytes()));
+            let found = overlay
+                .iter()
+                .find(|(n, _)| n.strip_prefix(OVERLAY) == Some(name.as_bytes()));
             found.map(|(_, value)| value.as_slice())
         };
         if overlay("redirect").is_some() || overlay("metacopy").is_some() {
@@ -241,7 +244,10 @@ impl<W: Write> Layer<W> {
     ) -> io::Result<()> {
         let mut records: Vec<(String, Vec<u8>)> = Vec::new();
         if found.mtime_nsec() != 0 || found.mtime() < 0 {
-            records.push(("mtime".into(), time(found.mtime(), found.mtime_nsec()).into()));
+            records.push((
+                "mtime".into(),
+                time(found.mtime(), found.mtime_nsec()).into(),
+            ));
         }
         if let Some(path) = path {
             records.push(("path".into(), path.as_os_str().as_bytes().to_vec()));
@@ -258,7 +264,9 @@ impl<W: Write> Layer<W> {
         if records.is_empty() {
             return Ok(());
         }
-        let records = records.iter().map(|(key, value)| (key.as_str(), value.as_slice()));
+        let records = records
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_slice()));
         self.out.append_pax_extensions(records)
     }
 }
@@ -282,7 +290,10 @@ fn attributes(path: &Path) -> io::Result<(Attributes, Attributes)> {
         len => len?,
     };
     let mut found = Vec::new();
-    for name in names[..len].split(|b| *b == 0).filter(|name| !name.is_empty()) {
+    for name in names[..len]
+        .split(|b| *b == 0)
+        .filter(|name| !name.is_empty())
+    {
         let mut value = vec![0; MAX_ATTRIBUTE];
         match rustix::fs::lgetxattr(path, OsStr::from_bytes(name), &mut value[..]) {
             // Gone meanwhile, where nobody holds it still.
@@ -292,5 +303,7 @@ fn attributes(path: &Path) -> io::Result<(Attributes, Attributes)> {
         found.push((name.to_vec(), value));
     }
     found.sort();
-    Ok(found.into_iter().partition(|(name, _)| !name.starts_with(OVERLAY)))
+    Ok(found
+        .into_iter()
+        .partition(|(name, _)| !name.starts_with(OVERLAY)))
 }

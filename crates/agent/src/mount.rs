@@ -139,8 +139,9 @@ fn overlay(lower: &Mount, changes: Option<&Mount>) -> Result<Option<OwnedFd>, St
     // A root is what its image says, owner and mode of its top included.
     copy_attributes(Path::new(LOWER), Path::new(&changed))?;
     // A layer can be made of what is kept only if each change is kept as itself, whatever the kernel would do by itself.
-    let options =
-        format!("lowerdir={LOWER},upperdir={changed},workdir={work},redirect_dir=off,metacopy=off,index=off");
+    let options = format!(
+        "lowerdir={LOWER},upperdir={changed},workdir={work},redirect_dir=off,metacopy=off,index=off"
+    );
     attach("root", ROOT, "overlay", MountFlags::empty(), &options)?;
     Ok(on_disk)
 }

@@ -4,6 +4,7 @@ mod commands;
 mod copy;
 mod empty_disk;
 mod keep;
+mod maker;
 mod run;
 mod stats;
 mod terminal;
@@ -12,6 +13,7 @@ use std::fmt::Write;
 
 pub(crate) use commands::{GuestCommand, guest};
 pub(crate) use keep::{KeepArgs, keep_vm};
+pub(crate) use maker::{Maker, Wanted, changes};
 pub(crate) use run::{ImageArgs, run_image};
 
 /// How a list is shown.
