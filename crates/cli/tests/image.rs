@@ -273,7 +273,7 @@ fn errors_say_what_and_why_once() {
         ("pull x --platform linux", 2, "is no platform"),
         ("export nothing", 1, "there is no image nothing"),
         ("build nowhere", 1, "there is no Dockerfile"),
-        ("login http://x -u me --password-stdin", 1, "names no image"),
+        ("login http://x -u me --password-stdin", 1, "is no registry"),
     ] {
         let got = house.image(line);
         assert_eq!(got.status, status, "{line}: {}", got.err);

@@ -180,8 +180,7 @@ impl Draft {
     /// It is no EROFS of ours, or the host's.
     pub fn over_disk(&mut self, disk: &Path) -> Result<(), ImageError> {
         let made = self.written(|to| archive_of_disk(disk, to))?;
-        self.push(made);
-        Ok(())
+        self.push(made)
     }
 
     // Steps ------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ impl Draft {
             return Ok(false);
         };
         self.made = self.made.max(record.at);
-        self.push(record.made);
+        self.push(record.made)?;
         Ok(true)
     }
 
@@ -266,14 +265,14 @@ impl Draft {
         })
     }
 
-    /// Takes a layer that was received. That it can be unpacked shows with the root disk.
+    /// Takes a layer that was received, if it is one.
     ///
     /// # Errors
-    /// The host's.
+    /// It is no archive, or the host's. What is impossible in other ways is refused with the root disk.
     pub fn take(&mut self, received: Unchecked) -> Result<(), ImageError> {
         let made = self.keep_layer(received)?;
-        self.push(made);
-        Ok(())
+        self.look()?;
+        self.push(made)
     }
 
     fn keep_layer(&self, received: Unchecked) -> Result<Made, ImageError> {
@@ -285,14 +284,12 @@ impl Draft {
         })
     }
 
-    fn push(&mut self, made: Made) {
+    fn push(&mut self, made: Made) -> Result<(), ImageError> {
         if let Some(look) = &mut self.look {
-            // One that cannot be read is refused with the root disk.
-            if look.add(&self.store.blob_path(&made.layer.digest)).is_err() {
-                self.look = None;
-            }
+            look.add(&self.store.blob_path(&made.layer.digest))?;
         }
         self.layers.push(made);
+        Ok(())
     }
 
     /// A layer that is written: known by its bytes, so that one which is here is not written again.
@@ -409,8 +406,7 @@ impl Draft {
             .map(|(to, item)| Planned { to, item })
             .collect();
         let made = self.written(|out| write_plan(context, &planned, what, self.time, out))?;
-        self.push(made);
-        Ok(())
+        self.push(made)
     }
 
     /// Makes a folder if it is not there.
@@ -442,8 +438,7 @@ impl Draft {
                 .and_then(|()| out.write_all(&END))
                 .doing(|| "write a layer".into())
         })?;
-        self.push(made);
-        Ok(())
+        self.push(made)
     }
 
     // The whole --------------------------------------------------------------------------------
