@@ -22,9 +22,9 @@ pub use frame::{
     Decoder, Frame, FrameError, HEADER_BYTES, MAX_DATA_BYTES, MAX_MESSAGE_BYTES, Stream,
 };
 pub use message::{
-    Answer, Control, CopyIn, CopyOut, DeviceMetrics, Exit, FileSystemMetrics, Hello, MemoryMetrics,
-    MessageError, Metrics, Mount, NetworkMetrics, Pressure, Process, ProcessMetrics, Refusal,
-    Request, Setup, Shutdown, ShutdownHow, Source, WindowSize, from_json, to_json,
+    Answer, Changes, Control, CopyIn, CopyOut, DeviceMetrics, Exit, FileSystemMetrics, Hello,
+    MemoryMetrics, MessageError, Metrics, Mount, NetworkMetrics, Pressure, Process, ProcessMetrics,
+    Refusal, Request, Setup, Shutdown, ShutdownHow, Source, WindowSize, from_json, to_json,
 };
 
 /// The version of this protocol. It grows when a session of the version before would misunderstand one of this; new

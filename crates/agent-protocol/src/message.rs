@@ -62,6 +62,9 @@ pub enum Request {
     CopyIn(CopyIn),
     /// Pack a tar archive, which comes as output. Answers: [`Answer::Started`], then [`Answer::Done`].
     CopyOut(CopyOut),
+    /// Pack what was changed of the root as a layer of an OCI image, a tar archive, which comes as output. Answers:
+    /// [`Answer::Started`], then [`Answer::Done`].
+    Changes(Changes),
     /// How the guest does. Answer: [`Answer::Metrics`].
     Metrics,
     /// Set the clock. Answer: [`Answer::Done`].
@@ -260,6 +263,13 @@ pub struct CopyOut {
     pub path: String,
     /// What a link leads to instead of the link, for `path` itself.
     pub follow: bool,
+}
+
+/// How changes are packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changes {
+    /// The disk that has them is held still meanwhile: whoever wants to write to it waits.
+    pub freeze: bool,
 }
 
 /// How to end.

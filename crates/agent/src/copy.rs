@@ -12,7 +12,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::session::{Job, Outcome};
 
-fn refused(code: &str, text: String) -> Refusal {
+pub(crate) fn refused(code: &str, text: String) -> Refusal {
     Refusal {
         code: code.into(),
         text,
@@ -103,7 +103,7 @@ pub(crate) fn pack(request: CopyOut) -> Result<Job, Refusal> {
 }
 
 /// The errors of `tar` say which file it was, and hide why.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(inner) = source {
@@ -116,7 +116,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 /// The session's end of the pipe, as input or as output, and what is to be done.
 type Prepared<W> = (Option<OwnedFd>, Option<OwnedFd>, W);
 
-fn start<W>(
+pub(crate) fn start<W>(
     prepare: impl FnOnce(io::Result<(OwnedFd, OwnedFd)>) -> io::Result<Prepared<W>>,
 ) -> Result<Job, Refusal>
 where

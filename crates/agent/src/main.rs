@@ -3,7 +3,10 @@
 //!
 //! Deliberately does not know: images and registries, what people type, which monitor runs the guest.
 
+mod changes;
 mod copy;
+#[expect(unsafe_code, reason = "an ioctl that no library has")]
+mod freeze;
 mod init;
 mod metrics;
 mod mount;

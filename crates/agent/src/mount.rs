@@ -14,6 +14,8 @@ use rustix::mount::{MountFlags, mount, mount_move};
 const ROOT: &str = "/root";
 /// Where changes of the root are kept.
 const CHANGES: &str = "/changes";
+/// What of the root was changed, there.
+pub(crate) const CHANGED: &str = "root";
 /// Disks that the machine has may be found by the kernel a little later.
 const DISK_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -130,13 +132,16 @@ fn overlay(lower: &Mount, changes: Option<&Mount>) -> Result<Option<OwnedFd>, St
         }
         None => attach("tmpfs", CHANGES, "tmpfs", MountFlags::empty(), "mode=0755")?,
     }
-    let (changed, work) = (format!("{CHANGES}/root"), format!("{CHANGES}/work"));
+    let (changed, work) = (format!("{CHANGES}/{CHANGED}"), format!("{CHANGES}/work"));
     for folder in [&changed, &work] {
         fs::create_dir_all(folder).map_err(|e| format!("cannot make '{folder}': {e}"))?;
     }
     // A root is what its image says, owner and mode of its top included.
     copy_attributes(Path::new(LOWER), Path::new(&changed))?;
-    let options = format!("lowerdir={LOWER},upperdir={changed},workdir={work}");
+    // A layer can be made of what is kept only if each change is kept as itself, whatever the kernel would do by itself.
+    let options = format!(
+        "lowerdir={LOWER},upperdir={changed},workdir={work},redirect_dir=off,metacopy=off,index=off"
+    );
     attach("root", ROOT, "overlay", MountFlags::empty(), &options)?;
     Ok(on_disk)
 }

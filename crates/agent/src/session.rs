@@ -18,7 +18,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::process::{self, Running};
 use crate::reaper::Reaper;
-use crate::{copy, init, metrics, shutdown as ending};
+use crate::{changes, copy, init, metrics, shutdown as ending};
 
 /// How long a client may take to say what it wants, and to take what it was last told.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -78,6 +78,9 @@ pub(crate) fn serve(connection: OwnedFd, shared: &Arc<Shared>, first: bool) -> R
         Ok(Request::Run(process)) => return run(link, &process, shared),
         Ok(Request::CopyIn(request)) => return job(link, copy::unpack(request)),
         Ok(Request::CopyOut(request)) => return job(link, copy::pack(request)),
+        Ok(Request::Changes(request)) => {
+            return job(link, changes::pack(request, shared.changes.get()));
+        }
         Ok(Request::Metrics) => Answer::Metrics(Box::new(metrics::gather())),
         Ok(Request::SetClock { unix_ns }) => done(set_clock(unix_ns)),
         Ok(Request::Signal { pid, signal }) => signal_process(shared, pid, signal),

@@ -25,7 +25,7 @@ const SHORT_ID: usize = 12;
 #[derive(Args)]
 #[command(after_help = "\
 An image is named as docker names it: [REGISTRY/]NAME[:TAG][@DIGEST]; the registry is docker.io if none is said. Credentials are those \
-that `docker login`, `podman login` or `skopeo login` keep, with credential helpers. A registry on this host may do without TLS.
+that `login`, here or of docker, podman or skopeo, keeps, with credential helpers. A registry on this host may do without TLS.
 
 Each image becomes one root disk (EROFS) that is only read; all images with the same layers share it. No rights are needed, and no daemon.
 
@@ -45,6 +45,8 @@ enum Act {
     Pull(Pull),
     /// Take an image from a file, a folder or the standard input
     Import(ImportArgs),
+    /// Make an image from a recipe, a part of the Dockerfile's language
+    Build(Box<crate::build::BuildArgs>),
     /// Show all images
     Ls {
         /// For people or for programs
@@ -62,6 +64,13 @@ enum Act {
         /// For people or for programs
         #[arg(long, value_enum, default_value_t = Output::Json)]
         format: Output,
+    },
+    /// Check a name and a password with a registry, and keep them for it
+    Login(crate::login::LoginArgs),
+    /// Forget the name and the password for a registry
+    Logout {
+        /// The registry [docker.io]
+        registry: Option<String>,
     },
     /// Remove names, and what no image needs any more
     Rm {
@@ -108,7 +117,7 @@ struct ImportArgs {
 }
 
 #[derive(Args)]
-struct How {
+pub(crate) struct How {
     /// For which machine, where there are several: OS/ARCHITECTURE[/VARIANT] [default: this one]
     #[arg(long)]
     platform: Option<Platform>,
@@ -165,6 +174,10 @@ enum Output {
 }
 
 impl How {
+    pub(crate) fn limits(&self) -> Limits {
+        self.import(None).limits
+    }
+
     fn import(&self, name: Option<Reference>) -> Import {
         let limits = Limits::default();
         Import {
@@ -179,8 +192,12 @@ impl How {
         }
     }
 
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.quiet
+    }
+
     /// Bars for people who watch, else nothing.
-    fn progress(&self) -> Box<dyn Progress> {
+    pub(crate) fn progress(&self) -> Box<dyn Progress> {
         if self.quiet || !io::stderr().is_terminal() {
             return Box::new(Quiet);
         }
@@ -196,7 +213,11 @@ pub(crate) fn in_use() -> anyhow::Result<Vec<PathBuf>> {
 
 /// The image of this name, from its registry if it is not here.
 pub(crate) fn here_or_pulled(name: &str) -> anyhow::Result<Image> {
-    let store = Places::usual().images()?;
+    here_or_pulled_into(&Places::usual().images()?, name)
+}
+
+/// The image of this name in a store, from its registry if it is not there.
+pub(crate) fn here_or_pulled_into(store: &Store, name: &str) -> anyhow::Result<Image> {
     match store.resolve(name) {
         Err(ImageError::NotFound(_)) => {}
         found => return found.map_err(|e| anyhow!("{e}")),
@@ -240,6 +261,7 @@ fn act(args: &ImageArgs) -> anyhow::Result<ExitCode> {
             crate::print(&got(&image, &args.image.to_string()))?;
         }
         Act::Import(args) => import(&store, args)?,
+        Act::Build(args) => crate::build::build(&store, args)?,
         Act::Ls { format, quiet } => crate::print(&list(&store, *format, *quiet)?)?,
         Act::Inspect { images, format } => {
             let found: Result<Vec<Image>, _> =
@@ -250,6 +272,8 @@ fn act(args: &ImageArgs) -> anyhow::Result<ExitCode> {
                 Output::Text => found.iter().map(text).collect::<Vec<_>>().join("\n"),
             })?;
         }
+        Act::Login(args) => crate::login::log_in(args)?,
+        Act::Logout { registry } => crate::login::log_out(registry.as_deref())?,
         Act::Rm { images } => {
             for image in images {
                 for name in store.remove(image, &in_use()?)? {
@@ -293,7 +317,7 @@ fn import(store: &Store, args: &ImportArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn got(image: &Image, name: &str) -> String {
+pub(crate) fn got(image: &Image, name: &str) -> String {
     format!(
         "{}: {}, {} layers of {}, root disk of {}\n",
         familiar(name),

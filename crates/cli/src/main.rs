@@ -5,6 +5,8 @@
 //! Deliberately does not know: how a guest is built or run (`alveole-vmm` does), how blocks lie in an image
 //! (`alveole-block-store` does), how the host is examined (`alveole-host` does).
 
+mod build;
+mod commit;
 mod console;
 mod disk;
 mod doctor;
@@ -15,6 +17,7 @@ mod images;
 mod interfaces;
 mod kernel;
 mod lab;
+mod login;
 mod net;
 mod places;
 mod run;
@@ -60,6 +63,8 @@ enum Command {
     Net(net::NetArgs),
     /// Kernels that guests of images boot
     Kernel(kernel::KernelArgs),
+    /// Make an image of what was changed in a VM
+    Commit(commit::CommitArgs),
     #[command(flatten)]
     Guest(guests::GuestCommand),
     /// Show what all of it takes on this host's disk, and remove what nobody needs
@@ -110,6 +115,7 @@ fn main() -> ExitCode {
         Some(Command::Image(args)) => image::image(&args),
         Some(Command::Net(args)) => net::net(&args),
         Some(Command::Kernel(args)) => kernel::kernel(&args),
+        Some(Command::Commit(args)) => commit::commit(&args),
         Some(Command::Guest(command)) => guests::guest(&command),
         Some(Command::System(args)) => system::system(&args),
         Some(Command::Generate(args)) => generate::generate(&args, Cli::command()),

@@ -272,7 +272,8 @@ fn errors_say_what_and_why_once() {
         ("pull localhost:1/x", 1, "from localhost:1: no answer"),
         ("pull x --platform linux", 2, "is no platform"),
         ("export nothing", 1, "there is no image nothing"),
-        ("build .", 2, "unrecognized subcommand"),
+        ("build nowhere", 1, "there is no Dockerfile"),
+        ("login http://x -u me --password-stdin", 1, "is no registry"),
     ] {
         let got = house.image(line);
         assert_eq!(got.status, status, "{line}: {}", got.err);

@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::PathBuf;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 
-use crate::error::ImageError;
+use crate::error::{Doing, ImageError};
 use crate::reference::DEFAULT_REGISTRY;
 
 /// Docker's name for its own registry in such files.
@@ -50,9 +51,9 @@ struct Helped {
     secret: String,
 }
 
-/// What is kept for a registry, if anything: in the first of `$REGISTRY_AUTH_FILE`, `$XDG_RUNTIME_DIR/containers/auth.json`,
-/// `$DOCKER_CONFIG/config.json` and `~/.docker/config.json` that knows it.
-pub(crate) fn of(registry: &str) -> Result<Option<Credentials>, ImageError> {
+/// Where credentials are kept, the first first: `$REGISTRY_AUTH_FILE`, `$XDG_RUNTIME_DIR/containers/auth.json`,
+/// `$DOCKER_CONFIG/config.json` or `~/.docker/config.json`.
+fn files() -> Vec<PathBuf> {
     let path = |variable: &str, rest: &str| {
         let base = std::env::var_os(variable)
             .filter(|v| !v.is_empty())
@@ -70,16 +71,23 @@ pub(crate) fn of(registry: &str) -> Result<Option<Credentials>, ImageError> {
         path("XDG_RUNTIME_DIR", "containers/auth.json"),
         docker,
     ];
-    for file in files.into_iter().flatten() {
+    files.into_iter().flatten().collect()
+}
+
+fn unreadable(file: &Path, error: &serde_json::Error) -> ImageError {
+    ImageError::Format(format!(
+        "the credentials in {} cannot be read: {error}",
+        file.display()
+    ))
+}
+
+/// What is kept for a registry, if anything: in the first file that knows it.
+pub(crate) fn of(registry: &str) -> Result<Option<Credentials>, ImageError> {
+    for file in files() {
         let Ok(text) = std::fs::read(&file) else {
             continue;
         };
-        let config: Config = serde_json::from_slice(&text).map_err(|e| {
-            ImageError::Format(format!(
-                "the credentials in {} cannot be read: {e}",
-                file.display()
-            ))
-        })?;
+        let config: Config = serde_json::from_slice(&text).map_err(|e| unreadable(&file, &e))?;
         if let Some(found) = config.find(registry)? {
             return Ok(Some(found));
         }
@@ -87,14 +95,169 @@ pub(crate) fn of(registry: &str) -> Result<Option<Credentials>, ImageError> {
     Ok(None)
 }
 
+/// The name that a registry has in such files.
+fn key(registry: &str) -> &str {
+    match registry {
+        DEFAULT_REGISTRY => DOCKER_HUB,
+        other => other,
+    }
+}
+
+fn is_same(written: &str, registry: &str) -> bool {
+    host(written) == host(key(registry)) || written == registry
+}
+
+/// A file of credentials, with all that others keep in it.
+struct Kept {
+    path: PathBuf,
+    all: serde_json::Map<String, serde_json::Value>,
+    config: Config,
+}
+
+impl Kept {
+    /// None: there is no such file.
+    fn read(path: &Path) -> Result<Option<Self>, ImageError> {
+        let text = match std::fs::read(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            text => text.doing(|| format!("read {}", path.display()))?,
+        };
+        let all = serde_json::from_slice(&text).map_err(|e| unreadable(path, &e))?;
+        let config = serde_json::from_slice(&text).map_err(|e| unreadable(path, &e))?;
+        Ok(Some(Self {
+            // A link stays one.
+            path: path.canonicalize().unwrap_or_else(|_| path.into()),
+            all,
+            config,
+        }))
+    }
+
+    /// The helper that keeps a registry's credentials, and how it knows the registry.
+    fn helper(&self, registry: &str) -> Option<(&str, String)> {
+        let own = self
+            .config
+            .cred_helpers
+            .iter()
+            .find(|(written, _)| is_same(written, registry));
+        let own = own.map(|(server, helper)| (helper.as_str(), server.clone()));
+        own.or_else(|| {
+            Some((
+                self.config.creds_store.as_deref()?,
+                key(registry).to_owned(),
+            ))
+        })
+    }
+
+    fn has(&self, registry: &str) -> bool {
+        let helped = self
+            .config
+            .cred_helpers
+            .keys()
+            .any(|written| is_same(written, registry));
+        helped
+            || self
+                .config
+                .auths
+                .keys()
+                .any(|written| is_same(written, registry))
+    }
+
+    /// Sets or removes what the file itself has of a registry; says whether there was something.
+    fn set(&mut self, registry: &str, auth: Option<serde_json::Value>) -> bool {
+        let auths = self
+            .all
+            .entry("auths")
+            .or_insert_with(|| serde_json::json!({}));
+        let Some(auths) = auths.as_object_mut() else {
+            return false;
+        };
+        let before = auths.len();
+        auths.retain(|written, _| !is_same(written, registry));
+        let had = auths.len() < before;
+        if let Some(auth) = auth {
+            auths.insert(key(registry).into(), auth);
+        }
+        had
+    }
+
+    /// As a whole or not at all, for its owner alone.
+    fn write(&self) -> Result<(), ImageError> {
+        let doing = || format!("write the credentials in {}", self.path.display());
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
+            .doing(doing)?;
+        // It has the mode 0600 from its first moment.
+        let mut file = tempfile::NamedTempFile::new_in(folder).doing(doing)?;
+        serde_json::to_writer_pretty(&mut file, &self.all).doing(doing)?;
+        file.as_file().sync_all().doing(doing)?;
+        file.persist(&self.path).map_err(|e| e.error).doing(doing)?;
+        Ok(())
+    }
+}
+
+/// Keeps a user's password for a registry, where [`of`] finds it: in the file that knows the registry already, else in docker's, which
+/// outlives the session. Gives where.
+pub(crate) fn keep(registry: &str, user: &str, password: &str) -> Result<String, ImageError> {
+    let mut known = None;
+    let files = files();
+    for path in &files {
+        known = known.or(Kept::read(path)?.filter(|kept| kept.has(registry)));
+    }
+    let usual = match std::env::var_os("REGISTRY_AUTH_FILE").filter(|v| !v.is_empty()) {
+        Some(_) => files.first(),
+        None => files.last(),
+    };
+    let usual = usual.ok_or_else(|| {
+        ImageError::Format(
+            "nobody knows where credentials are kept: set HOME, or REGISTRY_AUTH_FILE".into(),
+        )
+    })?;
+    let mut kept = match known {
+        Some(known) => known,
+        None => Kept::read(usual)?.unwrap_or_else(|| Kept {
+            path: usual.clone(),
+            all: serde_json::Map::new(),
+            config: Config::default(),
+        }),
+    };
+    if let Some((helper, server)) = kept.helper(registry) {
+        let said = serde_json::json!({"ServerURL": server, "Username": user, "Secret": password});
+        call(helper, "store", &server, said.to_string().as_bytes())?;
+        return Ok(format!("docker-credential-{helper}"));
+    }
+    let auth = STANDARD.encode(format!("{user}:{password}"));
+    kept.set(registry, Some(serde_json::json!({ "auth": auth })));
+    kept.write()?;
+    Ok(kept.path.display().to_string())
+}
+
+/// Forgets what is kept for a registry, in all files and helpers. Says whether there was something.
+pub(crate) fn forget(registry: &str) -> Result<bool, ImageError> {
+    let mut had = false;
+    for path in files() {
+        let Some(mut kept) = Kept::read(&path)? else {
+            continue;
+        };
+        if let Some((helper, server)) = kept.helper(registry)
+            && ask(helper, &server)?.is_some()
+        {
+            call(helper, "erase", &server, server.as_bytes())?;
+            had = true;
+        }
+        if kept.set(registry, None) {
+            kept.write()?;
+            had = true;
+        }
+    }
+    Ok(had)
+}
+
 impl Config {
     fn find(&self, registry: &str) -> Result<Option<Credentials>, ImageError> {
-        let key = if registry == DEFAULT_REGISTRY {
-            DOCKER_HUB
-        } else {
-            registry
-        };
-        let same = |written: &str| host(written) == host(key) || written == registry;
+        let key = key(registry);
+        let same = |written: &str| is_same(written, registry);
         if let Some((server, helper)) = self.cred_helpers.iter().find(|(written, _)| same(written))
         {
             return ask(helper, server);
@@ -148,6 +311,30 @@ fn host(written: &str) -> &str {
 
 /// Asks a credential helper, a program that docker's configuration names.
 fn ask(helper: &str, server: &str) -> Result<Option<Credentials>, ImageError> {
+    let Some(answer) = call(helper, "get", server, server.as_bytes())? else {
+        return Ok(None);
+    };
+    let found: Helped = serde_json::from_slice(&answer).map_err(|e| {
+        ImageError::Format(format!(
+            "docker-credential-{helper}, which keeps the credentials for {server}, failed: {e}"
+        ))
+    })?;
+    if found.username == "<token>" {
+        return Ok(Some(Credentials::Identity(found.secret)));
+    }
+    Ok(Some(Credentials::Password {
+        user: found.username,
+        password: found.secret,
+    }))
+}
+
+/// Has a helper do something. None: it knows nothing of the registry.
+fn call(
+    helper: &str,
+    what: &str,
+    server: &str,
+    said: &[u8],
+) -> Result<Option<Vec<u8>>, ImageError> {
     let program = format!("docker-credential-{helper}");
     let failed = |why: &str| {
         ImageError::Format(format!(
@@ -155,7 +342,7 @@ fn ask(helper: &str, server: &str) -> Result<Option<Credentials>, ImageError> {
         ))
     };
     let mut child = Command::new(&program)
-        .arg("get")
+        .arg(what)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -163,7 +350,7 @@ fn ask(helper: &str, server: &str) -> Result<Option<Credentials>, ImageError> {
         .map_err(|e| failed(&e.to_string()))?;
     if let Some(mut stdin) = child.stdin.take() {
         // One that does not read what it is asked fails below.
-        let _ = stdin.write_all(server.as_bytes());
+        let _ = stdin.write_all(said);
     }
     let output = child
         .wait_with_output()
@@ -177,20 +364,33 @@ fn ask(helper: &str, server: &str) -> Result<Option<Credentials>, ImageError> {
         }
         return Err(failed(said.trim()));
     }
-    let found: Helped =
-        serde_json::from_slice(&output.stdout).map_err(|e| failed(&e.to_string()))?;
-    if found.username == "<token>" {
-        return Ok(Some(Credentials::Identity(found.secret)));
-    }
-    Ok(Some(Credentials::Password {
-        user: found.username,
-        password: found.secret,
-    }))
+    Ok(Some(output.stdout))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_keeps_what_others_have_in_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.json");
+        std::fs::write(&path, r#"{"auths":{"a.io":{"auth":"x"},"https://b.io/v2/":{"auth":"y"}},"detachKeys":"ctrl-e"}"#).unwrap();
+        let mut kept = Kept::read(&path).unwrap().unwrap();
+        assert!(kept.has("b.io") && !kept.has("c.io") && kept.helper("a.io").is_none());
+        // However it was written, there is one of it.
+        assert!(kept.set("b.io", Some(serde_json::json!({"auth": "z"}))));
+        assert!(!kept.set("docker.io", Some(serde_json::json!({"auth": "d"}))));
+        kept.write().unwrap();
+        let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&path).unwrap());
+        assert_eq!(mode & 0o7777, 0o600);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let found: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let expected = serde_json::json!({
+            "auths": {"a.io": {"auth": "x"}, "b.io": {"auth": "z"}, DOCKER_HUB: {"auth": "d"}}, "detachKeys": "ctrl-e",
+        });
+        assert_eq!(found, expected);
+    }
 
     #[test]
     fn registries_are_found_however_they_are_written() {

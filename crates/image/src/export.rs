@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{self, Write};
+use std::path::Path;
 
 use alveole_erofs::{Info, Kind as FileKind, Metadata};
 
@@ -36,7 +37,7 @@ impl Store {
         match format {
             Format::Oci => self.layout(&image, text, &mut out)?,
             Format::Docker => self.docker(&image, text, &mut out)?,
-            Format::RootFs => root_fs(&image, &mut out)?,
+            Format::RootFs => root_fs(&image.root_disk, &mut out)?,
         }
         drop(held);
         out.write(&END)?;
@@ -147,11 +148,18 @@ fn plain() -> Metadata {
     }
 }
 
-fn root_fs(image: &Image, out: &mut Out<'_>) -> Result<(), ImageError> {
-    let path = &image.root_disk;
+/// Writes the files of a root disk as a whole archive.
+pub(crate) fn archive_of_disk(path: &Path, to: &mut dyn Write) -> Result<(), ImageError> {
+    let mut out = Out { to };
+    root_fs(path, &mut out)?;
+    out.write(&END)?;
+    out.to.flush().doing(|| "write the archive".into())
+}
+
+fn root_fs(path: &Path, out: &mut Out<'_>) -> Result<(), ImageError> {
     let file = File::open(path).doing(|| format!("open {}", path.display()))?;
     let wrong = |source| ImageError::ReadDisk {
-        path: path.clone(),
+        path: path.into(),
         source,
     };
     let disk = alveole_erofs::Image::open(file).map_err(wrong)?;

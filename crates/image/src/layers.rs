@@ -287,10 +287,10 @@ impl Making {
 }
 
 /// A clean path, and what happens there if the name alone says so.
-type Place = (Box<[u8]>, Option<What>);
+pub(crate) type Place = (Box<[u8]>, Option<What>);
 
 /// Where an entry goes, and what it does if its name has a meaning. Nothing for what is passed over.
-fn place_of(entry: &Entry) -> io::Result<Option<Place>> {
+pub(crate) fn place_of(entry: &Entry) -> io::Result<Option<Place>> {
     let path = clean(&entry.path);
     let shown = || String::from_utf8_lossy(&entry.path).into_owned();
     let mut depth = 0;

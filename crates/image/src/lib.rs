@@ -3,24 +3,31 @@
 //!
 //! Deliberately does not know: machines and how they run, what an image's command is for, how EROFS lies on a disk (`alveole-erofs` does).
 
+mod context;
 mod credentials;
 mod digest;
+mod draft;
 mod error;
 mod export;
 mod folder;
 mod import;
 mod layers;
 mod limits;
+mod look;
 mod oci;
 mod pull;
+mod recipe;
 mod reference;
 mod registry;
 mod store;
 mod tarfile;
 mod tree;
 mod unpack;
+mod words;
 
+pub use context::Context;
 pub use digest::Digest;
+pub use draft::{CopyFiles, Draft, Unchecked};
 pub use error::ImageError;
 pub use export::Format;
 pub use import::Import;
@@ -29,8 +36,11 @@ pub use layers::fuzz_layer;
 pub use layers::{Layer, make_root_disk};
 pub use limits::Limits;
 pub use oci::{Descriptor, Platform, RunConfig};
+pub use recipe::{Act, Base, Command, MAX_RECIPE, Recipe, RecipeError, Step};
 pub use reference::{DEFAULT_REGISTRY, Reference};
+pub use registry::{log_in, log_out};
 pub use store::{Image, Store, Usage, Usages};
+pub use words::Word;
 
 /// Who watches something that takes time.
 pub trait Progress: Sync {

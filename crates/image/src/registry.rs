@@ -46,7 +46,22 @@ struct Token {
 impl Registry {
     /// Speaks to the registry of an image: by TLS, but plainly to one of this host that does not know TLS, as docker does.
     pub(crate) fn of(name: &Reference) -> Result<Self, ImageError> {
-        let host = match name.registry() {
+        let credentials = credentials::of(name.registry())?;
+        Self::connect(
+            name.registry(),
+            name.repository(),
+            &name.familiar(),
+            credentials,
+        )
+    }
+
+    fn connect(
+        registry: &str,
+        repository: &str,
+        what: &str,
+        credentials: Option<Credentials>,
+    ) -> Result<Self, ImageError> {
+        let host = match registry {
             DEFAULT_REGISTRY => "registry-1.docker.io",
             host => host,
         };
@@ -55,7 +70,7 @@ impl Registry {
             let agent = agent(false)?;
             // One that speaks TLS answers 400 to this.
             let answer = agent.get(format!("http://{host}/v2/")).call();
-            let answer = answer.map_err(|e| no_answer(name.registry(), &name.familiar(), &e))?;
+            let answer = answer.map_err(|e| no_answer(registry, what, &e))?;
             plain = (answer.status() != StatusCode::BAD_REQUEST).then_some(agent);
         }
         let is_plain = plain.is_some();
@@ -65,11 +80,14 @@ impl Registry {
                 Some(plain) => plain,
                 None => agent(true)?,
             },
-            name: name.registry().into(),
-            repository: name.repository().into(),
-            base: format!("{scheme}://{host}/v2/{}/", name.repository()),
+            name: registry.into(),
+            repository: repository.into(),
+            base: match repository {
+                "" => format!("{scheme}://{host}/v2/"),
+                repository => format!("{scheme}://{host}/v2/{repository}/"),
+            },
             is_plain,
-            credentials: credentials::of(name.registry())?,
+            credentials,
             authorization: Mutex::new(None),
         })
     }
@@ -207,7 +225,7 @@ impl Registry {
         }
         match &self.credentials {
             Some(Credentials::Password { user, password }) if is("basic").is_some() => Ok(basic(user, password)),
-            _ => Err(self.refused(what, &format!("it wants to know who you are: `docker login {0}`, `podman login {0}` or `skopeo login {0}` tells it", self.name))),
+            _ => Err(self.refused(what, &format!("it wants to know who you are: `alveole image login {0}` tells it, as do `docker login {0}` and `podman login {0}`", self.name))),
         }
     }
 
@@ -230,10 +248,12 @@ impl Registry {
                 &format!("it wants a token from {realm}, which is no https address"),
             ));
         }
-        let scope = get("scope").map_or_else(
-            || format!("repository:{}:pull", self.repository),
-            str::to_owned,
-        );
+        // Whoever only says who they are wants nothing.
+        let usual = match self.repository.as_str() {
+            "" => String::new(),
+            repository => format!("repository:{repository}:pull"),
+        };
+        let scope = get("scope").map_or(usual, str::to_owned);
         let service = get("service").unwrap_or_default();
         let failed = |e: &ureq::Error| self.failed(&format!("a token for {what}"), e);
         let answer = match &self.credentials {
@@ -249,11 +269,10 @@ impl Registry {
                 ])
                 .map_err(|e| failed(&e))?,
             other => {
-                let mut request = self
-                    .agent
-                    .get(realm)
-                    .query("service", service)
-                    .query("scope", &scope);
+                let mut request = self.agent.get(realm).query("service", service);
+                if !scope.is_empty() {
+                    request = request.query("scope", &scope);
+                }
                 if let Some(Credentials::Password { user, password }) = other {
                     request = request.header("authorization", basic(user, password));
                 }
@@ -312,7 +331,7 @@ impl Registry {
             }
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
                 format!(
-                    "it is not there, or not for everybody; `docker login {0}` or `podman login {0}` may help",
+                    "it is not there, or not for everybody; `alveole image login {0}` or `docker login {0}` may help",
                     self.name
                 )
             }
@@ -340,6 +359,62 @@ impl Registry {
             why: why.into(),
         }
     }
+}
+
+/// Logs in: checks a password with the registry, and keeps it where [`credentials::of`] finds it. Gives where that is, and whether the registry
+/// asked at all.
+///
+/// # Errors
+/// The registry does not take them, or is not there; they cannot be kept.
+pub fn log_in(registry: &str, user: &str, password: &str) -> Result<(String, bool), ImageError> {
+    check_name(registry)?;
+    if user.is_empty() || user.contains(':') || password.is_empty() {
+        return Err(ImageError::Format(
+            "a user's name is not empty and has no colon, and a password is not empty".into(),
+        ));
+    }
+    let given = Credentials::Password {
+        user: user.into(),
+        password: password.into(),
+    };
+    let with = Registry::connect(registry, "", "a login", Some(given))?;
+    let refused = |e: ImageError| match e {
+        ImageError::Registry { why, .. }
+            if why.starts_with("status 401") || why.starts_with("status 403") =>
+        {
+            ImageError::Format(format!(
+                "cannot log in to {registry} as {user:?}: it does not take that name and password; look at both (some registries want a token instead of the password)"
+            ))
+        }
+        other => other,
+    };
+    with.get("a login", "", &[]).map_err(refused)?;
+    let asked = with
+        .authorization
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .is_some();
+    Ok((credentials::keep(registry, user, password)?, asked))
+}
+
+/// Logs out: forgets what is kept for a registry. Says whether there was something.
+///
+/// # Errors
+/// A file or helper cannot be used.
+pub fn log_out(registry: &str) -> Result<bool, ImageError> {
+    check_name(registry)?;
+    credentials::forget(registry)
+}
+
+/// That it is a registry's host, by the grammar of images' names.
+fn check_name(registry: &str) -> Result<(), ImageError> {
+    let name = format!("{registry}/x").parse::<Reference>();
+    if name.is_ok_and(|name| name.registry() == registry && !registry.contains('/')) {
+        return Ok(());
+    }
+    Err(ImageError::Format(format!(
+        "{registry:?} is no registry: write its host as images' names have it, HOST[:PORT], without https://; docker.io is Docker's"
+    )))
 }
 
 fn no_answer(registry: &str, what: &str, error: &ureq::Error) -> ImageError {

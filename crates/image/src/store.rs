@@ -5,6 +5,7 @@
 //! disks/HEX.erofs    root disks; HEX is that of the format's version and the layers' diff ids
 //! names/HEX.json     what a name stands for; HEX is that of the name
 //! partial/HEX        downloads that can be resumed
+//! steps/HEX.json     layers that steps of builds have made; HEX is the digest of what was done to what
 //! tmp/               what is being made; locked by whoever makes it
 //! lock               shared while something is added, exclusive while something is removed
 //! ```
@@ -36,7 +37,7 @@ const MIN_ID: usize = 4;
 /// Where images are kept. Any number of processes may use it at once.
 #[derive(Debug, Clone)]
 pub struct Store {
-    root: PathBuf,
+    pub(crate) root: PathBuf,
 }
 
 /// What a name stands for.
@@ -131,7 +132,7 @@ impl Store {
     /// # Errors
     /// The host's.
     pub fn open(root: &Path) -> Result<Self, ImageError> {
-        for folder in ["blobs/sha256", "disks", "names", "partial", "tmp"] {
+        for folder in ["blobs/sha256", "disks", "names", "partial", "steps", "tmp"] {
             let folder = root.join(folder);
             DirBuilder::new()
                 .recursive(true)
@@ -584,7 +585,11 @@ impl Store {
         keep: &[PathBuf],
         unfinished: bool,
     ) -> Result<u64, ImageError> {
-        let needed = self.needed(&self.records()?)?;
+        let mut needed = self.needed(&self.records()?)?;
+        // What builds have made stays until somebody prunes.
+        if !unfinished {
+            needed.extend(self.step_layers()?);
+        }
         let mut freed = 0;
         for file in self.files()? {
             let is_unfinished = matches!(file.folder, "tmp" | "partial");
@@ -597,6 +602,7 @@ impl Store {
             fs::remove_file(&file.path).doing(|| format!("remove {}", file.path.display()))?;
             freed += file.bytes;
         }
+        self.forget_steps()?;
         Ok(freed)
     }
 
@@ -607,7 +613,7 @@ impl Store {
         Ok(found?.into_iter().flatten().collect())
     }
 
-    fn files_in(&self, folder: &'static str) -> Result<Vec<Found>, ImageError> {
+    pub(crate) fn files_in(&self, folder: &'static str) -> Result<Vec<Found>, ImageError> {
         let path = self.root.join(folder);
         let doing = || format!("look into {}", path.display());
         let mut found = Vec::new();
@@ -626,9 +632,9 @@ impl Store {
     }
 }
 
-struct Found {
+pub(crate) struct Found {
     folder: &'static str,
-    path: PathBuf,
+    pub(crate) path: PathBuf,
     bytes: u64,
 }
 

@@ -42,6 +42,8 @@ const CLIENTS_PATIENCE: Duration = Duration::from_secs(5);
 const RESTART_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 const GOOD_WHILE: Duration = Duration::from_secs(10);
+/// Between two looks at whether a guest without a main process is still wanted.
+const SERVING_LOOK: Duration = Duration::from_millis(5);
 
 /// What a start of the machine needs.
 pub struct Machine {
@@ -71,6 +73,18 @@ struct Now {
     stopping: bool,
 }
 
+/// What a VM is kept for.
+#[derive(Clone, Copy)]
+pub enum Purpose<'a> {
+    /// Its main process.
+    Run {
+        /// Which begins when somebody is attached.
+        with_client: bool,
+    },
+    /// Its agent alone, until this says that it is over. What is known of its main process stays as it is.
+    Serve(&'a dyn Fn() -> bool),
+}
+
 /// What a keeper tells who started it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Told<'a> {
@@ -91,18 +105,18 @@ pub enum Told<'a> {
 pub fn keep(
     vm: &Vm,
     _proves: &KeeperLock,
-    with_client: bool,
+    purpose: Purpose<'_>,
     mut machine: impl FnMut(&Vm) -> Result<Machine, String>,
     mut tell: impl FnMut(Told<'_>),
 ) -> Result<Ended, InstanceError> {
     if vm.was_lost() {
         vm.note(Happened::Lost);
     }
-    for old in [
-        vm.at("ended.json"),
-        vm.at("phase.json"),
-        vm.socket("keeper"),
-    ] {
+    let serves = matches!(purpose, Purpose::Serve(_));
+    if !serves {
+        remove(&vm.at("ended.json"))?;
+    }
+    for old in [vm.at("phase.json"), vm.socket("keeper")] {
         remove(&old)?;
     }
     let mut phase = Phase {
@@ -145,11 +159,14 @@ pub fn keep(
     let mut pause = RESTART_PAUSE;
     let ended = loop {
         let begun = Instant::now();
-        let with_first = with_client && phase.restarts == 0;
         let once = Once {
             vm,
             control: &control,
-            with_first,
+            purpose: match purpose {
+                // Who was there first goes on after a restart.
+                Purpose::Run { .. } if phase.restarts > 0 => Purpose::Run { with_client: false },
+                purpose => purpose,
+            },
             input: input.take(),
         };
         let outcome = once.run(&mut machine, &mut phase, &mut tell);
@@ -165,11 +182,14 @@ pub fn keep(
             at_ms: now_ms(),
             why,
         };
-        vm.note((&ended).into());
+        if !serves {
+            vm.note((&ended).into());
+        }
         let stopping = lock(&control.now).stopping;
         // As it is by now: it may have been changed while the machine ran.
         let restart = vm.again().map_or(vm.record.restart, |vm| vm.record.restart);
         let again = !stopping
+            && !serves
             && match restart {
                 Restart::No => false,
                 Restart::OnFailure(most) => {
@@ -196,7 +216,9 @@ pub fn keep(
             break ended;
         }
     };
-    write_json(&vm.at("ended.json"), &ended)?;
+    if !serves {
+        write_json(&vm.at("ended.json"), &ended)?;
+    }
     let answer = match &ended.why {
         Some(why) => Answer::Refused(Refusal {
             code: code_of(ended.status).into(),
@@ -260,7 +282,7 @@ fn new_input(control: &Kept) -> Result<Option<File>, InstanceError> {
 struct Once<'a> {
     vm: &'a Vm,
     control: &'a Arc<Kept>,
-    with_first: bool,
+    purpose: Purpose<'a>,
     input: Option<File>,
 }
 
@@ -341,7 +363,9 @@ impl Once<'_> {
         session
             .and_then(|session| session.ask(&Request::Setup(Box::new(setup))))
             .map_err(|e| broken(monitor, &e, "the guest cannot be set up"))?;
-        if self.with_first && !control.hub.wait_for_first(FIRST_CLIENT_PATIENCE) {
+        if let Purpose::Run { with_client: true } = self.purpose
+            && !control.hub.wait_for_first(FIRST_CLIENT_PATIENCE)
+        {
             return Err(not_started("who started it is gone"));
         }
         let streams = Streams {
@@ -355,6 +379,17 @@ impl Once<'_> {
         phase.phase = "running".into();
         phase.started_ms = now_ms();
         phase.monitor_pid = Some(monitor.child.id());
+        if let Purpose::Serve(over) = self.purpose {
+            write_json(&vm.at("phase.json"), phase).map_err(|e| not_started(e.to_string()))?;
+            tell(Told::Runs);
+            while !over() {
+                if monitor.has_ended() {
+                    return Err(broken(monitor, &AgentError::Ended, "the guest ended early"));
+                }
+                thread::sleep(SERVING_LOOK);
+            }
+            return Ok(Exit::Code(0));
+        }
         let guest = Guest::new(&vm.socket("vsock"), AGENT_PATIENCE);
         let exit = guest.run(&vm.record.process, streams, |controls, pid| {
             if let Err(e) = write_json(&vm.at("phase.json"), phase) {

@@ -25,7 +25,7 @@ pub use ask::{Ask, Attach, ask, attach};
 pub use error::InstanceError;
 pub use events::{Event, EventReader, Happened};
 pub use folder::{KeeperLock, Vm, Vms};
-pub use keeper::{Machine, Told, keep};
+pub use keeper::{Machine, Purpose, Told, keep};
 pub use log::{LogEntry, LogReader};
 pub use record::{Ended, Limits, Phase, Record, Restart, State};
 pub use stages::{reached, stages_file};

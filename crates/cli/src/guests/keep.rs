@@ -3,11 +3,13 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use alveole_agent_protocol::{Mount, Setup, Source};
 use alveole_guest_kernel::Kernel;
 use alveole_host::programs;
-use alveole_instance::{Machine, Told, Vm, keep, reached, stages_file};
+use alveole_instance::{Machine, Purpose, Told, Vm, keep, reached, stages_file};
 use alveole_vm_config::{
     BootSource, CacheType, Drive, Entropy, LogLevel, Logger, MachineConfig, VmConfig, Vsock,
 };
@@ -35,6 +37,12 @@ pub(crate) struct KeepArgs {
     /// Its process begins when somebody is attached
     #[arg(long)]
     with_client: bool,
+    /// No process begins: its agent alone serves, until the standard input ends
+    #[arg(long, conflicts_with = "with_client")]
+    serve: bool,
+    /// It is on no network, whatever it has else
+    #[arg(long)]
+    offline: bool,
 }
 
 /// The words about networks, as `alveole run` has them.
@@ -56,12 +64,27 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
         Ok(lock) => lock,
         Err(e) => return say_and_fail(&e.to_string()),
     };
+    let over = Arc::new(AtomicBool::new(false));
+    if args.serve {
+        let over = Arc::clone(&over);
+        std::thread::spawn(move || {
+            let _ = io::copy(&mut io::stdin(), &mut io::sink());
+            over.store(true, Ordering::Relaxed);
+        });
+    }
+    let is_over = || over.load(Ordering::Relaxed);
+    let purpose = match args.serve {
+        true => Purpose::Serve(&is_over),
+        false => Purpose::Run {
+            with_client: args.with_client,
+        },
+    };
     let mut told_runs = false;
     let kept = keep(
         &vm,
         &lock,
-        args.with_client,
-        |vm| machine(&places, vm).map_err(|e| format!("{e:#}")),
+        purpose,
+        |vm| machine(&places, vm, args.offline).map_err(|e| format!("{e:#}")),
         |told| match told {
             Told::Serves => say("serves"),
             Told::Runs => {
@@ -102,14 +125,16 @@ fn close_output() {
 }
 
 /// The machine of a VM, ready to be started.
-fn machine(places: &Places, vm: &Vm) -> anyhow::Result<Machine> {
+fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
     let record = &vm.record;
     let kernel = places.kernels().get(Some(&record.kernel))?;
     let initramfs = kernel.initramfs(&programs::agent()?)?;
     reached("kernel");
     let changes = changes(places, vm)?;
     reached("disk");
-    let words = Words::try_parse_from([&"words".to_owned()].into_iter().chain(&record.network))
+    let none = ["--net=none".to_owned()];
+    let words = if offline { &none } else { &record.network[..] };
+    let words = Words::try_parse_from([&"words".to_owned()].into_iter().chain(words))
         .context("cannot understand the VM's words about networks")?;
     let plugged = words.network.begin(true)?.finish()?;
     reached("network");

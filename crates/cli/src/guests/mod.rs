@@ -6,6 +6,7 @@ mod empty_disk;
 mod events;
 mod keep;
 mod limits;
+mod maker;
 mod run;
 mod sample;
 mod stats;
@@ -18,6 +19,7 @@ use std::time::SystemTime;
 
 pub(crate) use commands::{GuestCommand, guest};
 pub(crate) use keep::{KeepArgs, keep_vm};
+pub(crate) use maker::{Maker, Wanted, changes};
 pub(crate) use run::{ImageArgs, run_image};
 
 /// How a list is shown.

@@ -27,7 +27,7 @@ use crate::{hint, print};
 /// The status of what could not be started, as `docker run` has it.
 const NOT_STARTED: u8 = 125;
 /// SIGTERM, if the image says nothing.
-const USUAL_STOP_SIGNAL: u8 = 15;
+pub(super) const USUAL_STOP_SIGNAL: u8 = 15;
 
 /// What is for guests of images alone.
 #[derive(clap::Args)]
@@ -153,9 +153,9 @@ pub(crate) fn run_image(
 }
 
 /// A VM whose keeper can be asked.
-struct Begun {
-    vm: Vm,
-    keeper: Child,
+pub(super) struct Begun {
+    pub(super) vm: Vm,
+    pub(super) keeper: Child,
     told: BufReader<std::process::ChildStdout>,
 }
 
@@ -207,11 +207,11 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
     vms.sweep();
     let vm = vms.create(&name, &record)?;
     reached("created");
-    start_keeper(&vm, !more.detach)
+    start_keeper(&vm, (!more.detach).then_some("--with-client").as_slice())
 }
 
 /// The usual size of a disk for changes: it is sparse.
-const USUAL_DISK_BYTES: u64 = 10 << 30;
+pub(super) const USUAL_DISK_BYTES: u64 = 10 << 30;
 
 fn disk_bytes(args: &RunArgs) -> anyhow::Result<Option<u64>> {
     if args.for_image.read_only {
@@ -306,21 +306,22 @@ pub(super) fn set(env: &mut Vec<(String, String)>, word: &str) {
     env.extend(value.map(|value| (name, value)));
 }
 
-fn now_ms() -> u64 {
+pub(super) fn now_ms() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// Starts a VM's keeper, and waits until it can be asked.
-fn start_keeper(vm: &Vm, with_client: bool) -> anyhow::Result<Begun> {
+pub(super) fn start_keeper(vm: &Vm, words: &[&str]) -> anyhow::Result<Begun> {
     let exe = std::env::current_exe().context("cannot find out which program this is")?;
     let mut command = Command::new(exe);
-    command.args(["keep", &vm.name]);
-    if with_client {
-        command.arg("--with-client");
-    }
+    command.args(["keep", &vm.name]).args(words);
+    // One that serves does so as long as this is open.
     let mut keeper = command
-        .stdin(Stdio::null())
+        .stdin(match words.contains(&"--serve") {
+            true => Stdio::piped(),
+            false => Stdio::null(),
+        })
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -342,7 +343,7 @@ fn start_keeper(vm: &Vm, with_client: bool) -> anyhow::Result<Begun> {
 
 impl Begun {
     /// What the keeper says next.
-    fn hear(&mut self) -> anyhow::Result<String> {
+    pub(super) fn hear(&mut self) -> anyhow::Result<String> {
         let mut line = String::new();
         self.told
             .read_line(&mut line)
@@ -360,7 +361,7 @@ impl Begun {
 
 /// Starts a VM that was stopped.
 pub(super) fn start(vm: &Vm, attached: bool, interactive: bool) -> anyhow::Result<ExitCode> {
-    let begun = start_keeper(vm, attached)?;
+    let begun = start_keeper(vm, attached.then_some("--with-client").as_slice())?;
     if attached {
         return Ok(attached_to(vm, true, interactive));
     }
