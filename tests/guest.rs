@@ -51,5 +51,7 @@ mod space;
 mod traffic;
 #[path = "guest/vhost.rs"]
 mod vhost;
+#[path = "guest/volumes.rs"]
+mod volumes;
 #[path = "guest/vsock.rs"]
 mod vsock;

@@ -29,8 +29,8 @@ const MAX_UNSENT_BYTES: usize = 128 << 10;
 /// What all sessions share.
 pub(crate) struct Shared {
     pub(crate) reaper: Reaper,
-    /// Where the root's changes are kept, which no path leads to once the root is there.
-    pub(crate) changes: OnceLock<OwnedFd>,
+    /// File systems that are written and that no path leads to once the root is there, such as that of the root's changes.
+    pub(crate) hidden: OnceLock<Vec<OwnedFd>>,
 }
 
 /// Why a session ended before its end.
@@ -84,7 +84,8 @@ pub(crate) fn serve(connection: OwnedFd, shared: &Arc<Shared>, first: bool) -> R
         Ok(Request::Shutdown(request)) => {
             link.say(&Answer::Done)?;
             link.finish();
-            ending::shut_down(&request, shared.changes.get());
+            let hidden = shared.hidden.get().map_or(&[][..], Vec::as_slice);
+            ending::shut_down(&request, hidden);
         }
     };
     link.say(&answer)?;

@@ -15,8 +15,8 @@ const LOOK: Duration = Duration::from_millis(2);
 /// After they were killed.
 const KILLED_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Ends the guest. `changes`: where those of the root are kept.
-pub(crate) fn shut_down(request: &Shutdown, changes: Option<&OwnedFd>) -> ! {
+/// Ends the guest. `hidden`: file systems that no path leads to.
+pub(crate) fn shut_down(request: &Shutdown, hidden: &[OwnedFd]) -> ! {
     let asked = Signal::from_named_raw(i32::from(request.signal)).unwrap_or(Signal::TERM);
     let grace = Duration::from_millis(request.grace_ms.into());
     for (signal, patience) in [(asked, grace), (Signal::KILL, KILLED_PATIENCE)] {
@@ -33,7 +33,7 @@ pub(crate) fn shut_down(request: &Shutdown, changes: Option<&OwnedFd>) -> ! {
             break;
         }
     }
-    mount::leave(changes);
+    mount::leave(hidden);
     end(request.how)
 }
 

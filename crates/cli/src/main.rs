@@ -20,6 +20,7 @@ mod places;
 mod run;
 mod size;
 mod system;
+mod volume;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -60,6 +61,8 @@ enum Command {
     Net(net::NetArgs),
     /// Kernels that guests of images boot
     Kernel(kernel::KernelArgs),
+    /// Disks with a name, which outlive the VMs that use them
+    Volume(volume::VolumeArgs),
     #[command(flatten)]
     Guest(guests::GuestCommand),
     /// Show what all of it takes on this host's disk, and remove what nobody needs
@@ -110,6 +113,7 @@ fn main() -> ExitCode {
         Some(Command::Image(args)) => image::image(&args),
         Some(Command::Net(args)) => net::net(&args),
         Some(Command::Kernel(args)) => kernel::kernel(&args),
+        Some(Command::Volume(args)) => volume::volume(&args),
         Some(Command::Guest(command)) => guests::guest(&command),
         Some(Command::System(args)) => system::system(&args),
         Some(Command::Generate(args)) => generate::generate(&args, Cli::command()),

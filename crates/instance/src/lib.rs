@@ -15,10 +15,12 @@ mod keeper;
 mod log;
 mod record;
 mod streams;
+mod volumes;
 
 pub use ask::{Ask, Attach, ask, attach};
 pub use error::InstanceError;
 pub use folder::{KeeperLock, Vm, Vms};
 pub use keeper::{Machine, Told, keep};
 pub use log::{LogEntry, LogReader};
-pub use record::{Ended, Phase, Record, Restart, State};
+pub use record::{Content, Ended, Phase, Placed, Record, Restart, State};
+pub use volumes::{Use, Volume, VolumeRecord, Volumes};

@@ -12,7 +12,7 @@ use alveole_vm_config::{BootSource, CacheType, Drive, Entropy, MachineConfig, Vm
 use anyhow::Context;
 use clap::Parser;
 
-use super::empty_disk;
+use super::{empty_disk, volumes};
 use crate::interfaces::{NetworkArgs, keep_over_exec};
 use crate::places::Places;
 use crate::run::hand_over;
@@ -22,6 +22,7 @@ const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1";
 /// Serial numbers of a guest's disks.
 const ROOT: &str = "root";
 const CHANGES: &str = "changes";
+const MODULES: &str = "modules";
 /// A guest's own address among sockets of its monitor; each has a monitor of its own.
 const GUEST_CID: u64 = 3;
 
@@ -104,6 +105,8 @@ fn machine(places: &Places, vm: &Vm) -> anyhow::Result<Machine> {
     let kernel = places.kernels().get(Some(&record.kernel))?;
     let initramfs = kernel.initramfs(&programs::agent()?)?;
     let changes = changes(places, vm)?;
+    let volumes = volumes::prepare(places, vm)?;
+    let modules = kernel.modules_disk();
     let words = Words::try_parse_from([&"words".to_owned()].into_iter().chain(&record.network))
         .context("cannot understand the VM's words about networks")?;
     let plugged = words.network.begin(true)?.finish()?;
@@ -114,7 +117,10 @@ fn machine(places: &Places, vm: &Vm) -> anyhow::Result<Machine> {
             mem_size_mib: record.memory_mib,
             ..MachineConfig::default()
         },
-        drives: drives(&record.root_disk, changes.as_deref()),
+        drives: drives(&record.root_disk, changes.as_deref(), modules.as_deref())
+            .into_iter()
+            .chain(volumes.drives)
+            .collect(),
         network_interfaces: plugged.interfaces.clone(),
         vsock: Some(Vsock {
             guest_cid: GUEST_CID,
@@ -138,6 +144,9 @@ fn machine(places: &Places, vm: &Vm) -> anyhow::Result<Machine> {
         root: Some(mount(ROOT, "erofs", true)),
         changes: changes.is_some().then(|| mount(CHANGES, "ext4", false)),
         read_only: record.read_only,
+        volumes: volumes.mounts,
+        modules: modules.is_some().then(|| mount(MODULES, "erofs", true)),
+        shm_bytes: record.shm_bytes,
         hostname: record.hostname.clone(),
         network: plugged
             .words
@@ -147,10 +156,13 @@ fn machine(places: &Places, vm: &Vm) -> anyhow::Result<Machine> {
             .collect(),
         ..Setup::default()
     };
+    let mut held = volumes.held;
+    held.push(Box::new(description));
+    held.push(Box::new(plugged.descriptors));
     Ok(Machine {
         monitor,
         setup,
-        held: vec![Box::new(description), Box::new(plugged.descriptors)],
+        held,
     })
 }
 
@@ -172,7 +184,7 @@ fn mount(serial: &str, kind: &str, read_only: bool) -> Mount {
     }
 }
 
-fn drives(root: &Path, changes: Option<&Path>) -> Vec<Drive> {
+fn drives(root: &Path, changes: Option<&Path>, modules: Option<&Path>) -> Vec<Drive> {
     let drive = |serial: &str, path: &Path| Drive {
         drive_id: serial.into(),
         serial: Some(serial.into()),
@@ -180,12 +192,14 @@ fn drives(root: &Path, changes: Option<&Path>) -> Vec<Drive> {
         cache_type: CacheType::Writeback,
         ..Drive::default()
     };
-    let root = Drive {
+    let only_read = |serial, path| Drive {
         is_read_only: true,
-        ..drive(ROOT, root)
+        ..drive(serial, path)
     };
     let changes = changes.map(|path| drive(CHANGES, path));
-    [root].into_iter().chain(changes).collect()
+    let modules = modules.map(|path| only_read(MODULES, path));
+    let root = only_read(ROOT, root);
+    [root].into_iter().chain(changes).chain(modules).collect()
 }
 
 /// The disk that takes the changes, made with the first start.

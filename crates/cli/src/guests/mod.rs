@@ -7,12 +7,13 @@ mod keep;
 mod run;
 mod stats;
 mod terminal;
+pub(crate) mod volumes;
 
 use std::fmt::Write;
 
 pub(crate) use commands::{GuestCommand, guest};
 pub(crate) use keep::{KeepArgs, keep_vm};
-pub(crate) use run::{ImageArgs, run_image};
+pub(crate) use run::{ImageArgs, labels, run_image};
 
 /// How a list is shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
