@@ -31,6 +31,8 @@ mod ends;
 mod files;
 #[path = "guest/images.rs"]
 mod images;
+#[path = "guest/interrupted.rs"]
+mod interrupted;
 #[path = "guest/kept.rs"]
 mod kept;
 #[path = "guest/metadata.rs"]

@@ -74,6 +74,8 @@ struct Now {
     monitor: Option<OwnedFd>,
     /// Somebody asked for its end: it is not started again.
     stopping: bool,
+    /// Who started it gave it up by this signal, before its process had begun.
+    given_up: Option<u8>,
 }
 
 /// What a keeper tells who started it.
@@ -89,6 +91,7 @@ pub enum Told<'a> {
 
 /// Keeps a VM until it has ended for good, and gives how. The main thread calls it, as the monitor ends with who started it.
 /// `machine` makes what each start needs; `tell` is told how far it is.
+/// The process begins when a client is there, if there is `with_client`: the end of a pipe whose other end is closed if that has gone.
 ///
 /// # Errors
 ///
@@ -96,7 +99,7 @@ pub enum Told<'a> {
 pub fn keep(
     vm: &Vm,
     _proves: &KeeperLock,
-    with_client: bool,
+    with_client: Option<OwnedFd>,
     mut machine: impl FnMut() -> Result<Machine, String>,
     mut tell: impl FnMut(Told<'_>),
 ) -> Result<Ended, InstanceError> {
@@ -144,7 +147,7 @@ pub fn keep(
     let mut pause = RESTART_PAUSE;
     let ended = loop {
         let begun = Instant::now();
-        let with_first = with_client && phase.restarts == 0;
+        let with_first = with_client.as_ref().filter(|_| phase.restarts == 0);
         let once = Once {
             vm,
             control: &control,
@@ -154,6 +157,9 @@ pub fn keep(
         let outcome = once.run(&mut machine, &mut phase, &mut tell);
         let (status, why) = match outcome {
             Ok(exit) => (exit.status(), None),
+            Err(_) if let Some(signal) = lock(&control.now).given_up => {
+                (signal.saturating_add(128), None)
+            }
             Err(failure) => {
                 tell(Told::Failed(&failure.why));
                 (failure.status, Some(failure.why))
@@ -197,6 +203,10 @@ pub fn keep(
         // Whatever it was, its status is what shells and people have.
         None => Answer::Exited(Exit::Code(ended.status)),
     };
+    if let Some(client) = with_client.filter(|_| phase.restarts == 0) {
+        // Who started it is told even if all was over before it was attached.
+        wait_for_first(&control.hub, &client);
+    }
     control.hub.end(&answer);
     control.hub.wait_for_none(CLIENTS_PATIENCE);
     remove(&vm.at("phase.json"))?;
@@ -364,7 +374,7 @@ fn new_input(control: &Kept) -> Result<Option<File>, InstanceError> {
 struct Once<'a> {
     vm: &'a Vm,
     control: &'a Arc<Kept>,
-    with_first: bool,
+    with_first: Option<&'a OwnedFd>,
     input: Option<File>,
 }
 
@@ -393,6 +403,10 @@ impl Once<'_> {
             .map_err(|e| not_started(format!("cannot start the monitor: {e}")))?;
         let pid = rustix::process::Pid::from_child(&monitor.child);
         lock(&self.control.now).monitor = pidfd_open(pid, PidfdFlags::empty()).ok();
+        // Somebody asked for its end before there was one to be killed.
+        if lock(&self.control.now).stopping {
+            kill(self.control);
+        }
         let result = self.in_machine(listener, setup, &mut monitor, phase, tell);
         {
             let mut now = lock(&self.control.now);
@@ -435,7 +449,9 @@ impl Once<'_> {
         session
             .and_then(|session| session.ask(&Request::Setup(Box::new(setup))))
             .map_err(|e| broken(monitor, &e, "the guest cannot be set up"))?;
-        if self.with_first && !control.hub.wait_for_first(FIRST_CLIENT_PATIENCE) {
+        if let Some(client) = self.with_first
+            && !wait_for_first(&control.hub, client)
+        {
             return Err(not_started("who started it is gone"));
         }
         let streams = Streams {
@@ -472,6 +488,30 @@ impl Once<'_> {
         }
     }
 }
+
+/// Waits until the client is there that the process is to begin with; false: it has gone, or does not come.
+fn wait_for_first(hub: &Hub, client: &OwnedFd) -> bool {
+    let until = Instant::now() + FIRST_CLIENT_PATIENCE;
+    loop {
+        let came = hub.wait_for_first(Duration::from_millis(20));
+        // An end of a pipe without another end is told whatever is asked for (poll(2)).
+        let mut end = [rustix::event::PollFd::new(
+            client,
+            rustix::event::PollFlags::empty(),
+        )];
+        let now = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let has_gone = rustix::event::poll(&mut end, Some(&now)) == Ok(1);
+        if came || has_gone || Instant::now() > until {
+            return came;
+        }
+    }
+}
+
+/// Signals that give a VM up whose process has not begun: HUP, INT, QUIT, TERM.
+const GIVING_UP: [u8; 4] = [1, 2, 3, 15];
 
 /// What is known of a machine that does not go on.
 fn broken(monitor: &mut Monitor, error: &AgentError, what: &str) -> Failure {
@@ -629,14 +669,18 @@ fn attached(
     let result = loop {
         match duplex.message() {
             Ok(json) => {
-                if let (Ok(wish), Some(controls)) = (
-                    from_json::<Control>(&json, "control"),
-                    &lock(&control.now).controls,
-                ) {
-                    match wish {
-                        Control::Resize(size) => controls.resize(size),
-                        Control::Signal(signal) => controls.signal(signal),
+                let Ok(wish) = from_json::<Control>(&json, "control") else {
+                    continue;
+                };
+                let controls = lock(&control.now).controls.clone();
+                match (wish, controls) {
+                    (Control::Resize(size), Some(controls)) => controls.resize(size),
+                    (Control::Signal(signal), Some(controls)) => controls.signal(signal),
+                    (Control::Signal(signal), None) if how.first && GIVING_UP.contains(&signal) => {
+                        lock(&control.now).given_up = Some(signal);
+                        kill(control);
                     }
+                    _ => {}
                 }
             }
             Err(AgentError::Ended) => break Ok(()),

@@ -54,11 +54,19 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
         Ok(lock) => lock,
         Err(e) => return say_and_fail(&e.to_string()),
     };
+    // Whoever started it reads what this says.
+    let client = match args.with_client {
+        true => Some(
+            rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)
+                .context("cannot keep standard output")?,
+        ),
+        false => None,
+    };
     let mut told_runs = false;
     let kept = keep(
         &vm,
         &lock,
-        args.with_client,
+        client,
         || machine(&places, &vm).map_err(|e| format!("{e:#}")),
         |told| match told {
             Told::Serves => say("serves"),
