@@ -31,6 +31,8 @@ mod ends;
 mod files;
 #[path = "guest/images.rs"]
 mod images;
+#[path = "guest/interrupted.rs"]
+mod interrupted;
 #[path = "guest/kept.rs"]
 mod kept;
 #[path = "guest/metadata.rs"]
@@ -51,5 +53,7 @@ mod space;
 mod traffic;
 #[path = "guest/vhost.rs"]
 mod vhost;
+#[path = "guest/volumes.rs"]
+mod volumes;
 #[path = "guest/vsock.rs"]
 mod vsock;

@@ -12,10 +12,10 @@ use crate::harness::images::{path, root_files, tool};
 use crate::harness::{NOBODY, Vm, is_root, kvm_is_open_to_all, patience, skip};
 
 /// A user's home with a kernel and a root disk.
-struct Home {
-    dir: TempDir,
-    root: PathBuf,
-    files: PathBuf,
+pub(crate) struct Home {
+    pub(crate) dir: TempDir,
+    pub(crate) root: PathBuf,
+    pub(crate) files: PathBuf,
     programs: PathBuf,
     /// The user has no rights.
     by_nobody: bool,
@@ -23,7 +23,7 @@ struct Home {
 
 impl Home {
     #[track_caller]
-    fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         let vm = Vm::any()?;
         let dir = TempDir::new().unwrap();
         let files = root_files(dir.path(), "");
@@ -62,7 +62,7 @@ impl Home {
 
     /// The same, of a user without rights; nothing, with the skip told, where such a one has no guests.
     #[track_caller]
-    fn of_nobody() -> Option<Self> {
+    pub(crate) fn of_nobody() -> Option<Self> {
         if !kvm_is_open_to_all() {
             skip("/dev/kvm is not open to an unprivileged user here");
             return None;
@@ -86,7 +86,7 @@ impl Home {
         Some(home)
     }
 
-    fn command(&self, words: &[&str]) -> Command {
+    pub(crate) fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(self.programs.join("alveole"));
         command
             .args(words)
@@ -98,13 +98,13 @@ impl Home {
         command
     }
 
-    fn output(&self, words: &[&str]) -> Output {
+    pub(crate) fn output(&self, words: &[&str]) -> Output {
         self.command(words).output().unwrap()
     }
 
     /// What a command that succeeds prints.
     #[track_caller]
-    fn does(&self, words: &[&str]) -> String {
+    pub(crate) fn does(&self, words: &[&str]) -> String {
         let output = self.output(words);
         assert!(output.status.success(), "{words:?}: {output:?}");
         String::from_utf8(output.stdout)
@@ -114,7 +114,7 @@ impl Home {
     }
 
     /// Words of a run of this root without network.
-    fn run<'a>(&'a self, before: &[&'a str], after: &[&'a str]) -> Vec<&'a str> {
+    pub(crate) fn run<'a>(&'a self, before: &[&'a str], after: &[&'a str]) -> Vec<&'a str> {
         let mut words = vec!["run", "--net", "none"];
         words.extend(before);
         words.push(path(&self.root));
@@ -123,7 +123,7 @@ impl Home {
     }
 
     #[track_caller]
-    fn wait_until(&self, seconds: u64, what: &str, mut so: impl FnMut() -> bool) {
+    pub(crate) fn wait_until(&self, seconds: u64, what: &str, mut so: impl FnMut() -> bool) {
         let until = Instant::now() + patience(seconds);
         while !so() {
             assert!(
@@ -135,7 +135,7 @@ impl Home {
         }
     }
 
-    fn state(&self, name: &str) -> String {
+    pub(crate) fn state(&self, name: &str) -> String {
         let json: serde_json::Value = serde_json::from_str(&self.does(&["inspect", name])).unwrap();
         json[0]["state"].as_str().unwrap().to_owned()
     }

@@ -177,6 +177,12 @@ pub struct Setup {
     pub read_only: bool,
     /// What is mounted in the root, in this order.
     pub mounts: Vec<Mount>,
+    /// What lies in the root and is no part of it, in this order, after [`mounts`](Self::mounts).
+    pub volumes: Vec<Volume>,
+    /// The disk with its kernel's modules, mounted at `/lib/modules/RELEASE`.
+    pub modules: Option<Mount>,
+    /// The size of `/dev/shm` in bytes, else half of the memory.
+    pub shm_bytes: Option<u64>,
     /// Its name.
     pub hostname: String,
     /// Its network devices, each as the word that a kernel's command line has for it (`alveole-network`'s `guest_config`).
@@ -201,7 +207,7 @@ pub struct Mount {
     /// Nothing is to be written.
     #[serde(default)]
     pub read_only: bool,
-    /// The file system's own options, as `mount -o` has them.
+    /// Options, as `mount -o` has them.
     #[serde(default)]
     pub options: String,
 }
@@ -216,6 +222,23 @@ pub enum Source {
     Tag(String),
     /// Nothing, as for tmpfs.
     Nothing,
+}
+
+/// Files that lie in the root and are no part of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// Where they are: `target` is where they are to be in the guest, which is made if it is not there; `read_only` is for the guest.
+    /// [`Source::Nothing`] without a kind: in the folder `changes` alone.
+    pub mount: Mount,
+    /// A folder or file in it, which is shown instead of all of it. A folder that is not there is made.
+    #[serde(default)]
+    pub within: String,
+    /// A folder beside the root's changes, by this name, takes what is written.
+    #[serde(default)]
+    pub changes: Option<String>,
+    /// While it is empty, it gets what the root has at this place.
+    #[serde(default)]
+    pub fill: bool,
 }
 
 /// A process to be run.

@@ -32,6 +32,8 @@ const MAX_SHORT_NAME: usize = 100;
 
 /// What this agent writes for the guest (`init`): it is the guest's, and no image's.
 const OWN: [&str; 3] = ["etc/hostname", "etc/hosts", "etc/resolv.conf"];
+/// Where it shows the modules of the guest's kernel (`mount`), below one of these.
+const MODULES: [&str; 2] = ["lib/modules", "usr/lib/modules"];
 
 /// Packs the changes, as output. `changes`: the disk on which they are kept.
 pub(crate) fn pack(request: Changes, changes: Option<&OwnedFd>) -> Result<Job, Refusal> {
@@ -78,9 +80,15 @@ fn write_layer(root: &Path, to: impl Write) -> io::Result<()> {
     };
     layer.out.follow_symlinks(false);
     layer.out.sparse(true);
+    let release = rustix::system::uname();
+    let release = release.release().to_string_lossy().into_owned();
     let mut left = vec![PathBuf::new()];
     while let Some(relative) = left.pop() {
-        if OWN.iter().any(|own| relative == Path::new(own)) {
+        let is_own = OWN.iter().any(|own| relative == Path::new(own))
+            || MODULES
+                .iter()
+                .any(|m| relative == Path::new(m).join(&release));
+        if is_own {
             continue;
         }
         let named =

@@ -102,6 +102,32 @@ pub(crate) fn pack(request: CopyOut) -> Result<Job, Refusal> {
     })
 }
 
+/// Copies what is in a folder into another, with owners, modes and times.
+pub(crate) fn all(from: &Path, to: &Path) -> Result<(), String> {
+    let act = |e: &dyn std::error::Error| {
+        format!("cannot copy what is in '{}': {}", from.display(), chain(e))
+    };
+    let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| act(&io::Error::from(e)))?;
+    let source = from.to_owned();
+    let packing = thread::spawn(move || {
+        let mut builder = tar::Builder::new(File::from(ours));
+        builder.follow_symlinks(false);
+        builder.sparse(true);
+        builder.append_dir_all(".", &source)?;
+        builder.finish()
+    });
+    let mut archive = tar::Archive::new(File::from(theirs));
+    archive.set_preserve_permissions(true);
+    archive.set_preserve_ownerships(true);
+    archive.set_preserve_mtime(true);
+    let unpacked = archive.unpack(to);
+    drop(archive);
+    let packed = packing
+        .join()
+        .unwrap_or_else(|_| Err(io::Error::other("the copy broke off")));
+    unpacked.and(packed).map_err(|e| act(&e))
+}
+
 /// The errors of `tar` say which file it was, and hide why.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

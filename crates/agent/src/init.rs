@@ -92,10 +92,9 @@ pub(crate) fn set_up(setup: &Setup, shared: &Shared) -> Result<(), String> {
     if let Some(unix_ns) = setup.unix_ns {
         set_clock(unix_ns)?;
     }
-    if let Some(changes) = mount::root(setup)? {
-        // It is set up once.
-        let _ = shared.changes.set(changes);
-    }
+    let hidden = mount::root(setup)?;
+    // It is set up once.
+    let _ = shared.hidden.set(hidden);
     let devices = setup
         .network
         .iter()
@@ -111,18 +110,20 @@ pub(crate) fn set_up(setup: &Setup, shared: &Shared) -> Result<(), String> {
         let path = format!("/proc/sys/{}", name.replace('.', "/"));
         fs::write(&path, value).map_err(|e| format!("cannot set '{name}' to '{value}': {e}"))?;
     }
-    if setup.read_only {
-        return Ok(());
-    }
     let files = [
         ("/etc/hostname", format!("{}\n", setup.hostname)),
         ("/etc/hosts", hosts(setup, &devices)),
         ("/etc/resolv.conf", resolvers(&devices)),
     ];
     for (path, text) in files {
+        // What is said to be there is not changed.
+        let mut targets = setup.volumes.iter().map(|v| &v.mount.target);
+        if targets.any(|target| std::path::Path::new(path).starts_with(target)) {
+            continue;
+        }
         write_whole(path, &text).map_err(|e| format!("cannot write '{path}': {e}"))?;
     }
-    Ok(())
+    mount::seal(setup)
 }
 
 /// Writes a file that may be a link to nowhere in the image, as `/etc/resolv.conf` often is.

@@ -9,6 +9,7 @@ mod copy;
 mod freeze;
 mod init;
 mod metrics;
+mod modprobe;
 mod mount;
 #[expect(unsafe_code, reason = "what runs between fork and exec")]
 mod process;
@@ -31,6 +32,9 @@ fn main() -> ExitCode {
         return init::run();
     }
     let args: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some(status) = modprobe::asked(&args) {
+        return status;
+    }
     match args.as_slice() {
         [word, socket] if word == "serve" => match serve::unix(Path::new(socket)) {
             Ok(never) => match never {},

@@ -22,7 +22,7 @@ const MAX_SESSIONS: usize = 1024;
 pub(crate) fn shared() -> Result<Arc<Shared>, String> {
     let shared = Arc::new(Shared {
         reaper: Reaper::default(),
-        changes: OnceLock::new(),
+        hidden: OnceLock::new(),
     });
     let reaping = Arc::clone(&shared);
     thread::Builder::new()

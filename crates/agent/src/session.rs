@@ -16,6 +16,7 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use rustix::process::{Pid, Signal};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
+use crate::mount::Hidden;
 use crate::process::{self, Running};
 use crate::reaper::Reaper;
 use crate::{changes, copy, init, metrics, shutdown as ending};
@@ -29,8 +30,7 @@ const MAX_UNSENT_BYTES: usize = 128 << 10;
 /// What all sessions share.
 pub(crate) struct Shared {
     pub(crate) reaper: Reaper,
-    /// Where the root's changes are kept, which no path leads to once the root is there.
-    pub(crate) changes: OnceLock<OwnedFd>,
+    pub(crate) hidden: OnceLock<Hidden>,
 }
 
 /// Why a session ended before its end.
@@ -79,7 +79,13 @@ pub(crate) fn serve(connection: OwnedFd, shared: &Arc<Shared>, first: bool) -> R
         Ok(Request::CopyIn(request)) => return job(link, copy::unpack(request)),
         Ok(Request::CopyOut(request)) => return job(link, copy::pack(request)),
         Ok(Request::Changes(request)) => {
-            return job(link, changes::pack(request, shared.changes.get()));
+            return job(
+                link,
+                changes::pack(
+                    request,
+                    shared.hidden.get().and_then(|h| h.changes.as_ref()),
+                ),
+            );
         }
         Ok(Request::Metrics) => Answer::Metrics(Box::new(metrics::gather())),
         Ok(Request::SetClock { unix_ns }) => done(set_clock(unix_ns)),
@@ -87,7 +93,8 @@ pub(crate) fn serve(connection: OwnedFd, shared: &Arc<Shared>, first: bool) -> R
         Ok(Request::Shutdown(request)) => {
             link.say(&Answer::Done)?;
             link.finish();
-            ending::shut_down(&request, shared.changes.get());
+            let none = Hidden::default();
+            ending::shut_down(&request, shared.hidden.get().unwrap_or(&none));
         }
     };
     link.say(&answer)?;

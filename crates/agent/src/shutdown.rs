@@ -1,6 +1,5 @@
 //! The end of a guest: processes are asked, then killed, file systems are left in order, the power goes off.
 
-use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,8 +14,8 @@ const LOOK: Duration = Duration::from_millis(2);
 /// After they were killed.
 const KILLED_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Ends the guest. `changes`: where those of the root are kept.
-pub(crate) fn shut_down(request: &Shutdown, changes: Option<&OwnedFd>) -> ! {
+/// Ends the guest. `hidden`: file systems that no path leads to.
+pub(crate) fn shut_down(request: &Shutdown, hidden: &mount::Hidden) -> ! {
     let asked = Signal::from_named_raw(i32::from(request.signal)).unwrap_or(Signal::TERM);
     let grace = Duration::from_millis(request.grace_ms.into());
     for (signal, patience) in [(asked, grace), (Signal::KILL, KILLED_PATIENCE)] {
@@ -33,7 +32,7 @@ pub(crate) fn shut_down(request: &Shutdown, changes: Option<&OwnedFd>) -> ! {
             break;
         }
     }
-    mount::leave(changes);
+    mount::leave(hidden);
     end(request.how)
 }
 

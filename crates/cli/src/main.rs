@@ -23,6 +23,7 @@ mod places;
 mod run;
 mod size;
 mod system;
+mod volume;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -65,6 +66,8 @@ enum Command {
     Kernel(kernel::KernelArgs),
     /// Make an image of what was changed in a VM
     Commit(commit::CommitArgs),
+    /// Disks with a name, which outlive the VMs that use them
+    Volume(volume::VolumeArgs),
     #[command(flatten)]
     Guest(guests::GuestCommand),
     /// Show what all of it takes on this host's disk, and remove what nobody needs
@@ -116,6 +119,7 @@ fn main() -> ExitCode {
         Some(Command::Net(args)) => net::net(&args),
         Some(Command::Kernel(args)) => kernel::kernel(&args),
         Some(Command::Commit(args)) => commit::commit(&args),
+        Some(Command::Volume(args)) => volume::volume(&args),
         Some(Command::Guest(command)) => guests::guest(&command),
         Some(Command::System(args)) => system::system(&args),
         Some(Command::Generate(args)) => generate::generate(&args, Cli::command()),

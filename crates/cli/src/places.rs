@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use alveole_guest_kernel::KernelStore;
 use alveole_image::{ImageError, Store};
-use alveole_instance::Vms;
+use alveole_instance::{Vms, Volumes};
 
 /// Everything is below this folder, if it is set.
 pub(crate) const HOME_VARIABLE: &str = "ALVEOLE_HOME";
@@ -60,6 +60,10 @@ impl Places {
 
     pub(crate) fn vms(&self) -> Vms {
         Vms::new(&self.state.join("vms"), &self.run.join("vm"))
+    }
+
+    pub(crate) fn volumes(&self) -> Volumes {
+        Volumes::new(&self.state.join("volumes"))
     }
 
     /// Empty disks, to be copied.

@@ -1,15 +1,18 @@
 //! EROFS, the kernel's read-only file system: a writer that takes files as they come, and a reader.
 //!
 //! The format is that of the kernel's `fs/erofs/erofs_fs.h` and `Documentation/filesystems/erofs.rst`: what Linux 5.15 reads,
-//! uncompressed. Deliberately does not know: where files come from, layers, tar, containers, paths.
+//! uncompressed. A folder of this host is packed as it is. Deliberately does
+//! not know: layers, tar, containers, what an image is for.
 
 mod encode;
 mod error;
+mod folder;
 mod format;
 mod reader;
 mod writer;
 
 pub use error::{ReadError, WriteError};
+pub use folder::{LeftOut, PackError, pack};
 pub use reader::{Entry, Image, Info};
 pub use writer::{Child, Content, Directory, FileWriter, Inode, Writer};
 

@@ -86,6 +86,7 @@ pub struct Writer {
     /// Nids of all files but directories, in order.
     nids: Vec<u64>,
     chunked: bool,
+    uuid: [u8; 16],
 }
 
 #[derive(Debug)]
@@ -114,7 +115,13 @@ impl Writer {
             },
             nids: Vec::new(),
             chunked: false,
+            uuid: [0; 16],
         })
+    }
+
+    /// Gives the image a name of its own; without one it is all zeros.
+    pub fn set_uuid(&mut self, uuid: [u8; 16]) {
+        self.uuid = uuid;
     }
 
     /// Length of the image so far, in bytes, holes included.
@@ -337,6 +344,7 @@ impl Writer {
         put(14, &((ROOT_OFFSET / SLOT) as u16).to_le_bytes());
         put(16, &inodes.to_le_bytes());
         put(36, &blocks.to_le_bytes());
+        put(48, &self.uuid);
         if self.chunked {
             put(80, &INCOMPAT_CHUNKED_FILE.to_le_bytes());
         }

@@ -71,6 +71,9 @@ pub enum KernelError {
         "there is a kernel '{0}' already: remove it first (alveole kernel rm), or give another --name"
     )]
     Exists(String),
+    /// Its modules cannot be made a disk.
+    #[error("cannot make a disk of the kernel's modules: {0}")]
+    Pack(#[from] alveole_erofs::PackError),
 }
 
 fn list(names: &[String]) -> String {

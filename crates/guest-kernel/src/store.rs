@@ -4,6 +4,7 @@
 //! NAME/kernel.json   what it is
 //! NAME/kernel        the kernel
 //! NAME/modules/      the modules that a machine needs, uncompressed, and `order`
+//! NAME/modules.erofs all modules as the distribution packs them, for programs of guests
 //! NAME/initramfs     these with the agent; made anew when the agent is another one
 //! default            the name of the one that is taken if none is named
 //! ```
@@ -65,6 +66,7 @@ pub struct KernelStore {
 const JSON: &str = "kernel.json";
 const KERNEL: &str = "kernel";
 const MODULES: &str = "modules";
+const MODULES_DISK: &str = "modules.erofs";
 const ORDER: &str = "order";
 const DEFAULT: &str = "default";
 /// What is not whole begins with it, which no kernel's name does.
@@ -134,6 +136,7 @@ impl KernelStore {
         let mut size_bytes = take_kernel(&kernel, &new)?;
         if let Some(tree) = &modules {
             size_bytes += take_modules(tree, &new)?;
+            size_bytes += pack_modules(tree, &new)?;
         }
         let added = Kernel {
             name: name.into(),
@@ -266,6 +269,13 @@ impl Kernel {
         self.folder.join(KERNEL)
     }
 
+    /// The disk with all of its modules, if it has some: what is to lie at `/lib/modules/RELEASE` of a guest. It is only read.
+    #[must_use]
+    pub fn modules_disk(&self) -> Option<PathBuf> {
+        let path = self.folder.join(MODULES_DISK);
+        path.exists().then_some(path)
+    }
+
     /// The initramfs with this agent: made if there is none yet, or if it has another agent.
     ///
     /// # Errors
@@ -390,6 +400,19 @@ fn release_of(kernel: &Path) -> Option<String> {
     let end = text[..count].iter().position(|b| *b == b' ' || *b == 0)?;
     let release = std::str::from_utf8(&text[..end]).ok()?;
     (&magic == BOOT_MAGIC.0 && check_name(release).is_ok()).then(|| release.to_owned())
+}
+
+fn pack_modules(tree: &Path, into: &Path) -> Result<u64, KernelError> {
+    let path = into.join(MODULES_DISK);
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .map_err(KernelError::file("write", &path))?;
+    alveole_erofs::pack(tree, file, [0; 16], None)?;
+    let metadata = fs::metadata(&path).map_err(KernelError::file("read", &path))?;
+    Ok(metadata.len())
 }
 
 fn take_modules(tree: &Path, into: &Path) -> Result<u64, KernelError> {

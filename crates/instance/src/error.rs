@@ -36,6 +36,28 @@ pub enum InstanceError {
     /// It does not run, and would have to.
     #[error("the VM '{0}' does not run; `alveole start {0}` starts it")]
     DoesNotRun(String),
+    /// No such volume.
+    #[error("there is no volume '{0}'; `alveole volume ls` shows them all")]
+    UnknownVolume(String),
+    /// The name is another volume's.
+    #[error("there is a volume '{0}' already")]
+    VolumeExists(String),
+    /// A name that cannot be a volume's.
+    #[error(
+        "'{0}' cannot be a volume's name: use 1 to 64 letters, digits, '_', '.' and '-', and begin with a letter or digit; a folder of this host \
+         is written with a slash, as ./{0}"
+    )]
+    VolumeName(String),
+    /// Who writes a volume has it alone.
+    #[error(
+        "the volume '{0}' is in use by a VM that runs: who writes it has it alone; several can have it if all have it as {0}:PATH:ro"
+    )]
+    VolumeInUse(String),
+    /// Its file system has to be put in order by who may write.
+    #[error(
+        "the volume '{0}' was not left in order, as its VM was killed: use it once without :ro, which puts it in order"
+    )]
+    VolumeDirty(String),
     /// A description that this version cannot read.
     #[error("cannot understand '{}': {why}; was it written by a newer alveole?", path.display())]
     Record {

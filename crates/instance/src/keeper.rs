@@ -71,6 +71,8 @@ struct Now {
     monitor: Option<OwnedFd>,
     /// Somebody asked for its end: it is not started again.
     stopping: bool,
+    /// Who started it gave it up by this signal, before its process had begun.
+    given_up: Option<u8>,
 }
 
 /// What a VM is kept for.
@@ -78,8 +80,8 @@ struct Now {
 pub enum Purpose<'a> {
     /// Its main process.
     Run {
-        /// Which begins when somebody is attached.
-        with_client: bool,
+        /// Which begins when a client is there, if there is this: the end of a pipe whose other end is closed if that has gone.
+        client: Option<&'a OwnedFd>,
     },
     /// Its agent alone, until this says that it is over. What is known of its main process stays as it is.
     Serve(&'a dyn Fn() -> bool),
@@ -164,7 +166,7 @@ pub fn keep(
             control: &control,
             purpose: match purpose {
                 // Who was there first goes on after a restart.
-                Purpose::Run { .. } if phase.restarts > 0 => Purpose::Run { with_client: false },
+                Purpose::Run { .. } if phase.restarts > 0 => Purpose::Run { client: None },
                 purpose => purpose,
             },
             input: input.take(),
@@ -172,6 +174,9 @@ pub fn keep(
         let outcome = once.run(&mut machine, &mut phase, &mut tell);
         let (status, why) = match outcome {
             Ok(exit) => (exit.status(), None),
+            Err(_) if let Some(signal) = lock(&control.now).given_up => {
+                (signal.saturating_add(128), None)
+            }
             Err(failure) => {
                 tell(Told::Failed(&failure.why));
                 (failure.status, Some(failure.why))
@@ -227,6 +232,14 @@ pub fn keep(
         // Whatever it was, its status is what shells and people have.
         None => Answer::Exited(Exit::Code(ended.status)),
     };
+    if let Purpose::Run {
+        client: Some(client),
+    } = purpose
+        && phase.restarts == 0
+    {
+        // Who started it is told even if all was over before it was attached.
+        wait_for_first(&control.hub, client);
+    }
     control.hub.end(&answer);
     control.hub.wait_for_none(CLIENTS_PATIENCE);
     remove(&vm.at("phase.json"))?;
@@ -316,6 +329,10 @@ impl Once<'_> {
         reached("monitor");
         let pid = rustix::process::Pid::from_child(&monitor.child);
         lock(&self.control.now).monitor = pidfd_open(pid, PidfdFlags::empty()).ok();
+        // Somebody asked for its end before there was one to be killed.
+        if lock(&self.control.now).stopping {
+            kill(self.control);
+        }
         let result = self.in_machine(listener, setup, &mut monitor, phase, tell);
         {
             let mut now = lock(&self.control.now);
@@ -363,8 +380,10 @@ impl Once<'_> {
         session
             .and_then(|session| session.ask(&Request::Setup(Box::new(setup))))
             .map_err(|e| broken(monitor, &e, "the guest cannot be set up"))?;
-        if let Purpose::Run { with_client: true } = self.purpose
-            && !control.hub.wait_for_first(FIRST_CLIENT_PATIENCE)
+        if let Purpose::Run {
+            client: Some(client),
+        } = self.purpose
+            && !wait_for_first(&control.hub, client)
         {
             return Err(not_started("who started it is gone"));
         }
@@ -418,6 +437,30 @@ impl Once<'_> {
         }
     }
 }
+
+/// Waits until the client is there that the process is to begin with; false: it has gone, or does not come.
+fn wait_for_first(hub: &Hub, client: &OwnedFd) -> bool {
+    let until = Instant::now() + FIRST_CLIENT_PATIENCE;
+    loop {
+        let came = hub.wait_for_first(Duration::from_millis(20));
+        // An end of a pipe without another end is told whatever is asked for (poll(2)).
+        let mut end = [rustix::event::PollFd::new(
+            client,
+            rustix::event::PollFlags::empty(),
+        )];
+        let now = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let has_gone = rustix::event::poll(&mut end, Some(&now)) == Ok(1);
+        if came || has_gone || Instant::now() > until {
+            return came;
+        }
+    }
+}
+
+/// Signals that give a VM up whose process has not begun: HUP, INT, QUIT, TERM.
+const GIVING_UP: [u8; 4] = [1, 2, 3, 15];
 
 /// What is known of a machine that does not go on.
 fn broken(monitor: &mut Monitor, error: &AgentError, what: &str) -> Failure {
@@ -581,14 +624,18 @@ fn attached(
     let result = loop {
         match duplex.message() {
             Ok(json) => {
-                if let (Ok(wish), Some(controls)) = (
-                    from_json::<Control>(&json, "control"),
-                    &lock(&control.now).controls,
-                ) {
-                    match wish {
-                        Control::Resize(size) => controls.resize(size),
-                        Control::Signal(signal) => controls.signal(signal),
+                let Ok(wish) = from_json::<Control>(&json, "control") else {
+                    continue;
+                };
+                let controls = lock(&control.now).controls.clone();
+                match (wish, controls) {
+                    (Control::Resize(size), Some(controls)) => controls.resize(size),
+                    (Control::Signal(signal), Some(controls)) => controls.signal(signal),
+                    (Control::Signal(signal), None) if how.first && GIVING_UP.contains(&signal) => {
+                        lock(&control.now).given_up = Some(signal);
+                        kill(control);
                     }
+                    _ => {}
                 }
             }
             Err(AgentError::Ended) => break Ok(()),

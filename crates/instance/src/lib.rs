@@ -19,6 +19,7 @@ mod monitor;
 mod record;
 mod stages;
 mod streams;
+mod volumes;
 
 pub use api::MonitorApi;
 pub use ask::{Ask, Attach, ask, attach};
@@ -27,5 +28,6 @@ pub use events::{Event, EventReader, Happened};
 pub use folder::{KeeperLock, Vm, Vms};
 pub use keeper::{Machine, Purpose, Told, keep};
 pub use log::{LogEntry, LogReader};
-pub use record::{Ended, Limits, Phase, Record, Restart, State};
+pub use record::{Content, Ended, Limits, Phase, Placed, Record, Restart, State};
 pub use stages::{reached, stages_file};
+pub use volumes::{Use, Volume, VolumeRecord, Volumes};

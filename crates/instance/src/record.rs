@@ -49,6 +49,12 @@ pub struct Record {
     /// What its disks and interfaces may carry.
     #[serde(default)]
     pub limits: Limits,
+    /// What lies in its root and is no part of it, each after those it lies in.
+    #[serde(default)]
+    pub volumes: Vec<Placed>,
+    /// The size of `/dev/shm`.
+    #[serde(default)]
+    pub shm_bytes: Option<u64>,
 }
 
 /// What each of a VM's disks and network interfaces may carry; none: as much as it can.
@@ -61,6 +67,35 @@ pub struct Limits {
     pub disk_operations_per_s: Option<u64>,
     /// Bytes a second of an interface, each way.
     pub network_bytes_per_s: Option<u64>,
+}
+
+/// Something at a place of a guest's root.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placed {
+    /// Where it is in the guest.
+    pub target: String,
+    /// What it is.
+    pub what: Content,
+    /// The guest cannot change it.
+    #[serde(default)]
+    pub read_only: bool,
+    /// While it is empty, it gets what the image has at its place.
+    #[serde(default)]
+    pub fill: bool,
+}
+
+/// What lies at a place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Content {
+    /// A folder or file of this host, copied at each start.
+    Host(PathBuf),
+    /// The volume of this name.
+    Volume(String),
+    /// The VM's own, removed with it.
+    Own,
+    /// Memory, with these options of tmpfs.
+    Memory(String),
 }
 
 /// The version of [`Record`] that this program writes.

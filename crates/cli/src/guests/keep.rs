@@ -16,8 +16,8 @@ use alveole_vm_config::{
 use anyhow::Context;
 use clap::Parser;
 
-use super::empty_disk;
 use super::limits::describe;
+use super::{empty_disk, volumes};
 use crate::interfaces::{NetworkArgs, keep_over_exec};
 use crate::places::Places;
 use crate::run::hand_over;
@@ -27,6 +27,7 @@ const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1";
 /// Serial numbers of a guest's disks.
 const ROOT: &str = "root";
 const CHANGES: &str = "changes";
+const MODULES: &str = "modules";
 /// A guest's own address among sockets of its monitor; each has a monitor of its own.
 const GUEST_CID: u64 = 3;
 
@@ -73,10 +74,18 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
         });
     }
     let is_over = || over.load(Ordering::Relaxed);
+    // Whoever started it reads what this says.
+    let client = match args.with_client {
+        true => Some(
+            rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)
+                .context("cannot keep standard output")?,
+        ),
+        false => None,
+    };
     let purpose = match args.serve {
         true => Purpose::Serve(&is_over),
         false => Purpose::Run {
-            with_client: args.with_client,
+            client: client.as_ref(),
         },
     };
     let mut told_runs = false;
@@ -132,6 +141,8 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
     reached("kernel");
     let changes = changes(places, vm)?;
     reached("disk");
+    let volumes = volumes::prepare(places, vm)?;
+    let modules = kernel.modules_disk();
     let none = ["--net=none".to_owned()];
     let words = if offline { &none } else { &record.network[..] };
     let words = Words::try_parse_from([&"words".to_owned()].into_iter().chain(words))
@@ -145,7 +156,10 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
             mem_size_mib: record.memory_mib,
             ..MachineConfig::default()
         },
-        drives: drives(&record.root_disk, changes.as_deref()),
+        drives: drives(&record.root_disk, changes.as_deref(), modules.as_deref())
+            .into_iter()
+            .chain(volumes.drives)
+            .collect(),
         network_interfaces: plugged.interfaces.clone(),
         vsock: Some(Vsock {
             guest_cid: GUEST_CID,
@@ -171,6 +185,9 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
         root: Some(mount(ROOT, "erofs", true)),
         changes: changes.is_some().then(|| mount(CHANGES, "ext4", false)),
         read_only: record.read_only,
+        volumes: volumes.mounts,
+        modules: modules.is_some().then(|| mount(MODULES, "erofs", true)),
+        shm_bytes: record.shm_bytes,
         hostname: record.hostname.clone(),
         network: plugged
             .words
@@ -180,10 +197,13 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
             .collect(),
         ..Setup::default()
     };
+    let mut held = volumes.held;
+    held.push(Box::new(description));
+    held.push(Box::new(plugged.descriptors));
     Ok(Machine {
         monitor,
         setup,
-        held: vec![Box::new(description), Box::new(plugged.descriptors)],
+        held,
     })
 }
 
@@ -215,7 +235,7 @@ fn mount(serial: &str, kind: &str, read_only: bool) -> Mount {
     }
 }
 
-fn drives(root: &Path, changes: Option<&Path>) -> Vec<Drive> {
+fn drives(root: &Path, changes: Option<&Path>, modules: Option<&Path>) -> Vec<Drive> {
     let drive = |serial: &str, path: &Path| Drive {
         drive_id: serial.into(),
         serial: Some(serial.into()),
@@ -223,12 +243,14 @@ fn drives(root: &Path, changes: Option<&Path>) -> Vec<Drive> {
         cache_type: CacheType::Writeback,
         ..Drive::default()
     };
-    let root = Drive {
+    let only_read = |serial, path| Drive {
         is_read_only: true,
-        ..drive(ROOT, root)
+        ..drive(serial, path)
     };
     let changes = changes.map(|path| drive(CHANGES, path));
-    [root].into_iter().chain(changes).collect()
+    let modules = modules.map(|path| only_read(MODULES, path));
+    let root = only_read(ROOT, root);
+    [root].into_iter().chain(changes).chain(modules).collect()
 }
 
 /// The disk that takes the changes, made with the first start.

@@ -62,6 +62,8 @@ impl Maker {
             labels: [("build".to_owned(), String::new())].into(),
             restart: Restart::No,
             limits: Limits::default(),
+            shm_bytes: None,
+            volumes: Vec::new(),
             remove: true,
             id,
         };

@@ -13,6 +13,7 @@ mod stats;
 mod terminal;
 mod top;
 mod update;
+pub(crate) mod volumes;
 
 use std::fmt::Write;
 use std::time::SystemTime;
@@ -20,7 +21,7 @@ use std::time::SystemTime;
 pub(crate) use commands::{GuestCommand, guest};
 pub(crate) use keep::{KeepArgs, keep_vm};
 pub(crate) use maker::{Maker, Wanted, changes};
-pub(crate) use run::{ImageArgs, run_image};
+pub(crate) use run::{ImageArgs, labels, run_image};
 
 /// How a list is shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]

@@ -18,10 +18,11 @@ use anyhow::{Context, bail};
 
 use super::limits::LimitArgs;
 use super::terminal::{Keys, Raw, is_terminal, pass_signals, size};
+use super::volumes::{Memory, Volume, make_missing, placed, say_what_is_copied, write_changes};
 use crate::image::here_or_pulled;
 use crate::places::Places;
 use crate::run::RunArgs;
-use crate::size::DiskSize;
+use crate::size::{DiskSize, MemorySize};
 use crate::{hint, print};
 
 /// The status of what could not be started, as `docker run` has it.
@@ -71,6 +72,26 @@ pub(crate) struct ImageArgs {
     /// Nothing of the root can be changed
     #[arg(long, requires = "image")]
     read_only: bool,
+
+    // Not as a comment: rustdoc would take the brackets for links.
+    #[arg(
+        short,
+        long,
+        value_name = "HOST:GUEST[:ro]",
+        requires = "image",
+        help = "What lies at GUEST: a copy of a folder or file of this host, made at each start (what the VM writes stays in \
+                the VM); with NAME:GUEST a volume, which outlives it (alveole volume) and is made if it is not there; with \
+                GUEST alone a place of its own; repeatable"
+    )]
+    volume: Vec<Volume>,
+
+    /// Memory as a folder, with options as size=64M; repeatable
+    #[arg(long, value_name = "GUEST[:OPTION,...]", requires = "image")]
+    tmpfs: Vec<Memory>,
+
+    /// The size of /dev/shm [half of the memory]
+    #[arg(long, value_name = "SIZE", requires = "image")]
+    shm_size: Option<MemorySize>,
 
     /// A word about it, for people and programs; repeatable
     #[arg(long, value_name = "NAME[=VALUE]", requires = "image")]
@@ -176,6 +197,8 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
         .get(args.kernel.as_ref().and_then(|k| k.to_str()))?;
     let base = base(image_name)?;
     let process = process(args, &base.config)?;
+    let volumes = placed(&more.volume, &more.tmpfs, &base.config.volumes)?;
+    let disk_bytes = disk_bytes(args, write_changes(&volumes))?;
     let id = Record::new_id()?;
     let name = args.network.name().unwrap_or_else(|| format!("vm-{id}"));
     network.push(format!("--name={name}"));
@@ -191,7 +214,7 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
         kernel: kernel.name,
         cpus: args.cpus,
         memory_mib: args.memory.mib(),
-        disk_bytes: disk_bytes(args)?,
+        disk_bytes,
         read_only: more.read_only,
         hostname,
         network,
@@ -201,20 +224,25 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
         restart: more.restart.unwrap_or_default(),
         remove: more.rm,
         limits,
+        shm_bytes: more.shm_size.map(|size| size.mib() << 20),
+        volumes,
         id,
     };
     let vms = places.vms();
     vms.sweep();
+    make_missing(&places, &record.volumes)?;
     let vm = vms.create(&name, &record)?;
     reached("created");
+    say_what_is_copied(&record);
     start_keeper(&vm, (!more.detach).then_some("--with-client").as_slice())
 }
 
 /// The usual size of a disk for changes: it is sparse.
 pub(super) const USUAL_DISK_BYTES: u64 = 10 << 30;
 
-fn disk_bytes(args: &RunArgs) -> anyhow::Result<Option<u64>> {
-    if args.for_image.read_only {
+/// The size of the disk that takes changes: those of the root, and those of what lies in it.
+fn disk_bytes(args: &RunArgs, for_volumes: bool) -> anyhow::Result<Option<u64>> {
+    if args.for_image.read_only && !for_volumes {
         return Ok(None);
     }
     match args.disk.as_slice() {
@@ -230,7 +258,8 @@ fn disk_bytes(args: &RunArgs) -> anyhow::Result<Option<u64>> {
     }
 }
 
-pub(super) fn labels(words: &[String]) -> BTreeMap<String, String> {
+/// Words about something, as pairs.
+pub(crate) fn labels(words: &[String]) -> BTreeMap<String, String> {
     let pair = |word: &String| match word.split_once('=') {
         Some((name, value)) => (name.to_owned(), value.to_owned()),
         None => (word.clone(), String::new()),
@@ -361,6 +390,7 @@ impl Begun {
 
 /// Starts a VM that was stopped.
 pub(super) fn start(vm: &Vm, attached: bool, interactive: bool) -> anyhow::Result<ExitCode> {
+    say_what_is_copied(&vm.record);
     let begun = start_keeper(vm, attached.then_some("--with-client").as_slice())?;
     if attached {
         return Ok(attached_to(vm, true, interactive));
@@ -396,6 +426,16 @@ fn status_of(vm: &Vm) -> Option<ExitCode> {
         }
     }
     None
+}
+
+/// With --rm nothing of it is left when its command ends, as scripts expect that run the next one by the same name.
+fn wait_until_removed(vm: &Vm) {
+    /// Its keeper lets go of who is attached, and removes a folder.
+    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
+    let until = std::time::Instant::now() + PATIENCE;
+    while vm.at("vm.json").exists() && std::time::Instant::now() < until {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
 }
 
 /// Is attached to a VM until its process ends, or until the keys that let go.
@@ -439,6 +479,9 @@ pub(super) fn attached_to(vm: &Vm, first: bool, interactive: bool) -> ExitCode {
         }
     });
     drop(raw);
+    if first && vm.record.remove && !detached.load(Ordering::Relaxed) {
+        wait_until_removed(vm);
+    }
     if detached.load(Ordering::Relaxed) {
         return ExitCode::SUCCESS;
     }
