@@ -10,6 +10,7 @@ mod cpio;
 mod disk;
 mod guest;
 mod host;
+mod list;
 mod machine;
 mod measure;
 mod metrics;
@@ -59,6 +60,8 @@ enum What {
     Net(net::Net),
     /// The API: ready after the start of the process, what requests take, and when the guest runs
     Api(api::Api),
+    /// How long `alveole ps` takes over many VMs
+    List(list::List),
     /// One cell of `disk` without a guest, in a process of its own
     #[command(hide = true)]
     DiskCell(disk::Cell),
@@ -115,6 +118,7 @@ fn main() -> ExitCode {
         What::Disk(args) => disk::disk(&args),
         What::Net(args) => net::net(&args),
         What::Api(args) => api::api(&args),
+        What::List(args) => list::list(&args),
         What::DiskCell(cell) => disk::run_cell(&cell).map(|()| ExitCode::SUCCESS),
         What::NetCell(cell) => net::run_cell(&cell).map(|()| ExitCode::SUCCESS),
         What::Prepare => guest::compile_init(&init_path()).map(|()| ExitCode::SUCCESS),
@@ -296,6 +300,7 @@ mod tests {
             parse("bench disk --smoke --variant pci=--enable-pci --alveole-option --x").is_ok()
         );
         assert!(parse("bench api --smoke --requests 10").is_ok());
+        assert!(parse("bench list --smoke --vms 5").is_ok());
         assert!(parse("bench boot").is_err());
         assert!(parse("bench boot --kernel k --runs 0").is_err());
     }
