@@ -1,5 +1,8 @@
 //! `alveole run IMAGE` and the commands about what it started, as people type them.
 
+#[path = "watched.rs"]
+mod watched;
+
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};

@@ -11,6 +11,7 @@ mod disk;
 mod guest;
 mod host;
 mod images;
+mod list;
 mod machine;
 mod measure;
 mod metrics;
@@ -62,6 +63,8 @@ enum What {
     Api(api::Api),
     /// Container images: where the time of `alveole run IMAGE` goes, `exec`, and imports
     Run(images::Images),
+    /// How long `alveole ps` takes over many VMs
+    List(list::List),
     /// One cell of `disk` without a guest, in a process of its own
     #[command(hide = true)]
     DiskCell(disk::Cell),
@@ -119,6 +122,7 @@ fn main() -> ExitCode {
         What::Net(args) => net::net(&args),
         What::Api(args) => api::api(&args),
         What::Run(args) => images::images(&args),
+        What::List(args) => list::list(&args),
         What::DiskCell(cell) => disk::run_cell(&cell).map(|()| ExitCode::SUCCESS),
         What::NetCell(cell) => net::run_cell(&cell).map(|()| ExitCode::SUCCESS),
         What::Prepare => guest::compile_init(&init_path()).map(|()| ExitCode::SUCCESS),
@@ -301,6 +305,7 @@ mod tests {
         );
         assert!(parse("bench api --smoke --requests 10").is_ok());
         assert!(parse("bench run --kernel k --smoke").is_ok());
+        assert!(parse("bench list --smoke --vms 5").is_ok());
         assert!(parse("bench boot").is_err());
         assert!(parse("bench boot --kernel k --runs 0").is_err());
     }

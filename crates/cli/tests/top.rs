@@ -204,7 +204,8 @@ impl Live {
             return None;
         }
         let line = format!(
-            "stty rows 20 columns 120; stty -g >before; {} top {words}; echo status $?; stty -g >after",
+            "set -m; stty rows 20 columns 120; stty -g >before; {} top {words}; s=$?; \
+             while [ $s = 147 ]; do echo put aside; fg >/dev/null; s=$?; done; echo status $s; stty -g >after",
             env!("CARGO_BIN_EXE_alveole")
         );
         let mut script = Command::new("script")
@@ -323,6 +324,25 @@ fn the_live_view_lives_while_agents_hang_and_gives_the_terminal_back() {
     live.press("q");
     live.ends(&home, "0");
     assert!(begun.elapsed() < Duration::from_secs(10));
+}
+
+/// By a shell that has jobs, as people do it.
+#[test]
+fn the_live_view_is_put_aside_and_comes_back() {
+    let mut home = Home::new();
+    home.kept("idle", "nginx", "exec sleep 1000");
+    let Some(mut live) = Live::begin(&home, "-d 0.2") else {
+        return;
+    };
+    live.wait_for("idle");
+    live.press("\x1a");
+    live.wait_for("\x1b[?1049l");
+    // The shell is told of it, has the terminal, and goes on with it.
+    live.wait_for("put aside");
+    live.wait_for("\x1b[?1049h");
+    live.wait_for("idle");
+    live.press("q");
+    live.ends(&home, "0");
 }
 
 #[test]

@@ -308,13 +308,13 @@ impl Rows {
             format!(" of {} by '{}'", self.all.len(), shortened(&self.filter))
         };
         format!(
-            "alveole top: {} VMs{of_all}, guests {:.1}%, monitors {:.1}%, PSS {}, {:.0} exits/s; sorted by {}{order}",
+            "alveole top: {} VMs{of_all}, sorted by {}{order}; guests {:.1}%, monitors {:.1}%, PSS {}, {:.0} exits/s",
             shown.len(),
+            self.sort.word(),
             sum(|usage| usage.cpu_guest_percent),
             sum(|usage| usage.cpu_monitor_percent),
             short(pss.fold(0, u64::saturating_add)),
             sum(|usage| usage.exits_per_s.unwrap_or_default()),
-            self.sort.word(),
         )
     }
 }

@@ -5,10 +5,12 @@ use std::panic;
 use std::sync::mpsc::Sender;
 use std::thread;
 
-use ratatui::DefaultTerminal;
+use ratatui::backend::CrosstermBackend;
 use ratatui::crossterm::cursor::Show;
 use ratatui::crossterm::event::{self, Event, KeyEvent, KeyEventKind};
 use ratatui::crossterm::execute;
+use ratatui::crossterm::terminal::{EnterAlternateScreen, enable_raw_mode};
+use ratatui::{DefaultTerminal, Terminal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
@@ -79,9 +81,11 @@ impl Screen {
     pub(super) fn suspend(&mut self) -> anyhow::Result<()> {
         give_back();
         emulate_default_handler(SIGTSTP)?;
-        ratatui::crossterm::terminal::enable_raw_mode()?;
-        execute!(stdout(), ratatui::crossterm::terminal::EnterAlternateScreen)?;
-        self.terminal.clear()?;
+        enable_raw_mode()?;
+        execute!(stdout(), EnterAlternateScreen)?;
+        // A new one, for which nothing is on the screen: clearing the old one asks the terminal where its cursor is, and who reads keys
+        // would take the answer.
+        self.terminal = Terminal::new(CrosstermBackend::new(stdout()))?;
         Ok(())
     }
 

@@ -9,7 +9,8 @@ use ratatui::widgets::{Cell, Row as Drawn, Table, TableState};
 
 use super::rows::{COLUMNS, Column, Rows, Sort};
 
-const KEYS: &str = "q end  / filter  r reverse  < > or n c v m g d t x sort: name cpu vmm memory guest-memory disk net exits";
+/// Fits 80 columns; `--help` has the rest.
+const KEYS: &str = "q end  / filter  r reverse  < > sort  n c v m g d t x: by that column";
 /// The longest filter that can be typed.
 const MAX_FILTER: usize = 100;
 
