@@ -33,6 +33,8 @@ mod files;
 mod images;
 #[path = "guest/kept.rs"]
 mod kept;
+#[path = "guest/made.rs"]
+mod made;
 #[path = "guest/metadata.rs"]
 mod metadata;
 #[path = "guest/network.rs"]

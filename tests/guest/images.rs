@@ -12,10 +12,10 @@ use crate::harness::images::{path, root_files, tool};
 use crate::harness::{NOBODY, Vm, is_root, kvm_is_open_to_all, patience, skip};
 
 /// A user's home with a kernel and a root disk.
-struct Home {
-    dir: TempDir,
+pub(crate) struct Home {
+    pub(crate) dir: TempDir,
     root: PathBuf,
-    files: PathBuf,
+    pub(crate) files: PathBuf,
     programs: PathBuf,
     /// The user has no rights.
     by_nobody: bool,
@@ -23,7 +23,7 @@ struct Home {
 
 impl Home {
     #[track_caller]
-    fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         let vm = Vm::any()?;
         let dir = TempDir::new().unwrap();
         let files = root_files(dir.path(), "");
@@ -86,7 +86,7 @@ impl Home {
         Some(home)
     }
 
-    fn command(&self, words: &[&str]) -> Command {
+    pub(crate) fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(self.programs.join("alveole"));
         command
             .args(words)
@@ -98,13 +98,13 @@ impl Home {
         command
     }
 
-    fn output(&self, words: &[&str]) -> Output {
+    pub(crate) fn output(&self, words: &[&str]) -> Output {
         self.command(words).output().unwrap()
     }
 
     /// What a command that succeeds prints.
     #[track_caller]
-    fn does(&self, words: &[&str]) -> String {
+    pub(crate) fn does(&self, words: &[&str]) -> String {
         let output = self.output(words);
         assert!(output.status.success(), "{words:?}: {output:?}");
         String::from_utf8(output.stdout)
@@ -123,7 +123,7 @@ impl Home {
     }
 
     #[track_caller]
-    fn wait_until(&self, seconds: u64, what: &str, mut so: impl FnMut() -> bool) {
+    pub(crate) fn wait_until(&self, seconds: u64, what: &str, mut so: impl FnMut() -> bool) {
         let until = Instant::now() + patience(seconds);
         while !so() {
             assert!(

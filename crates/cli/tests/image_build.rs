@@ -304,7 +304,7 @@ fn what_is_wrong_is_said_with_its_line() {
             "line 2: cannot copy \"nothing\"",
         ),
         ("FROM base\nCOPY no*thing /x/\n", &[], "fits \"no*thing\""),
-        ("FROM base\nCOPY a d /x\n", &[], "with a slash at its end"),
+        ("FROM base\nCOPY a x /y\n", &[], "with a slash at its end"),
         ("FROM base\nCOPY a a /etc\n", &[], "with a slash at its end"),
         (
             "FROM base\nCOPY a /etc/passwd/\n",
