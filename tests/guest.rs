@@ -35,6 +35,8 @@ mod images;
 mod interrupted;
 #[path = "guest/kept.rs"]
 mod kept;
+#[path = "guest/made.rs"]
+mod made;
 #[path = "guest/metadata.rs"]
 mod metadata;
 #[path = "guest/network.rs"]

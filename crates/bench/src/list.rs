@@ -179,6 +179,8 @@ fn record(number: u32) -> anyhow::Result<Record> {
         labels: [("tier".to_owned(), "front".to_owned())].into(),
         restart: Restart::No,
         remove: false,
+        shm_bytes: None,
+        volumes: Vec::new(),
         limits: Limits::default(),
     })
 }

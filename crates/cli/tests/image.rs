@@ -397,7 +397,10 @@ fn passwords_are_those_of_docker_and_its_helpers() {
     let pull = format!("pull {address}/me/thing:1");
     let got = house.image(&pull);
     assert!(
-        got.status == 1 && got.err.contains(&format!("`docker login {address}`")),
+        got.status == 1
+            && got
+                .err
+                .contains(&format!("`alveole image login {address}`")),
         "{}",
         got.err
     );
@@ -443,6 +446,115 @@ fn passwords_are_those_of_docker_and_its_helpers() {
     let got = config(format!(r#"{{"credHelpers":{{"{address}":"missing"}}}}"#));
     assert!(
         got.status == 1 && got.err.contains("docker-credential-missing"),
+        "{}",
+        got.err
+    );
+}
+
+#[test]
+fn a_login_is_checked_kept_and_forgotten() {
+    let test = "a_login_is_checked_kept_and_forgotten";
+    if !have(test, &["docker-registry", "skopeo"]) {
+        return;
+    }
+    let mut house = House::new();
+    fs::write(house.path("passwords"), PASSWORD_LINE).unwrap();
+    let archive = house.to_push();
+    let auth = format!(
+        "auth:\n  htpasswd:\n    realm: test\n    path: {}\n",
+        house.path("passwords").display()
+    );
+    let address = house.registry("", &auth, &["--dest-creds", "me:secret"], &archive);
+    let login = |password: &str, path: Option<&str>| {
+        let file = house.path("password");
+        fs::write(&file, password).unwrap();
+        let mut command = house.command(&format!("login -u me --password-stdin {address}"));
+        command.stdin(File::open(file).unwrap());
+        if let Some(path) = path {
+            command.env("PATH", path);
+        }
+        said(&command.output().unwrap())
+    };
+    let kept = house.path("home/.docker/config.json");
+    let got = login("wrong\n", None);
+    assert!(
+        got.status == 1 && got.err.contains("does not take that name and password"),
+        "{}",
+        got.err
+    );
+    assert!(!kept.exists());
+    let got = login("secret\n", None);
+    assert!(
+        got.status == 0 && got.out.contains(&kept.display().to_string()) && got.err.is_empty(),
+        "{} {}",
+        got.out,
+        got.err
+    );
+    assert_eq!(
+        fs::metadata(&kept).unwrap().permissions().mode() & 0o7777,
+        0o600
+    );
+    // Others find it there as well.
+    run(Command::new("skopeo")
+        .args(["inspect", "--tls-verify=false", "--authfile"])
+        .arg(&kept)
+        .arg(format!("docker://{address}/me/thing:1")));
+    let pull = format!("pull {address}/me/thing:1");
+    assert_eq!(house.image(&pull).status, 0);
+    let out = house.image(&format!("logout {address}"));
+    assert!(
+        out.status == 0 && out.out.starts_with("logged out of"),
+        "{}",
+        out.err
+    );
+    assert!(
+        house
+            .image(&format!("logout {address}"))
+            .out
+            .contains("nobody was")
+    );
+    house.image("prune --all");
+    let got = house.image(&pull);
+    assert!(
+        got.status == 1 && got.err.contains("alveole image login"),
+        "{}",
+        got.err
+    );
+    // By a helper, if the file names one.
+    let helper = house.path("helpers/docker-credential-test");
+    fs::create_dir_all(house.path("helpers")).unwrap();
+    let store = house.path("helped");
+    let script = format!(
+        "#!/bin/sh\ncase $1 in store) cat >{0};; erase) rm {0};; get) [ -e {0} ] && cat {0} || {{ echo credentials not found; exit 1; }};; esac\n",
+        store.display()
+    );
+    fs::write(&helper, script).unwrap();
+    fs::set_permissions(&helper, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(&kept, r#"{"credsStore":"test","other":1}"#).unwrap();
+    let path = format!(
+        "{}:{}",
+        house.path("helpers").display(),
+        std::env::var("PATH").unwrap()
+    );
+    let got = login("secret", Some(&path));
+    assert!(
+        got.status == 0 && got.out.contains("docker-credential-test"),
+        "{}",
+        got.err
+    );
+    let helped: Value = serde_json::from_slice(&fs::read(&store).unwrap()).unwrap();
+    assert_eq!(helped["Secret"], "secret");
+    assert!(!fs::read_to_string(&kept).unwrap().contains("auths"));
+    let out = house
+        .command(&format!("logout {address}"))
+        .env("PATH", &path)
+        .output()
+        .unwrap();
+    assert!(out.status.success() && !store.exists(), "{out:?}");
+    // Without a terminal nothing can be asked for.
+    let got = house.image(&format!("login {address}"));
+    assert!(
+        got.status == 1 && got.err.contains("--password-stdin"),
         "{}",
         got.err
     );

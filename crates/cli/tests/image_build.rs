@@ -304,7 +304,7 @@ fn what_is_wrong_is_said_with_its_line() {
             "line 2: cannot copy \"nothing\"",
         ),
         ("FROM base\nCOPY no*thing /x/\n", &[], "fits \"no*thing\""),
-        ("FROM base\nCOPY a d /x\n", &[], "with a slash at its end"),
+        ("FROM base\nCOPY a x /y\n", &[], "with a slash at its end"),
         ("FROM base\nCOPY a a /etc\n", &[], "with a slash at its end"),
         (
             "FROM base\nCOPY a /etc/passwd/\n",
@@ -418,4 +418,64 @@ fn a_large_context_goes_through() {
     );
     assert!(line(&files, "all/large").contains(&(200u64 << 20).to_string()));
     line(&files, &format!("all/{deep}file"));
+}
+
+/// A Debian by mmdebstrap, from the archive that this machine's apt knows.
+#[test]
+fn packages_make_a_base() {
+    let test = "packages_make_a_base";
+    let archive = Command::new("apt-cache")
+        .args(["policy", "base-files"])
+        .env("LC_ALL", "C")
+        .output();
+    let said = archive
+        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+        .unwrap_or_default();
+    let words = said
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let mut found = words
+        .filter(|words| words.len() > 2 && words[1].contains("://") && words[2].ends_with("/main"));
+    let (Some(found), Ok(_)) = (
+        found.next(),
+        Command::new("mmdebstrap").arg("--version").output(),
+    ) else {
+        return skip(test, "there is no archive of packages, or no mmdebstrap");
+    };
+    let (mirror, suite) = (found[1], found[2].trim_end_matches("/main"));
+    let updated = Command::new("apt-get")
+        .args(["-qq", "-o", "Acquire::Retries=0", "indextargets"])
+        .output();
+    if !updated.is_ok_and(|output| output.status.success()) {
+        return skip(test, "apt does not work here");
+    }
+    let house = House::new();
+    let recipe = format!(
+        "FROM --mirror={mirror} --variant=custom mmdebstrap:{suite}\nPACKAGES base-files\nENV A=b\n"
+    );
+    house.write("Dockerfile", &recipe);
+    let output = house.image(&["build", "-t", "made", "context"]);
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    if !output.status.success()
+        && (errors.contains("Could not") || errors.contains("Failed to fetch"))
+    {
+        return skip(test, &format!("the archive {mirror} is out of reach"));
+    }
+    assert!(output.status.success(), "{errors}");
+    assert!(line(&house.files(), "usr/lib/os-release").starts_with("-rw-r--r-- 0/0"));
+    let first = house.inspect()["id"].clone();
+    house.build(&recipe, &[]);
+    assert_eq!(house.inspect()["id"], first);
+}
+
+/// Says loudly that a test cannot run here, and has it counted.
+fn skip(test: &str, why: &str) {
+    use std::io::Write;
+    let said = format!("SKIPPED {test}: {why}\n");
+    let _ = std::io::stderr().write_all(said.as_bytes());
+    if let Some(path) = std::env::var_os("ALVEOLE_SKIP_LOG") {
+        let log = fs::File::options().create(true).append(true).open(path);
+        log.and_then(|mut log| log.write_all(said.as_bytes()))
+            .unwrap();
+    }
 }

@@ -64,6 +64,8 @@ impl Home {
             labels: [("tier".to_owned(), format!("of-{name}"))].into(),
             restart: Restart::No,
             remove: false,
+            shm_bytes: None,
+            volumes: Vec::new(),
             limits: Limits::default(),
         };
         self.vms().create(name, &record).unwrap()
