@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use super::images::Home;
 use crate::harness::images::{path, tool};
+use crate::harness::skip;
 
 /// A folder of this host with something of everything.
 fn tree(home: &Home) -> String {
@@ -208,4 +209,27 @@ fn what_cannot_be_a_volume_is_said_before_anything_is_made() {
         "{errors}"
     );
     assert_eq!(home.does(&["ps", "-aq"]), "");
+}
+
+/// Programs as container engines need file systems, devices and tables that are modules: the kernel gets them, whatever the image has.
+#[test]
+fn the_kernels_modules_are_there_when_they_are_needed() {
+    let Some(home) = Home::new() else { return };
+    let modules = home.dir.path().join("home/data/kernels/test/modules.erofs");
+    if !modules.exists() {
+        skip("the kernel here has no modules");
+        return;
+    }
+    let script = "set -e; grep -q nf_nat /lib/modules/$(uname -r)/modules.dep; \
+                  if grep -qw squashfs /proc/filesystems; then exit 9; fi; \
+                  mount -t squashfs none /mnt 2>/dev/null || grep -w squashfs /proc/filesystems; \
+                  ip link add br0 type bridge; ip link add v0 type veth peer name v1; ip link set v0 master br0; cat /sys/class/net/v0/master/ifindex >/dev/null; \
+                  cd /data; mkdir upper work all; mount -t overlay -o lowerdir=/bin,upperdir=/data/upper,workdir=/data/work overlay /data/all; \
+                  echo x >/data/all/x; cat /data/upper/x; \
+                  test -c /dev/net/tun; : <>/dev/fuse; echo devices; \
+                  mkdir /sys/fs/cgroup/one && echo +memory >/sys/fs/cgroup/cgroup.subtree_control && cat /sys/fs/cgroup/one/memory.max";
+    let output = home.output(&home.run(&["--rm", "-v", "/data"], &["sh", "-c", script]));
+    let said = String::from_utf8(output.stdout).unwrap();
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said, "\tsquashfs\nx\ndevices\nmax\n", "{errors}");
 }
