@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use super::images::Home;
 use crate::harness::images::{path, tool};
+use crate::harness::skip;
 
 /// A folder of this host with something of everything.
 fn tree(home: &Home) -> String {
@@ -208,4 +209,79 @@ fn what_cannot_be_a_volume_is_said_before_anything_is_made() {
         "{errors}"
     );
     assert_eq!(home.does(&["ps", "-aq"]), "");
+}
+
+/// Programs as container engines need file systems, devices and tables that are modules: the kernel gets them, whatever the image has.
+#[test]
+fn the_kernels_modules_are_there_when_they_are_needed() {
+    let Some(home) = Home::new() else { return };
+    let modules = home.dir.path().join("home/data/kernels/test/modules.erofs");
+    if !modules.exists() {
+        skip("the kernel here has no modules");
+        return;
+    }
+    let script = "set -e; grep -q nf_nat /lib/modules/$(uname -r)/modules.dep; \
+                  if grep -qw squashfs /proc/filesystems; then exit 9; fi; \
+                  mount -t squashfs none /mnt 2>/dev/null || grep -w squashfs /proc/filesystems; \
+                  ip link add br0 type bridge; ip link add v0 type veth peer name v1; ip link set v0 master br0; cat /sys/class/net/v0/master/ifindex >/dev/null; \
+                  cd /data; mkdir upper work all; mount -t overlay -o lowerdir=/bin,upperdir=/data/upper,workdir=/data/work overlay /data/all; \
+                  echo x >/data/all/x; cat /data/upper/x; \
+                  test -c /dev/net/tun; : <>/dev/fuse; echo devices; \
+                  mkdir /sys/fs/cgroup/one && echo +memory >/sys/fs/cgroup/cgroup.subtree_control && cat /sys/fs/cgroup/one/memory.max";
+    let output = home.output(&home.run(&["--rm", "-v", "/data"], &["sh", "-c", script]));
+    let said = String::from_utf8(output.stdout).unwrap();
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said, "\tsquashfs\nx\ndevices\nmax\n", "{errors}");
+}
+
+/// What an image calls its volumes is there and can be written, whatever the root is.
+#[test]
+fn an_images_own_volumes_can_be_written() {
+    let Some(home) = Home::new() else { return };
+    let made = home.dir.path().join("made");
+    fs::create_dir_all(home.files.join("srv/data")).unwrap();
+    fs::write(home.files.join("srv/data/first"), "first\n").unwrap();
+    fs::create_dir(&made).unwrap();
+    let layer = made.join("layer.tar");
+    assert!(tool(
+        "tar",
+        &[
+            "--owner=0",
+            "--group=0",
+            "-C",
+            path(&home.files),
+            "-cf",
+            path(&layer),
+            "."
+        ]
+    ));
+    let digest = crate::harness::images::sum(&layer);
+    let config = serde_json::json!({
+        "architecture": "amd64", "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
+        "config": {"Cmd": ["/bin/sh"], "Volumes": {"/srv/data": {}, "/new/place": {}}},
+    });
+    fs::write(made.join("config.json"), config.to_string()).unwrap();
+    let manifest = serde_json::json!([{"Config": "config.json", "RepoTags": ["own:1"], "Layers": ["layer.tar"]}]);
+    fs::write(made.join("manifest.json"), manifest.to_string()).unwrap();
+    let archive = home.dir.path().join("own.tar");
+    let members = ["manifest.json", "config.json", "layer.tar"];
+    assert!(tool(
+        "tar",
+        &[&["-C", path(&made), "-cf", path(&archive)], &members[..]].concat()
+    ));
+    home.does(&["image", "import", path(&archive)]);
+    let script = "echo x >/srv/data/x && echo y >/new/place/y && cat /srv/data/* /new/place/*; echo z >/z || echo refused";
+    let words = [
+        "run",
+        "--rm",
+        "--net",
+        "none",
+        "--read-only",
+        "own:1",
+        "sh",
+        "-c",
+        script,
+    ];
+    assert_eq!(home.does(&words), "first\nx\ny\nrefused");
 }

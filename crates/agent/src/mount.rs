@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use alveole_agent_protocol::{Mount, Setup, Source, Volume};
-use rustix::fs::{Mode, OFlags, open};
+use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mknodat, open};
 use rustix::mount::{MountFlags, mount, mount_move};
 
 /// Where the guest's root is put together, in the initramfs.
@@ -295,6 +295,47 @@ fn fill(folder: &str, from: &str) -> Result<(), String> {
     copy_attributes(Path::new(from), Path::new(folder))
 }
 
+/// Makes the devices by which modules are loaded when somebody opens them, such as `/dev/fuse` and `/dev/net/tun`: lines
+/// `MODULE NAME c10:229` (depmod(8)). What is not in order is passed over.
+fn static_nodes(modules: &str) {
+    /// What everybody may open, as udev's rules have it: they give what the kernel grants whoever asks.
+    const FOR_ALL: [&str; 2] = ["fuse", "net/tun"];
+    let list = fs::read_to_string(format!("{modules}/modules.devname")).unwrap_or_default();
+    for line in list.lines().filter(|l| !l.starts_with('#')) {
+        let mut words = line.split(' ').skip(1);
+        let (Some(name), Some(device)) = (words.next(), words.next()) else {
+            continue;
+        };
+        let kind = match device.as_bytes().first() {
+            Some(b'c') => FileType::CharacterDevice,
+            Some(b'b') => FileType::BlockDevice,
+            _ => continue,
+        };
+        let Some((major, minor)) = device[1..].split_once(':') else {
+            continue;
+        };
+        let (Ok(major), Ok(minor)) = (major.parse(), minor.parse()) else {
+            continue;
+        };
+        let path = Path::new("/dev").join(name);
+        if name.split('/').any(|part| part == "..") || path.exists() {
+            continue;
+        }
+        if let Some(folder) = path.parent() {
+            let _ = fs::create_dir_all(folder);
+        }
+        let mode = if FOR_ALL.contains(&name) {
+            0o666
+        } else {
+            0o600
+        };
+        let device = makedev(major, minor);
+        if mknodat(CWD, &path, kind, Mode::from_raw_mode(mode), device).is_ok() {
+            let _ = rustix::fs::chmod(&path, Mode::from_raw_mode(mode));
+        }
+    }
+}
+
 /// Shows the kernel's modules where programs look for them, and has the kernel ask this program for those that it needs itself.
 fn place_modules(modules: &OwnedFd) -> Result<(), String> {
     let release = rustix::system::uname();
@@ -306,6 +347,7 @@ fn place_modules(modules: &OwnedFd) -> Result<(), String> {
             io::Error::from(e)
         )
     })?;
+    static_nodes(&target);
     fs::write("/proc/sys/kernel/modprobe", crate::modprobe::HELPER)
         .map_err(|e| format!("the kernel cannot be told who loads its modules: {e}"))
 }
