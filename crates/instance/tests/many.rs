@@ -36,6 +36,8 @@ fn record() -> Record {
         labels: [("a".to_owned(), "b".to_owned())].into(),
         restart: Restart::No,
         remove: false,
+        shm_bytes: None,
+        volumes: Vec::new(),
         limits: Limits::default(),
     }
 }
