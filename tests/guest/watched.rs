@@ -76,7 +76,7 @@ fn what_happens_to_a_vm_is_told_afterwards() {
         "--name",
         "oom",
         "--memory",
-        "96M",
+        "160M",
         "--restart",
         "on-failure:1",
     ];
@@ -104,7 +104,7 @@ fn what_happens_to_a_vm_is_told_afterwards() {
     );
     // The same, of a kernel that panics for it.
     let script = format!("echo 1 >/proc/sys/vm/panic_on_oom; {EATS_MEMORY}");
-    let before = ["--name", "panic", "--memory", "96M"];
+    let before = ["--name", "panic", "--memory", "160M"];
     let output = home.output(&home.run(&before, &["sh", "-c", &script]));
     assert_eq!(output.status.code(), Some(125), "{output:?}");
     assert_eq!(
