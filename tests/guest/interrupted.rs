@@ -47,7 +47,9 @@ fn folders(home: &Home) -> Vec<String> {
     let entries = fs::read_dir(home.dir.path().join("home/state/vms"));
     let names = entries.into_iter().flatten().flatten();
     let names = names.map(|e| e.file_name().into_string().unwrap());
-    names.filter(|n| !n.starts_with(".new-")).collect()
+    names
+        .filter(|n| !n.starts_with(".new-") && !n.starts_with(".events"))
+        .collect()
 }
 
 /// How long a run takes here from its first moment to its last.

@@ -53,6 +53,8 @@ pub struct Machine {
     pub setup: Setup,
     /// What must live as long as the machine does.
     pub held: Vec<Box<dyn Send>>,
+    /// Nothing that the guest writes is kept: after its main process it need not end in order.
+    pub discarded: bool,
 }
 
 /// What clients can do to the VM while it is kept.
@@ -324,6 +326,7 @@ impl Once<'_> {
             unix_ns: Some(now_ms().saturating_mul(1_000_000)),
             ..std::mem::take(&mut machine.setup)
         };
+        let discarded = machine.discarded;
         let mut monitor = Monitor::start(vm, machine)
             .map_err(|e| not_started(format!("cannot start the monitor: {e}")))?;
         reached("monitor");
@@ -339,7 +342,7 @@ impl Once<'_> {
             now.controls = None;
             now.input = None;
         }
-        if result.is_ok() && !monitor.has_ended() {
+        if result.is_ok() && !discarded && !monitor.has_ended() {
             let guest = Guest::new(&vm.socket("vsock"), AGENT_PATIENCE);
             let how = Shutdown {
                 how: ShutdownHow::PowerOff,

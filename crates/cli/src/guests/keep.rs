@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use alveole_agent_protocol::{Mount, Setup, Source};
 use alveole_guest_kernel::Kernel;
 use alveole_host::programs;
-use alveole_instance::{Machine, Purpose, Told, Vm, keep, reached, stages_file};
+use alveole_instance::{
+    Content, Machine, Placed, Purpose, Record, Told, Vm, keep, reached, stages_file,
+};
 use alveole_vm_config::{
     BootSource, CacheType, Drive, Entropy, LogLevel, Logger, MachineConfig, VmConfig, Vsock,
 };
@@ -204,7 +206,14 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
         monitor,
         setup,
         held,
+        discarded: record.remove && !outlived(record),
     })
+}
+
+/// Whether something that the guest can write is there after it.
+fn outlived(record: &Record) -> bool {
+    let kept = |placed: &Placed| !placed.read_only && matches!(placed.what, Content::Volume(_));
+    record.volumes.iter().any(kept)
 }
 
 /// Where the monitor says that the guest runs: beside the other stages.
