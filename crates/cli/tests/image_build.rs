@@ -451,7 +451,7 @@ fn packages_make_a_base() {
     }
     let house = House::new();
     let recipe = format!(
-        "FROM --mirror={mirror} --variant=custom mmdebstrap:{suite}\nPACKAGES base-files\nENV A=b\n"
+        "FROM --mirror={mirror} --variant=extract mmdebstrap:{suite}\nPACKAGES base-files\nENV A=b\n"
     );
     house.write("Dockerfile", &recipe);
     let output = house.image(&["build", "-t", "made", "context"]);

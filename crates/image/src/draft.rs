@@ -570,11 +570,11 @@ impl Plan<'_> {
                 // It is in a folder that is left out, and is not itself.
                 self.folder_of(&mut places, top, parent)?;
                 let place = places.get(parent).cloned().unwrap_or_default();
-                self.one(&mut places, joined(&place, name), item)?;
+                self.one(&mut places, &joined(&place, name), item)?;
                 continue;
             };
             let at = joined(place, name);
-            self.one(&mut places, at, item)?;
+            self.one(&mut places, &at, item)?;
         }
         Ok(())
     }
@@ -607,13 +607,13 @@ impl Plan<'_> {
     fn one(
         &mut self,
         places: &mut BTreeMap<PathBuf, Vec<u8>>,
-        at: Vec<u8>,
+        at: &[u8],
         item: &Item,
     ) -> Result<(), ImageError> {
         if item.kind != ItemKind::Directory {
-            return self.add(&at, item.clone());
+            return self.add(at, item.clone());
         }
-        let (real, found) = self.look.follow(&at)?;
+        let (real, found) = self.look.follow(at)?;
         match found {
             Found::Directory if *real != *at => {
                 places.insert(item.path.clone(), real.into());
@@ -621,11 +621,11 @@ impl Plan<'_> {
             }
             Found::Directory | Found::Nothing => {}
             _ => {
-                return Err(self.no_place(&at, "is no folder in the image, but one in the context"));
+                return Err(self.no_place(at, "is no folder in the image, but one in the context"));
             }
         }
-        places.insert(item.path.clone(), at.clone());
-        self.add(&at, item.clone())
+        places.insert(item.path.clone(), at.to_vec());
+        self.add(at, item.clone())
     }
 
     fn add(&mut self, at: &[u8], item: Item) -> Result<(), ImageError> {

@@ -315,7 +315,7 @@ fn lines(text: &str) -> Result<Vec<Line>, RecipeError> {
 }
 
 fn is_known(keyword: &str) -> bool {
-    usage(keyword) != ""
+    !usage(keyword).is_empty()
 }
 
 fn usage(keyword: &str) -> &'static str {
@@ -531,8 +531,11 @@ fn words(rest: &str) -> Result<Vec<Word>, String> {
     split(rest)?.into_iter().map(Word::new).collect()
 }
 
+/// Names and values.
+type Flags<'a> = Vec<(&'a str, &'a str)>;
+
 /// `--name=value` before everything else.
-fn flags(mut rest: &str) -> Result<(Vec<(&str, &str)>, &str), String> {
+fn flags(mut rest: &str) -> Result<(Flags<'_>, &str), String> {
     let mut found = Vec::new();
     while let Some(flag) = rest.strip_prefix("--") {
         let (word, after) = flag.split_once(char::is_whitespace).unwrap_or((flag, ""));
