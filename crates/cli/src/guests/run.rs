@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use alveole_agent_client::{AgentError, Streams};
 use alveole_agent_protocol::{Process, Refusal, WindowSize};
@@ -27,6 +28,8 @@ use crate::{hint, print};
 
 /// The status of what could not be started, as `docker run` has it.
 const NOT_STARTED: u8 = 125;
+/// A keeper removes a VM that has ended in a moment.
+const REMOVAL_PATIENCE: Duration = Duration::from_secs(5);
 /// SIGTERM, if the image says nothing.
 pub(super) const USUAL_STOP_SIGNAL: u8 = 15;
 
@@ -165,7 +168,13 @@ pub(crate) fn run_image(
             let id = begun.vm.record.id.clone();
             Ok(started(begun, &id))
         }
-        Ok(begun) => Ok(attached_to(&begun.vm, true, args.for_image.interactive)),
+        Ok(mut begun) => {
+            let status = attached_to(&begun.vm, true, args.for_image.interactive);
+            if args.for_image.rm {
+                begun.wait_for_removal();
+            }
+            Ok(status)
+        }
         Err(e) => {
             hint(&format!("{e:#}"));
             Ok(ExitCode::from(NOT_STARTED))
@@ -371,6 +380,14 @@ pub(super) fn start_keeper(vm: &Vm, words: &[&str]) -> anyhow::Result<Begun> {
 }
 
 impl Begun {
+    /// Whoever comes next finds the name free. Where the VM goes on without this client, there is nothing to wait for.
+    fn wait_for_removal(&mut self) {
+        let until = Instant::now() + REMOVAL_PATIENCE;
+        while matches!(self.keeper.try_wait(), Ok(None)) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// What the keeper says next.
     pub(super) fn hear(&mut self) -> anyhow::Result<String> {
         let mut line = String::new();
