@@ -13,7 +13,7 @@ use crate::harness::images::path;
 use crate::harness::patience;
 
 /// The processes of a home, by what their environment says, and what they are.
-fn processes(home: &Home) -> Vec<(i32, String)> {
+pub(super) fn processes(home: &Home) -> Vec<(i32, String)> {
     let mark = format!("ALVEOLE_HOME={}", path(&home.dir.path().join("home")));
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
@@ -42,12 +42,12 @@ fn spawn(home: &Home, words: &[&str]) -> Child {
         .unwrap()
 }
 
-/// Names of VMs' folders; those that are about to go are none.
-fn folders(home: &Home) -> Vec<String> {
+/// Names of VMs' folders; those that are about to go are none, nor is what happened to VMs (`.events`).
+pub(super) fn folders(home: &Home) -> Vec<String> {
     let entries = fs::read_dir(home.dir.path().join("home/state/vms"));
     let names = entries.into_iter().flatten().flatten();
     let names = names.map(|e| e.file_name().into_string().unwrap());
-    names.filter(|n| !n.starts_with(".new-")).collect()
+    names.filter(|n| !n.starts_with('.')).collect()
 }
 
 /// How long a run takes here from its first moment to its last.
