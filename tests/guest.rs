@@ -51,6 +51,8 @@ mod sandbox;
 mod sees;
 #[path = "guest/space.rs"]
 mod space;
+#[path = "guest/terminal.rs"]
+mod terminal;
 #[path = "guest/traffic.rs"]
 mod traffic;
 #[path = "guest/vhost.rs"]

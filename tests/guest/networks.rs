@@ -32,7 +32,7 @@ fn ip(words: &str) -> String {
 /// Enters a network namespace with a way out, `eth0`, to a world with servers. None, and said so, where
 /// that is not allowed or a program is missing.
 #[track_caller]
-fn host(programs: &[(&str, &str)]) -> Option<Machine> {
+pub(super) fn host(programs: &[(&str, &str)]) -> Option<Machine> {
     if !is_root() {
         skip("network namespaces are made by root");
         return None;
@@ -63,7 +63,7 @@ fn host(programs: &[(&str, &str)]) -> Option<Machine> {
 }
 
 /// A network namespace that stands in for another machine.
-struct Machine(Child);
+pub(super) struct Machine(Child);
 
 impl Machine {
     fn new() -> Self {

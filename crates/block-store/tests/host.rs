@@ -627,10 +627,8 @@ fn an_image_that_is_lent_for_a_moment_is_waited_for() {
     drop(first);
     open(&path, &OpenOptions::default()).unwrap();
     // SAFETY: our own child, and no status is asked for.
-    assert_eq!(
-        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) },
-        child
-    );
+    let waited = unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+    assert_eq!(waited, child);
 }
 
 #[test]
