@@ -208,6 +208,8 @@ mod tests {
             labels: Default::default(),
             restart: Restart::No,
             remove: false,
+            shm_bytes: None,
+            volumes: Vec::new(),
             limits: Default::default(),
         };
         let vms = Vms::new(&dir.join("vms"), &dir.join("run"));
