@@ -37,6 +37,8 @@ mod interrupted;
 mod kept;
 #[path = "guest/made.rs"]
 mod made;
+#[path = "guest/many.rs"]
+mod many;
 #[path = "guest/metadata.rs"]
 mod metadata;
 #[path = "guest/network.rs"]

@@ -74,19 +74,34 @@ impl Home {
         if !is_root() {
             return Some(home);
         }
-        // What this user can reach, by a process of its own: a program that is open for writing cannot be run.
-        let programs = home.dir.path().join("programs");
+        home.copy_programs();
+        assert!(tool("chown", &["-R", "65534:65534", path(home.dir.path())]));
+        home.by_nobody = true;
+        Some(home)
+    }
+
+    /// Has programs of its own, which its user can reach. They are copied by a process of its own: a program that is open for writing
+    /// cannot be run.
+    fn copy_programs(&mut self) {
+        let programs = self.dir.path().join("programs");
         fs::create_dir(&programs).unwrap();
         for name in ["alveole", "alveole-vmm", "alveole-agent"] {
             assert!(tool(
                 "cp",
-                &[path(&home.programs.join(name)), path(&programs)]
+                &[path(&self.programs.join(name)), path(&programs)]
             ));
         }
-        assert!(tool("chown", &["-R", "65534:65534", path(home.dir.path())]));
-        home.programs = programs;
-        home.by_nobody = true;
-        Some(home)
+        self.programs = programs;
+    }
+
+    /// Guests have an agent without what helps who looks for faults in it, as one that is installed: it is most of a small guest's memory.
+    /// False, with the skip told, where there is no `strip`.
+    #[track_caller]
+    pub(crate) fn strip_agent(&mut self) -> bool {
+        if !self.programs.starts_with(self.dir.path()) {
+            self.copy_programs();
+        }
+        tool("strip", &[path(&self.programs.join("alveole-agent"))])
     }
 
     pub(crate) fn command(&self, words: &[&str]) -> Command {
