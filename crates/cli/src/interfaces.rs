@@ -256,6 +256,25 @@ impl NetworkArgs {
         placed.into_iter().map(|(_, word)| word).collect()
     }
 
+    /// What of the guest is published.
+    pub(crate) fn published(&self) -> &[Published] {
+        &self.publish
+    }
+
+    /// That the guest has a network by which its ports can be published.
+    pub(crate) fn check_can_publish(&self, word: &str) -> anyhow::Result<()> {
+        if self.net.is_empty() || self.net.iter().any(|net| net.carrier == Carrier::User) {
+            return Ok(());
+        }
+        let cure = match self.net.iter().find_map(Net::network) {
+            Some(network) => format!(
+                "a guest on a network has an address of its own to connect to (alveole net inspect {network} shows it)"
+            ),
+            None => "add --net user".to_owned(),
+        };
+        bail!("{word} cannot be published without --net user: {cure}")
+    }
+
     /// Checks what belongs together, and starts what takes a moment. `leads_out`: whether this host is one of which
     /// guests can expect a way to the world; else none is looked for by default.
     pub(crate) fn begin(&self, leads_out: bool) -> anyhow::Result<Begun<'_>> {
@@ -317,14 +336,8 @@ impl NetworkArgs {
             bail!("--net none and another --net contradict each other: leave one out");
         }
         let user = self.net.is_empty() || has(Carrier::User);
-        if let Some(port) = self.publish.first().filter(|_| !user) {
-            let cure = match self.net.iter().find_map(Net::network) {
-                Some(network) => format!(
-                    "a guest on a network has an address of its own to connect to (alveole net inspect {network} shows it)"
-                ),
-                None => "add --net user".to_owned(),
-            };
-            bail!("-p {port} cannot be published without --net user: {cure}");
+        if let Some(port) = self.publish.first() {
+            self.check_can_publish(&format!("-p {port}"))?;
         }
         if self.rules.0.is_empty() && self.egress.is_none() {
             return Ok(());

@@ -209,6 +209,9 @@ mod tests {
             restart: Restart::No,
             remove: false,
             limits: Default::default(),
+            volumes: Vec::new(),
+            shm_bytes: None,
+            published_free: Vec::new(),
         };
         let vms = Vms::new(&dir.join("vms"), &dir.join("run"));
         let vm = vms.create("web", &record).unwrap();

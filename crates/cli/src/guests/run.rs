@@ -16,7 +16,9 @@ use alveole_instance::{
 };
 use anyhow::{Context, bail};
 
+use super::keep::NOTE;
 use super::limits::LimitArgs;
+use super::ports;
 use super::terminal::{Keys, Raw, is_terminal, pass_signals, size};
 use super::volumes::{Memory, Volume, make_missing, placed, say_what_is_copied, write_changes};
 use crate::image::here_or_pulled;
@@ -60,6 +62,10 @@ pub(crate) struct ImageArgs {
     /// Where the process starts [the image's]
     #[arg(short, long, value_name = "FOLDER", requires = "image")]
     workdir: Option<String>,
+
+    /// Publish each port that the image exposes on a free port of 127.0.0.1 (alveole ps shows them), but for those of -p
+    #[arg(short = 'P', long, requires = "image")]
+    publish_all: bool,
 
     /// Who the process is, by names of the image or by numbers [the image's]
     #[arg(short, long, value_name = "USER[:GROUP]", requires = "image")]
@@ -165,7 +171,7 @@ pub(crate) fn run_image(
             let id = begun.vm.record.id.clone();
             Ok(started(begun, &id))
         }
-        Ok(begun) => Ok(attached_to(&begun.vm, true, args.for_image.interactive)),
+        Ok(begun) => Ok(attached_from_start(begun, args.for_image.interactive)),
         Err(e) => {
             hint(&format!("{e:#}"));
             Ok(ExitCode::from(NOT_STARTED))
@@ -199,6 +205,10 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
     let process = process(args, &base.config)?;
     let volumes = placed(&more.volume, &more.tmpfs, &base.config.volumes)?;
     let disk_bytes = disk_bytes(args, write_changes(&volumes))?;
+    let published_free = match more.publish_all {
+        true => ports::exposed_on_free(&args.network, &base.config.exposed_ports)?,
+        false => Vec::new(),
+    };
     let id = Record::new_id()?;
     let name = args.network.name().unwrap_or_else(|| format!("vm-{id}"));
     network.push(format!("--name={name}"));
@@ -218,6 +228,7 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
         read_only: more.read_only,
         hostname,
         network,
+        published_free,
         process,
         stop_signal: stop_signal(more.stop_signal, &base.config),
         labels: labels(&more.label),
@@ -371,20 +382,31 @@ pub(super) fn start_keeper(vm: &Vm, words: &[&str]) -> anyhow::Result<Begun> {
 }
 
 impl Begun {
-    /// What the keeper says next.
+    /// What the keeper says next about how far it is; what is for people goes to standard error.
     pub(super) fn hear(&mut self) -> anyhow::Result<String> {
-        let mut line = String::new();
-        self.told
-            .read_line(&mut line)
-            .context("cannot hear the VM's keeper")?;
-        if line.is_empty() {
-            let status = self
-                .keeper
-                .wait()
-                .context("cannot wait for the VM's keeper")?;
-            bail!("the VM's keeper ended ({status}) without a word");
+        loop {
+            let mut line = String::new();
+            self.told
+                .read_line(&mut line)
+                .context("cannot hear the VM's keeper")?;
+            if line.is_empty() {
+                let status = self
+                    .keeper
+                    .wait()
+                    .context("cannot wait for the VM's keeper")?;
+                bail!("the VM's keeper ended ({status}) without a word");
+            }
+            let line = line.trim_end();
+            let Some(note) = line.strip_prefix(NOTE) else {
+                return Ok(line.to_owned());
+            };
+            // The terminal may be the guest's by now.
+            let end = match self.vm.record.process.terminal {
+                Some(_) => "\r",
+                None => "",
+            };
+            hint(&format!("{note}{end}"));
         }
-        Ok(line.trim_end().to_owned())
     }
 }
 
@@ -393,9 +415,19 @@ pub(super) fn start(vm: &Vm, attached: bool, interactive: bool) -> anyhow::Resul
     say_what_is_copied(&vm.record);
     let begun = start_keeper(vm, attached.then_some("--with-client").as_slice())?;
     if attached {
-        return Ok(attached_to(vm, true, interactive));
+        return Ok(attached_from_start(begun, interactive));
     }
     Ok(started(begun, &vm.name))
+}
+
+/// Is attached to a VM that begins, and hears what its keeper has to say meanwhile.
+fn attached_from_start(mut begun: Begun, interactive: bool) -> ExitCode {
+    let vm = begun.vm.clone();
+    std::thread::scope(|scope| {
+        // Whatever went wrong, who is attached is told as well.
+        scope.spawn(|| drop(begun.hear()));
+        attached_to(&vm, true, interactive)
+    })
 }
 
 /// Waits until the process runs, and prints `what`.
