@@ -915,9 +915,16 @@ fn all_ports_of_an_image_are_published() {
         "{line}"
     );
     home.wait_until(20, "answer", || {
-        let mut said = String::new();
-        TcpStream::connect(&at).is_ok_and(|mut client| client.read_to_string(&mut said).is_ok())
-            && said == "of-the-guest\n"
+        let ask = || -> std::io::Result<String> {
+            let mut client = TcpStream::connect(&at)?;
+            // The guest's nc waits for our end, too.
+            client.shutdown(std::net::Shutdown::Write)?;
+            client.set_read_timeout(Some(Duration::from_secs(2)))?;
+            let mut said = String::new();
+            client.read_to_string(&mut said)?;
+            Ok(said)
+        };
+        ask().is_ok_and(|said| said == "of-the-guest\n")
     });
     // Who does not run has none; a port that is somebody's by the next start gives way to another one.
     home.does(&["kill", "web"]);
