@@ -29,7 +29,7 @@ pub(super) fn exposed_on_free(
             if wanted.len() > MOST_PUBLISHED {
                 break;
             }
-            if !wanted.contains(&(port, transport)) && !network.published().iter().any(said) {
+            if !wanted.contains(&(port, transport)) && !network.publish.iter().any(said) {
                 wanted.push((port, transport));
             }
         }
