@@ -47,6 +47,8 @@ mod network;
 mod networks;
 #[path = "guest/pauses.rs"]
 mod pauses;
+#[path = "guest/podman.rs"]
+mod podman;
 #[path = "guest/sandbox.rs"]
 mod sandbox;
 #[path = "guest/sees.rs"]

@@ -15,7 +15,8 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-use crate::harness::images::output;
+use super::images::Home;
+use crate::harness::images::{output, path};
 use crate::harness::{Running, Vm, is_root, patience, skip};
 
 /// This host's address that others know.
@@ -871,4 +872,68 @@ fn three_tiers_talk_as_their_file_says() {
     }
     net(state.path(), &format!("down {file}"));
     same_as(&before);
+}
+
+/// What an image exposes is reached by free ports of this host, which are shown while the VM runs.
+#[test]
+fn all_ports_of_an_image_are_published() {
+    let Some(_world) = host(&[("passt", "passt")]) else {
+        return;
+    };
+    let Some(home) = Home::new() else { return };
+    home.does(&["image", "import", path(&home.files), "base"]);
+    let context = home.dir.path().join("context");
+    fs::create_dir(&context).unwrap();
+    let recipe = "FROM base\nEXPOSE 80 81 53/udp\nCMD [\"sh\", \"-c\", \"while :; do echo of-the-guest | nc -l -p 80; done\"]\n";
+    fs::write(context.join("Dockerfile"), recipe).unwrap();
+    home.does(&["image", "build", "-t", "web", path(&context)]);
+    home.does(&["run", "-d", "-P", "-p", "18081:81", "--name", "web", "web"]);
+    let ports = |what: &[&str]| -> serde_json::Value {
+        let all: serde_json::Value = serde_json::from_str(&home.does(what)).unwrap();
+        all[0]["ports"].clone()
+    };
+    let shown = ports(&["ps", "--format", "json"]);
+    assert_eq!(ports(&["inspect", "web"]), shown);
+    let of = |at: usize| {
+        let port = &shown[at];
+        assert_eq!(port["host_address"], "127.0.0.1", "{shown}");
+        let number = port["host_port"].as_u64().unwrap();
+        (
+            port["guest_port"].as_u64().unwrap(),
+            port["protocol"].as_str().unwrap(),
+            number,
+        )
+    };
+    assert_eq!(shown.as_array().unwrap().len(), 3, "{shown}");
+    assert_eq!((of(0).0, of(0).1), (53, "udp"));
+    assert_eq!((of(1).0, of(1).1), (80, "tcp"));
+    assert_eq!(of(2), (81, "tcp", 18081));
+    let at = format!("127.0.0.1:{}", of(1).2);
+    let line = home.does(&["ps"]);
+    assert!(
+        line.contains("PORTS") && line.contains(&format!("{at}->80/tcp, 127.0.0.1:18081->81/tcp")),
+        "{line}"
+    );
+    home.wait_until(20, "answer", || {
+        let ask = || -> std::io::Result<String> {
+            let mut client = TcpStream::connect(&at)?;
+            // The guest's nc waits for our end, too.
+            client.shutdown(std::net::Shutdown::Write)?;
+            client.set_read_timeout(Some(Duration::from_secs(2)))?;
+            let mut said = String::new();
+            client.read_to_string(&mut said)?;
+            Ok(said)
+        };
+        ask().is_ok_and(|said| said == "of-the-guest\n")
+    });
+    // Who does not run has none; a port that is somebody's by the next start gives way to another one.
+    home.does(&["kill", "web"]);
+    assert_eq!(ports(&["inspect", "web"]), serde_json::json!([]));
+    let taken = TcpListener::bind(&at).unwrap();
+    home.does(&["start", "web"]);
+    let again = ports(&["inspect", "web"]);
+    assert_ne!(again[1]["host_port"], shown[1]["host_port"], "{again}");
+    assert_eq!(again[0], shown[0]);
+    assert_eq!(again[2], shown[2]);
+    drop(taken);
 }

@@ -70,6 +70,31 @@ fn folders_and_files_of_this_host_are_copied_at_each_start() {
     assert!(!output.status.success());
 }
 
+/// What of a folder is no file is told, whoever asks for the VM, and whether somebody is attached to it.
+#[test]
+fn what_is_left_out_of_a_copy_is_said() {
+    let Some(home) = Home::new() else { return };
+    let tree = tree(&home);
+    let _socket = std::os::unix::net::UnixListener::bind(format!("{tree}/socket")).unwrap();
+    let volume = format!("{tree}:/tree:ro");
+    let said = |words: &[&str]| {
+        let output = home.output(words);
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let note = format!("alveole: left out of the copies: of '{tree}' 1 socket or device\n");
+    let attached = said(&home.run(&["--rm", "-v", &volume], &["ls", "/tree"]));
+    assert_eq!(attached.matches(&note).count(), 1, "{attached}");
+    let words = ["-d", "--name", "box", "-v", &volume];
+    let detached = said(&home.run(&words, &["sleep", "1000"]));
+    assert_eq!(detached.matches(&note).count(), 1, "{detached}");
+    home.does(&["kill", "box"]);
+    let again = said(&["start", "box"]);
+    assert_eq!(again.matches(&note).count(), 1, "{again}");
+    let all_is_copied = said(&home.run(&["--rm", "-v", &format!("{tree}/sub:/sub:ro")], &["true"]));
+    assert!(!all_is_copied.contains("left out"), "{all_is_copied}");
+}
+
 #[test]
 fn volumes_outlive_their_vms() {
     let Some(home) = Home::new() else { return };

@@ -8,7 +8,9 @@
 #                     root.ext4, root.squashfs, root.erofs, and what a guest of it is to say of itself:
 #                     os-release (/etc/os-release) and packages (how many are installed)
 #
-# In it, /usr/local/sbin/debian-report and its unit (resources/guest) tell the host what runs.
+#   podman_root_file  prints the file of a cached root with podman (EROFS), making it if need be (root only, two minutes)
+#
+# In the first, /usr/local/sbin/debian-report and its unit (resources/guest) tell the host what runs.
 
 # shellcheck source=tools/lib/packages.sh
 source "$(dirname "${BASH_SOURCE[0]}")/packages.sh"
@@ -92,4 +94,58 @@ debian_root_report() {
         install -m 644 "$2/debian-report.service" "$1$unit" &&
         mkdir -p "$1/etc/systemd/system/multi-user.target.wants" &&
         ln -s "$unit" "$1/etc/systemd/system/multi-user.target.wants/"
+}
+
+podman_root_file() {
+    local lib cache mirror suite key file fd
+    lib=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+    packages_refresh_lists || return 1
+    if ! read -r mirror suite < <(debian_archive); then
+        packages_complain "apt names no archive that has base-files: a root with podman needs a Debian to come from" \
+            "(run 'apt-get update')"
+        return 1
+    fi
+    key=$(sha256sum <"$lib/debian-root.sh") || return 1
+    cache=$(cache_dir)/podman-root file=$cache/$suite-${key:0:16}.erofs
+    mkdir -p "$cache" || return 1
+    exec {fd}>"$cache/lock"
+    flock "$fd"
+    if [[ ! -e $file ]]; then
+        podman_root_fill "$mirror" "$suite" "$file" >&2 || file=''
+    fi
+    exec {fd}>&-
+    [[ -n $file ]] && printf '%s\n' "$file"
+}
+
+# podman_root_fill MIRROR SUITE FILE
+podman_root_fill() {
+    local mirror=$1 suite=$2 file=$3 new said proxy
+    local -a options=()
+    if ((EUID != 0)); then
+        packages_complain "only root can make a Debian root file system"
+        return 1
+    fi
+    need_package mmdebstrap mmdebstrap mkfs.erofs erofs-utils || return 1
+    # Under the lock, they are remains of callers that were killed, or of former recipes.
+    rm -rf "${file%/*}"/.new.* "${file%/*}"/*.erofs
+    new=$(mktemp -d "${file%/*}/.new.XXXXXX") || return 1
+    while read -r proxy; do
+        options+=("--aptopt=$proxy")
+    done < <(apt-config dump | grep -E '^Acquire::https?::Proxy')
+    echo "alveole tools: making a root of Debian $suite with podman" >&2
+    if ! said=$(
+        exec 2>&1
+        mmdebstrap --variant=minbase --include=podman,crun,containernetworking-plugins,iptables "${options[@]}" \
+            --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+            --dpkgopt='path-exclude=/usr/share/man/*' "$suite" "$new/root" "$mirror" </dev/null &&
+            mkfs.erofs -Enoinline_data "$new/root.erofs" "$new/root"
+    ); then
+        rm -rf "$new"
+        packages_complain "could not make a root with podman from $mirror; the last that was said:"
+        tail -n 15 <<<"$said" >&2
+        return 1
+    fi
+    chmod 644 "$new/root.erofs" && mv "$new/root.erofs" "$file"
+    rm -rf "$new"
+    [[ -e $file ]]
 }

@@ -180,6 +180,7 @@ fn record(number: u32) -> anyhow::Result<Record> {
         restart: Restart::No,
         remove: false,
         shm_bytes: None,
+        published_free: Vec::new(),
         volumes: Vec::new(),
         limits: Limits::default(),
     })

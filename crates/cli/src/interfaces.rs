@@ -42,7 +42,7 @@ pub(crate) struct NetworkArgs {
         value_name = "[ADDRESS:]PORT:GUESTPORT[/tcp|/udp]",
         help = "A port of this host that leads to one of the guest (with --net user); without ADDRESS on 127.0.0.1; repeatable"
     )]
-    publish: Vec<Published>,
+    pub(crate) publish: Vec<Published>,
 
     /// The VM's name: on its networks, by which other guests find it, and its host name [vm-PID]
     #[arg(long)]
@@ -256,6 +256,20 @@ impl NetworkArgs {
         placed.into_iter().map(|(_, word)| word).collect()
     }
 
+    /// That the guest has a network by which its ports can be published.
+    pub(crate) fn check_can_publish(&self, word: &str) -> anyhow::Result<()> {
+        if self.net.is_empty() || self.net.iter().any(|net| net.carrier == Carrier::User) {
+            return Ok(());
+        }
+        let cure = match self.net.iter().find_map(Net::network) {
+            Some(network) => format!(
+                "a guest on a network has an address of its own to connect to (alveole net inspect {network} shows it)"
+            ),
+            None => "add --net user".to_owned(),
+        };
+        bail!("{word} cannot be published without --net user: {cure}")
+    }
+
     /// Checks what belongs together, and starts what takes a moment. `leads_out`: whether this host is one of which
     /// guests can expect a way to the world; else none is looked for by default.
     pub(crate) fn begin(&self, leads_out: bool) -> anyhow::Result<Begun<'_>> {
@@ -317,15 +331,8 @@ impl NetworkArgs {
             bail!("--net none and another --net contradict each other: leave one out");
         }
         let user = self.net.is_empty() || has(Carrier::User);
-        if let Some(port) = self.publish.first().filter(|_| !user) {
-            let cure = match self.net.iter().find_map(Net::network) {
-                Some(network) => format!(
-                    "a guest on a network has an address of its own to connect to (alveole net inspect {network} shows it)"
-                ),
-                None => "add --net user".to_owned(),
-            };
-            bail!("-p {port} cannot be published without --net user: {cure}");
-        }
+        let port = self.publish.first().map(|port| format!("-p {port}"));
+        port.map_or(Ok(()), |word| self.check_can_publish(&word))?;
         if self.rules.0.is_empty() && self.egress.is_none() {
             return Ok(());
         }

@@ -22,7 +22,7 @@ pub(crate) struct VolumeArgs {
 enum VolumeCommand {
     /// Make a volume: an empty file system on a disk of its own. `alveole run -v NAME:GUEST` makes one as well
     Create {
-        /// What it can grow to: it takes of this host's disk what is written to it [10G]
+        /// What it can grow to: it takes of this host's disk what is written to it; 10G if nothing is said
         #[arg(long, value_name = "SIZE")]
         size: Option<DiskSize>,
         /// A word about it, for people and programs; repeatable

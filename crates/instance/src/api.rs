@@ -208,9 +208,10 @@ mod tests {
             labels: Default::default(),
             restart: Restart::No,
             remove: false,
-            shm_bytes: None,
-            volumes: Vec::new(),
             limits: Default::default(),
+            volumes: Vec::new(),
+            shm_bytes: None,
+            published_free: Vec::new(),
         };
         let vms = Vms::new(&dir.join("vms"), &dir.join("run"));
         let vm = vms.create("web", &record).unwrap();

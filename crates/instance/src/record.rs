@@ -35,6 +35,9 @@ pub struct Record {
     pub hostname: String,
     /// The words of the command line about networks.
     pub network: Vec<String>,
+    /// Ports of the image on free ports of this host, in those words; when one is taken by the next start, another one is chosen.
+    #[serde(default)]
+    pub published_free: Vec<String>,
     /// The main process.
     pub process: Process,
     /// The signal that asks it to end.

@@ -119,6 +119,62 @@ impl FromStr for Published {
     }
 }
 
+impl Published {
+    /// Ports of 127.0.0.1 that are free by now and lead to these of the guest. The host's kernel chooses them, no port twice.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Word`] if they are too many, [`Error::PortTaken`] if the host has no port left.
+    pub fn on_free_ports(guest: &[(u16, Transport)]) -> Result<Vec<Self>, Error> {
+        if guest.len() > MOST_PUBLISHED {
+            return Err(too_many(guest.len()));
+        }
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        // Held until all are chosen.
+        let (mut tcp, mut udp) = (Vec::new(), Vec::new());
+        let mut all = Vec::new();
+        for (guest_port, transport) in guest {
+            let bound = match transport {
+                Transport::Tcp => TcpListener::bind(any).and_then(|socket| {
+                    let host = socket.local_addr();
+                    tcp.push(socket);
+                    host
+                }),
+                Transport::Udp => UdpSocket::bind(any).and_then(|socket| {
+                    let host = socket.local_addr();
+                    udp.push(socket);
+                    host
+                }),
+            };
+            let host = bound.map_err(|source| Error::PortTaken {
+                address: any,
+                protocol: transport.to_string(),
+                source,
+            })?;
+            all.push(Self {
+                host,
+                guest_port: *guest_port,
+                transport: *transport,
+            });
+        }
+        Ok(all)
+    }
+
+    /// Whether nobody listens on this host's port by now.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        check_free(self).is_ok()
+    }
+}
+
+fn too_many(count: usize) -> Error {
+    Error::word(
+        "number of published ports",
+        &count.to_string(),
+        format!("{MOST_PUBLISHED} are the most"),
+    )
+}
+
 impl fmt::Display for Published {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}/{}", self.host, self.guest_port, self.transport)
@@ -177,12 +233,7 @@ impl UserNetwork {
             return Err(Error::word("MTU", &request.mtu.to_string(), why));
         }
         if request.published.len() > MOST_PUBLISHED {
-            let count = request.published.len().to_string();
-            return Err(Error::word(
-                "number of published ports",
-                &count,
-                format!("{MOST_PUBLISHED} are the most"),
-            ));
+            return Err(too_many(request.published.len()));
         }
         for (at, port) in request.published.iter().enumerate() {
             let same = |p: &&Published| p.host == port.host && p.transport == port.transport;

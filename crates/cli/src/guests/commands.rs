@@ -14,6 +14,7 @@ use serde_json::json;
 
 use super::copy::{End, copy};
 use super::events::{EventsArgs, events};
+use super::ports;
 use super::run::{attached_to, set, start};
 use super::stats::stats;
 use super::terminal::{Raw, is_terminal, pass_signals, size};
@@ -482,12 +483,22 @@ fn word(state: &State) -> (String, Option<u64>) {
     }
 }
 
+/// What a VM publishes by now, for people and for programs: one that does not run publishes nothing.
+fn published_now(vm: &Vm, state: &State) -> (String, serde_json::Value) {
+    let all = match state {
+        State::Kept(_) => ports::published(&vm.record),
+        _ => Vec::new(),
+    };
+    (ports::shown(&all), ports::as_json(&all))
+}
+
 fn facts(vm: &Vm) -> anyhow::Result<serde_json::Value> {
     let state = vm.state()?;
     let mut facts = serde_json::to_value(&vm.record).context("cannot write JSON")?;
     facts["name"] = json!(vm.name);
     facts["state"] = json!(word(&state).0.split(' ').next());
     facts["details"] = json!(state);
+    facts["ports"] = published_now(vm, &state).1;
     facts["folder"] = json!(vm.folder());
     facts["sockets"] = json!(vm.run_folder());
     Ok(facts)
@@ -518,6 +529,7 @@ fn ps(vms: &Vms, all: bool, quiet: bool, format: Format) -> anyhow::Result<ExitC
                     "id": vm.record.id, "name": vm.name, "image": vm.record.image, "command": vm.record.process.args,
                     "created_ms": vm.record.created_ms, "state": word, "since_ms": since_ms,
                     "cpus": vm.record.cpus, "memory_mib": vm.record.memory_mib, "labels": vm.record.labels,
+                    "ports": published_now(vm, state).1,
                 })
             })
             .collect();
@@ -535,10 +547,11 @@ fn ps(vms: &Vms, all: bool, quiet: bool, format: Format) -> anyhow::Result<ExitC
                 shortened(&vm.record.process.args.join(" ")),
                 word,
                 since.map(ago).unwrap_or_default(),
+                published_now(vm, state).0,
             ]
         });
         table(
-            &["ID", "NAME", "IMAGE", "COMMAND", "STATE", "SINCE"],
+            &["ID", "NAME", "IMAGE", "COMMAND", "STATE", "SINCE", "PORTS"],
             rows.collect(),
         )
     };

@@ -19,7 +19,7 @@ use anyhow::Context;
 use clap::Parser;
 
 use super::limits::describe;
-use super::{empty_disk, volumes};
+use super::{empty_disk, ports, volumes};
 use crate::interfaces::{NetworkArgs, keep_over_exec};
 use crate::places::Places;
 use crate::run::hand_over;
@@ -32,6 +32,9 @@ const CHANGES: &str = "changes";
 const MODULES: &str = "modules";
 /// A guest's own address among sockets of its monitor; each has a monitor of its own.
 const GUEST_CID: u64 = 3;
+
+/// What a line begins with that is for people, and no word about how far it is.
+pub(super) const NOTE: &str = "note: ";
 
 #[derive(clap::Args)]
 pub(crate) struct KeepArgs {
@@ -90,7 +93,7 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
             client: client.as_ref(),
         },
     };
-    let mut told_runs = false;
+    let mut told_all = false;
     let kept = keep(
         &vm,
         &lock,
@@ -99,12 +102,17 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
         |told| match told {
             Told::Serves => say("serves"),
             Told::Runs => {
-                told_runs = true;
+                told_all = true;
                 say("runs");
                 // Who waits for more waits for the end of this.
                 close_output();
             }
-            Told::Failed(why) if !told_runs => say(&why.replace('\n', " ")),
+            Told::Failed(why) if !told_all => {
+                // Nobody reads what further starts have to say, and a pipe that is full is waited for.
+                told_all = true;
+                say(&one_line(why));
+                close_output();
+            }
             Told::Failed(_) => {}
         },
     );
@@ -122,6 +130,10 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
 fn say(line: &str) {
     let mut out = io::stdout().lock();
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+fn one_line(text: &str) -> String {
+    text.replace(char::is_control, " ")
 }
 
 fn say_and_fail(why: &str) -> anyhow::Result<ExitCode> {
@@ -144,11 +156,24 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
     let changes = changes(places, vm)?;
     reached("disk");
     let volumes = volumes::prepare(places, vm)?;
+    if !volumes.left_out.is_empty() {
+        let what = volumes.left_out.join("; ");
+        say(&format!(
+            "{NOTE}left out of the copies: {}",
+            one_line(&what)
+        ));
+    }
     let modules = kernel.modules_disk();
-    let none = ["--net=none".to_owned()];
-    let words = if offline { &none } else { &record.network[..] };
-    let words = Words::try_parse_from([&"words".to_owned()].into_iter().chain(words))
-        .context("cannot understand the VM's words about networks")?;
+    let mut words = vec!["words".to_owned()];
+    if offline {
+        words.push("--net=none".into());
+    } else {
+        words.extend_from_slice(&record.network);
+        let free = ports::still_free(vm)?;
+        words.extend(free.iter().map(|port| format!("--publish={port}")));
+    }
+    let words =
+        Words::try_parse_from(words).context("cannot understand the VM's words about networks")?;
     let plugged = words.network.begin(true)?.finish()?;
     reached("network");
     let mut description = VmConfig {

@@ -7,6 +7,7 @@ mod events;
 mod keep;
 mod limits;
 mod maker;
+mod ports;
 mod run;
 mod sample;
 mod stats;

@@ -17,7 +17,9 @@ use alveole_instance::{
 };
 use anyhow::{Context, bail};
 
+use super::keep::NOTE;
 use super::limits::LimitArgs;
+use super::ports;
 use super::terminal::{Keys, Raw, is_terminal, pass_signals, size};
 use super::volumes::{Memory, Volume, make_missing, placed, say_what_is_copied, write_changes};
 use crate::image::here_or_pulled;
@@ -28,8 +30,6 @@ use crate::{hint, print};
 
 /// The status of what could not be started, as `docker run` has it.
 const NOT_STARTED: u8 = 125;
-/// A keeper removes a VM that has ended in a moment.
-const REMOVAL_PATIENCE: Duration = Duration::from_secs(5);
 /// SIGTERM, if the image says nothing.
 pub(super) const USUAL_STOP_SIGNAL: u8 = 15;
 
@@ -63,6 +63,10 @@ pub(crate) struct ImageArgs {
     /// Where the process starts [the image's]
     #[arg(short, long, value_name = "FOLDER", requires = "image")]
     workdir: Option<String>,
+
+    /// Publish each port that the image exposes on a free port of 127.0.0.1 (alveole ps shows them), but for those of -p
+    #[arg(short = 'P', long, requires = "image")]
+    publish_all: bool,
 
     /// Who the process is, by names of the image or by numbers [the image's]
     #[arg(short, long, value_name = "USER[:GROUP]", requires = "image")]
@@ -168,13 +172,7 @@ pub(crate) fn run_image(
             let id = begun.vm.record.id.clone();
             Ok(started(begun, &id))
         }
-        Ok(mut begun) => {
-            let status = attached_to(&begun.vm, true, args.for_image.interactive);
-            if args.for_image.rm {
-                begun.wait_for_removal();
-            }
-            Ok(status)
-        }
+        Ok(begun) => Ok(attached_from_start(begun, args.for_image.interactive)),
         Err(e) => {
             hint(&format!("{e:#}"));
             Ok(ExitCode::from(NOT_STARTED))
@@ -208,6 +206,10 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
     let process = process(args, &base.config)?;
     let volumes = placed(&more.volume, &more.tmpfs, &base.config.volumes)?;
     let disk_bytes = disk_bytes(args, write_changes(&volumes))?;
+    let published_free = match more.publish_all {
+        true => ports::exposed_on_free(&args.network, &base.config.exposed_ports)?,
+        false => Vec::new(),
+    };
     let id = Record::new_id()?;
     let name = args.network.name().unwrap_or_else(|| format!("vm-{id}"));
     network.push(format!("--name={name}"));
@@ -227,6 +229,7 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
         read_only: more.read_only,
         hostname,
         network,
+        published_free,
         process,
         stop_signal: stop_signal(more.stop_signal, &base.config),
         labels: labels(&more.label),
@@ -380,28 +383,31 @@ pub(super) fn start_keeper(vm: &Vm, words: &[&str]) -> anyhow::Result<Begun> {
 }
 
 impl Begun {
-    /// Whoever comes next finds the name free. Where the VM goes on without this client, there is nothing to wait for.
-    fn wait_for_removal(&mut self) {
-        let until = Instant::now() + REMOVAL_PATIENCE;
-        while matches!(self.keeper.try_wait(), Ok(None)) && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// What the keeper says next.
+    /// What the keeper says next about how far it is; what is for people goes to standard error.
     pub(super) fn hear(&mut self) -> anyhow::Result<String> {
-        let mut line = String::new();
-        self.told
-            .read_line(&mut line)
-            .context("cannot hear the VM's keeper")?;
-        if line.is_empty() {
-            let status = self
-                .keeper
-                .wait()
-                .context("cannot wait for the VM's keeper")?;
-            bail!("the VM's keeper ended ({status}) without a word");
+        loop {
+            let mut line = String::new();
+            self.told
+                .read_line(&mut line)
+                .context("cannot hear the VM's keeper")?;
+            if line.is_empty() {
+                let status = self
+                    .keeper
+                    .wait()
+                    .context("cannot wait for the VM's keeper")?;
+                bail!("the VM's keeper ended ({status}) without a word");
+            }
+            let line = line.trim_end();
+            let Some(note) = line.strip_prefix(NOTE) else {
+                return Ok(line.to_owned());
+            };
+            // The terminal may be the guest's by now.
+            let end = match self.vm.record.process.terminal {
+                Some(_) => "\r",
+                None => "",
+            };
+            hint(&format!("{note}{end}"));
         }
-        Ok(line.trim_end().to_owned())
     }
 }
 
@@ -410,9 +416,19 @@ pub(super) fn start(vm: &Vm, attached: bool, interactive: bool) -> anyhow::Resul
     say_what_is_copied(&vm.record);
     let begun = start_keeper(vm, attached.then_some("--with-client").as_slice())?;
     if attached {
-        return Ok(attached_to(vm, true, interactive));
+        return Ok(attached_from_start(begun, interactive));
     }
     Ok(started(begun, &vm.name))
+}
+
+/// Is attached to a VM that begins, and hears what its keeper has to say meanwhile.
+fn attached_from_start(mut begun: Begun, interactive: bool) -> ExitCode {
+    let vm = begun.vm.clone();
+    std::thread::scope(|scope| {
+        // Whatever went wrong, who is attached is told as well.
+        scope.spawn(|| drop(begun.hear()));
+        attached_to(&vm, true, interactive)
+    })
 }
 
 /// Waits until the process runs, and prints `what`.
@@ -448,10 +464,10 @@ fn status_of(vm: &Vm) -> Option<ExitCode> {
 /// With --rm nothing of it is left when its command ends, as scripts expect that run the next one by the same name.
 fn wait_until_removed(vm: &Vm) {
     /// Its keeper lets go of who is attached, and removes a folder.
-    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
-    let until = std::time::Instant::now() + PATIENCE;
-    while vm.at("vm.json").exists() && std::time::Instant::now() < until {
-        std::thread::sleep(std::time::Duration::from_millis(1));
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let until = Instant::now() + PATIENCE;
+    while vm.at("vm.json").exists() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -292,6 +292,8 @@ pub(crate) struct Prepared {
     pub(crate) mounts: Vec<protocol::Volume>,
     /// What lives as long as the machine does.
     pub(crate) held: Vec<Box<dyn Send>>,
+    /// What of folders was not copied, in words.
+    pub(crate) left_out: Vec<String>,
 }
 
 /// Whether a disk is needed that takes what is written to them, though the root be one that is only read.
@@ -329,7 +331,7 @@ pub(crate) fn prepare(places: &Places, vm: &Vm) -> anyhow::Result<Prepared> {
         match &placed.what {
             Content::Host(path) => {
                 let image = vm.at(&format!("{serial}.erofs"));
-                copy(path, &image)?;
+                prepared.left_out.extend(copy(path, &image)?);
                 if path.is_file() {
                     volume.within = last_name(path)?;
                 }
@@ -387,8 +389,8 @@ fn key(target: &str) -> String {
     }
 }
 
-/// Copies a folder or file of this host into an image.
-fn copy(from: &Path, image: &Path) -> anyhow::Result<()> {
+/// Copies a folder or file of this host into an image; says what of it was left out.
+fn copy(from: &Path, image: &Path) -> anyhow::Result<Option<String>> {
     let act = || format!("cannot copy '{}' for the VM", from.display());
     let _ = fs::remove_file(image);
     let file = File::options()
@@ -412,15 +414,24 @@ fn copy(from: &Path, image: &Path) -> anyhow::Result<()> {
             return Err(e).with_context(act);
         }
     };
-    if left_out != LeftOut::default() {
-        log::warn!(
-            "of '{}' {} sockets and devices and {} mounted file systems were left out",
-            from.display(),
-            left_out.special,
-            left_out.mounts
-        );
-    }
-    Ok(())
+    Ok(words_of(&left_out).map(|what| format!("of '{}' {what}", from.display())))
+}
+
+/// What was left out, if anything was.
+fn words_of(left_out: &LeftOut) -> Option<String> {
+    let count = |number: u64, one: &str, many: &str| match number {
+        0 => None,
+        1 => Some(format!("1 {one}")),
+        number => Some(format!("{number} {many}")),
+    };
+    let special = count(left_out.special, "socket or device", "sockets and devices");
+    let mounts = count(
+        left_out.mounts,
+        "mounted file system",
+        "mounted file systems",
+    );
+    let words: Vec<_> = special.into_iter().chain(mounts).collect();
+    (!words.is_empty()).then(|| words.join(" and "))
 }
 
 #[cfg(test)]
@@ -492,6 +503,17 @@ mod tests {
         assert!(format!("{none:#}").contains("/no/such/folder"), "{none:#}");
         let device = placed(&parse(&["/dev/null:/a"]), &[], &[]).unwrap_err();
         assert!(device.to_string().contains("device"), "{device}");
+    }
+
+    #[test]
+    fn what_is_left_out_is_told_in_words() {
+        let words = |special, mounts| words_of(&LeftOut { special, mounts });
+        assert_eq!(words(0, 0), None);
+        assert_eq!(words(1, 0).unwrap(), "1 socket or device");
+        assert_eq!(
+            words(2, 1).unwrap(),
+            "2 sockets and devices and 1 mounted file system"
+        );
     }
 
     #[test]
