@@ -361,7 +361,7 @@ impl Registry {
     }
 }
 
-/// Logs in: checks a password with the registry, and keeps it where [`credentials::of`] finds it. Gives where that is, and whether the registry
+/// Logs in: checks a password with the registry, and keeps it where `credentials::of` finds it. Gives where that is, and whether the registry
 /// asked at all.
 ///
 /// # Errors
