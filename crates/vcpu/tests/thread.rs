@@ -233,5 +233,11 @@ fn a_dropped_machine_leaves_no_thread() {
         );
     }
     drop(rig);
-    assert_eq!(threads(), 0);
+    // The kernel wakes who joins a thread a moment before the thread is gone from /proc.
+    while threads() != 0 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "vcpu 77 outlives its machine"
+        );
+    }
 }
