@@ -34,8 +34,8 @@ use serde::de::DeserializeOwned;
 use crate::record::VERSION;
 use crate::{Ended, EventReader, Happened, InstanceError, Phase, Record, State};
 
-/// What is not whole begins with it, which no VM's name does.
-const UNFINISHED: &str = ".new-";
+/// What is not whole begins with it, which no name of a VM or a volume does.
+pub(crate) const UNFINISHED: &str = ".new-";
 
 /// All VMs of one user.
 #[derive(Clone, Debug)]
@@ -189,14 +189,18 @@ impl Vms {
 
     /// Removes what killed commands left half-made.
     pub fn sweep(&self) {
-        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
-            let old = entry
-                .metadata()
-                .is_ok_and(|m| now_ms() / 1000 > m.mtime().unsigned_abs() + 60);
-            // A minute: who makes one now is not disturbed.
-            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) && old {
-                let _ = fs::remove_dir_all(entry.path());
-            }
+        sweep(&self.folder);
+    }
+}
+
+/// Removes what lies in a folder and was left half-made, a minute after: who makes one now is not disturbed.
+pub(crate) fn sweep(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let old = entry
+            .metadata()
+            .is_ok_and(|m| now_ms() / 1000 > m.mtime().unsigned_abs() + 60);
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) && old {
+            let _ = fs::remove_dir_all(entry.path());
         }
     }
 }

@@ -16,10 +16,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::InstanceError;
-use crate::folder::{now_ms, read_json, write_json};
-
-/// What is not whole begins with it, which no volume's name does.
-const UNFINISHED: &str = ".new-";
+use crate::folder::{UNFINISHED, now_ms, read_json, sweep, write_json};
 
 /// All volumes of one user.
 #[derive(Clone, Debug)]
@@ -159,14 +156,7 @@ impl Volumes {
 
     /// Removes what killed commands left half-made, a minute after.
     pub fn sweep(&self) {
-        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
-            let old = entry
-                .metadata()
-                .is_ok_and(|m| now_ms() / 1000 > m.mtime().unsigned_abs() + 60);
-            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) && old {
-                let _ = fs::remove_dir_all(entry.path());
-            }
-        }
+        sweep(&self.folder);
     }
 }
 
