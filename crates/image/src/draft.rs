@@ -19,9 +19,7 @@ use crate::error::{Doing, ImageError};
 use crate::export::archive_of_disk;
 use crate::limits::{Limits, MAX_LAYERS};
 use crate::look::{Found, Look};
-use crate::oci::{
-    self, CONFIG, Configuration, Descriptor, LAYER, MANIFEST, Manifest, Platform, RootFs, RunConfig,
-};
+use crate::oci::{self, Configuration, Descriptor, LAYER, MANIFEST, Platform, RunConfig};
 use crate::plan::{CopyFiles, plan, write_plan};
 use crate::reference::Reference;
 use crate::store::{Held, Image, Store, disk_id};
@@ -440,25 +438,11 @@ impl Draft {
         let created = UNIX_EPOCH + Duration::from_secs(self.made);
         let configuration = Configuration {
             created: Some(humantime::format_rfc3339_seconds(created).to_string()),
-            architecture: self.platform.architecture.clone(),
-            os: self.platform.os.clone(),
-            variant: self.platform.variant.clone(),
             config: self.config.clone(),
-            rootfs: RootFs {
-                kind: "layers".into(),
-                diff_ids: self.diff_ids(),
-            },
+            ..Configuration::of(&self.platform, self.diff_ids())
         };
-        let config = self
-            .store
-            .add_document(CONFIG, &oci::write(&configuration)?)?;
-        let manifest = Manifest {
-            schema_version: 2,
-            media_type: Some(MANIFEST.into()),
-            config,
-            layers: self.layers.iter().map(|made| made.layer.clone()).collect(),
-        };
-        let manifest = self.store.add_document(MANIFEST, &oci::write(&manifest)?)?;
+        let layers = self.layers.iter().map(|made| made.layer.clone()).collect();
+        let manifest = self.store.add_manifest(&configuration, layers)?;
         let image = self.store.name(name, manifest, id);
         drop(self.held);
         image

@@ -13,7 +13,7 @@ use crate::error::{Doing, ImageError};
 use crate::limits::{Limits, MAX_JSON};
 use crate::oci::{
     self, CONFIG, CONTAINERD_NAME, Configuration, Descriptor, Index, LAYER, MANIFEST, Manifest,
-    Platform, REF_NAME, RootFs,
+    Platform, REF_NAME,
 };
 use crate::reference::Reference;
 use crate::store::{Held, Image, Store, disk_id};
@@ -209,26 +209,10 @@ impl Importing<'_> {
         if !path.exists() {
             self.store.keep(disk, &path)?;
         }
-        let configuration = Configuration {
-            architecture: self.how.platform.architecture.clone(),
-            os: self.how.platform.os.clone(),
-            variant: self.how.platform.variant.clone(),
-            rootfs: RootFs {
-                kind: "layers".into(),
-                diff_ids,
-            },
-            ..Configuration::default()
-        };
-        let config = self
-            .store
-            .add_document(CONFIG, &oci::write(&configuration)?)?;
-        let manifest = Manifest {
-            schema_version: 2,
-            media_type: Some(MANIFEST.into()),
-            config,
-            layers: vec![Descriptor::new(&media_type, digest, size)],
-        };
-        let manifest = self.store.add_document(MANIFEST, &oci::write(&manifest)?)?;
+        let manifest = self.store.add_manifest(
+            &Configuration::of(&self.how.platform, diff_ids),
+            vec![Descriptor::new(&media_type, digest, size)],
+        )?;
         Ok(vec![self.store.name(name, manifest, id)?])
     }
 

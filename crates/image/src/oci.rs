@@ -224,6 +224,22 @@ pub(crate) struct Configuration {
     pub(crate) rootfs: RootFs,
 }
 
+impl Configuration {
+    /// That of these layers for a platform, which says nothing else.
+    pub(crate) fn of(platform: &Platform, diff_ids: Vec<Digest>) -> Self {
+        Self {
+            architecture: platform.architecture.clone(),
+            os: platform.os.clone(),
+            variant: platform.variant.clone(),
+            rootfs: RootFs {
+                kind: "layers".into(),
+                diff_ids,
+            },
+            ..Self::default()
+        }
+    }
+}
+
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct RootFs {
     #[serde(rename = "type", default)]

@@ -26,7 +26,9 @@ use crate::digest::{Digest, Hash, Hashing};
 use crate::error::{Doing, ImageError};
 use crate::layers::{Layer, make_root_disk};
 use crate::limits::{Limits, MAX_JSON, MAX_LAYERS};
-use crate::oci::{self, Configuration, Descriptor, Manifest, Platform, RunConfig};
+use crate::oci::{
+    self, CONFIG, Configuration, Descriptor, MANIFEST, Manifest, Platform, RunConfig,
+};
 use crate::reference::Reference;
 
 /// Grows when the same layers give other bytes.
@@ -378,6 +380,21 @@ impl Store {
     ) -> Result<Descriptor, ImageError> {
         let (digest, size) = self.add_blob("a document", bytes, None, &crate::Quiet)?;
         Ok(Descriptor::new(media_type, digest, size))
+    }
+
+    /// Adds the documents of an image with these layers; gives that of its manifest.
+    pub(crate) fn add_manifest(
+        &self,
+        configuration: &Configuration,
+        layers: Vec<Descriptor>,
+    ) -> Result<Descriptor, ImageError> {
+        let manifest = Manifest {
+            schema_version: 2,
+            media_type: Some(MANIFEST.into()),
+            config: self.add_document(CONFIG, &oci::write(configuration)?)?,
+            layers,
+        };
+        self.add_document(MANIFEST, &oci::write(&manifest)?)
     }
 
     /// Gives a file that is complete its place.
