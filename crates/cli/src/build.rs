@@ -246,13 +246,10 @@ impl Build<'_> {
         suite: &str,
         lookup: &dyn Fn(&str) -> Option<String>,
     ) -> anyhow::Result<()> {
-        let all = |words: &[Word]| {
-            words
-                .iter()
-                .map(|word| expanded(word, lookup))
-                .collect::<anyhow::Result<Vec<_>>>()
-        };
-        let (packages, mirrors) = (all(&base.packages)?, all(&base.mirrors)?);
+        let (packages, mirrors) = (
+            all_expanded(&base.packages, lookup)?,
+            all_expanded(&base.mirrors, lookup)?,
+        );
         let variant = match &base.variant {
             Some(variant) => expanded(variant, lookup)?,
             None => "minbase".into(),
@@ -470,12 +467,6 @@ pub(crate) fn describe(
     act: &Act,
     lookup: &dyn Fn(&str) -> Option<String>,
 ) -> anyhow::Result<()> {
-    let all = |words: &[Word]| {
-        words
-            .iter()
-            .map(|word| expanded(word, lookup))
-            .collect::<anyhow::Result<Vec<_>>>()
-    };
     match act {
         Act::Env(pairs) => {
             for (name, value) in pairs {
@@ -511,12 +502,12 @@ pub(crate) fn describe(
         Act::Entrypoint(command) => config.entrypoint = command.words(),
         Act::Cmd(command) => config.cmd = command.words(),
         Act::Expose(ports) => {
-            for port in all(ports)? {
+            for port in all_expanded(ports, lookup)? {
                 add(&mut config.exposed_ports, exposed(&port)?);
             }
         }
         Act::Volume(folders) => {
-            for folder in all(folders)? {
+            for folder in all_expanded(folders, lookup)? {
                 add(&mut config.volumes, folder);
             }
         }
@@ -574,6 +565,13 @@ fn octal(text: &str) -> anyhow::Result<u16> {
         .ok()
         .filter(|mode| *mode <= 0o7777)
         .with_context(|| format!("--chmod={text}: write the mode as octal digits, as 755"))
+}
+
+fn all_expanded(
+    words: &[Word],
+    lookup: &dyn Fn(&str) -> Option<String>,
+) -> anyhow::Result<Vec<String>> {
+    words.iter().map(|word| expanded(word, lookup)).collect()
 }
 
 fn expanded(word: &Word, lookup: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<String> {
