@@ -196,7 +196,7 @@ impl<W: Write> Layer<W> {
         header.set_gid(0);
         header.set_mtime(0);
         header.set_size(0);
-        self.named(relative, header, &[])
+        self.named(relative, header)
     }
 
     fn entry(
@@ -220,11 +220,10 @@ impl<W: Write> Layer<W> {
         self.plain(relative, header)
     }
 
-    fn named(&mut self, relative: &Path, header: Header, own: &[(&str, &[u8])]) -> io::Result<()> {
+    fn named(&mut self, relative: &Path, header: Header) -> io::Result<()> {
         let path = relative.as_os_str().as_bytes();
         if path.len() >= MAX_SHORT_NAME {
-            let records = own.iter().copied().chain([("path", path)]);
-            self.out.append_pax_extensions(records)?;
+            self.out.append_pax_extensions([("path", path)])?;
         }
         self.plain(relative, header)
     }
