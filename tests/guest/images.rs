@@ -140,6 +140,33 @@ impl Home {
         words
     }
 
+    /// Imports the home's files as a docker archive with one layer; `config`: what it says of its process.
+    #[track_caller]
+    pub(crate) fn import_as_docker(&self, name: &str, config: &serde_json::Value) {
+        let made = self.dir.path().join("made");
+        fs::create_dir(&made).unwrap();
+        let layer = made.join("layer.tar");
+        let (files, to) = (path(&self.files), path(&layer));
+        assert!(tool(
+            "tar",
+            &["--owner=0", "--group=0", "-C", files, "-cf", to, "."]
+        ));
+        let digest = crate::harness::images::sum(&layer);
+        let config = serde_json::json!({
+            "architecture": "amd64", "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
+            "config": config,
+        });
+        fs::write(made.join("config.json"), config.to_string()).unwrap();
+        let manifest = serde_json::json!([{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]);
+        fs::write(made.join("manifest.json"), manifest.to_string()).unwrap();
+        let archive = self.dir.path().join("made.tar");
+        let members = ["manifest.json", "config.json", "layer.tar"];
+        let words = [&["-C", path(&made), "-cf", path(&archive)], &members[..]].concat();
+        assert!(tool("tar", &words));
+        self.does(&["image", "import", path(&archive)]);
+    }
+
     #[track_caller]
     pub(crate) fn wait_until(&self, seconds: u64, what: &str, mut so: impl FnMut() -> bool) {
         let until = Instant::now() + patience(seconds);
@@ -232,40 +259,12 @@ fn an_image_is_run_as_it_says() {
     let Some(home) = Home::of_nobody() else {
         return;
     };
-    // A docker archive: a layer, a config, a manifest.
-    let made = home.dir.path().join("made");
-    fs::create_dir(&made).unwrap();
-    let layer = made.join("layer.tar");
-    assert!(tool(
-        "tar",
-        &[
-            "--owner=0",
-            "--group=0",
-            "-C",
-            path(&home.files),
-            "-cf",
-            path(&layer),
-            "."
-        ]
-    ));
-    let digest = crate::harness::images::sum(&layer);
     let config = serde_json::json!({
-        "architecture": "amd64", "os": "linux",
-        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
-        "config": {
-            "Entrypoint": ["/bin/sh", "-c", "trap 'echo told; exit 4' USR1; echo $0 $1 $A; pwd; id -u; while test \"$1\" = wait; do sleep 0.05; done"],
-            "Cmd": ["zero", "one"], "Env": ["A=image", "PATH=/bin"], "User": "web", "WorkingDir": "/mnt",
-            "StopSignal": "SIGUSR1",
-        },
+        "Entrypoint": ["/bin/sh", "-c", "trap 'echo told; exit 4' USR1; echo $0 $1 $A; pwd; id -u; while test \"$1\" = wait; do sleep 0.05; done"],
+        "Cmd": ["zero", "one"], "Env": ["A=image", "PATH=/bin"], "User": "web", "WorkingDir": "/mnt",
+        "StopSignal": "SIGUSR1",
     });
-    fs::write(made.join("config.json"), config.to_string()).unwrap();
-    let manifest = serde_json::json!([{"Config": "config.json", "RepoTags": ["web:1"], "Layers": ["layer.tar"]}]);
-    fs::write(made.join("manifest.json"), manifest.to_string()).unwrap();
-    let archive = home.dir.path().join("web.tar");
-    let members = ["manifest.json", "config.json", "layer.tar"];
-    let words = [&["-C", path(&made), "-cf", path(&archive)], &members[..]].concat();
-    assert!(tool("tar", &words));
-    home.does(&["image", "import", path(&archive)]);
+    home.import_as_docker("web:1", &config);
     let run = |before: &[&str], after: &[&str]| {
         let words = [&["run", "--rm", "--net", "none"], before, &["web:1"], after].concat();
         home.does(&words)

@@ -263,39 +263,12 @@ fn the_kernels_modules_are_there_when_they_are_needed() {
 #[test]
 fn an_images_own_volumes_can_be_written() {
     let Some(home) = Home::new() else { return };
-    let made = home.dir.path().join("made");
     fs::create_dir_all(home.files.join("srv/data")).unwrap();
     fs::write(home.files.join("srv/data/first"), "first\n").unwrap();
-    fs::create_dir(&made).unwrap();
-    let layer = made.join("layer.tar");
-    assert!(tool(
-        "tar",
-        &[
-            "--owner=0",
-            "--group=0",
-            "-C",
-            path(&home.files),
-            "-cf",
-            path(&layer),
-            "."
-        ]
-    ));
-    let digest = crate::harness::images::sum(&layer);
-    let config = serde_json::json!({
-        "architecture": "amd64", "os": "linux",
-        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
-        "config": {"Cmd": ["/bin/sh"], "Volumes": {"/srv/data": {}, "/new/place": {}}},
-    });
-    fs::write(made.join("config.json"), config.to_string()).unwrap();
-    let manifest = serde_json::json!([{"Config": "config.json", "RepoTags": ["own:1"], "Layers": ["layer.tar"]}]);
-    fs::write(made.join("manifest.json"), manifest.to_string()).unwrap();
-    let archive = home.dir.path().join("own.tar");
-    let members = ["manifest.json", "config.json", "layer.tar"];
-    assert!(tool(
-        "tar",
-        &[&["-C", path(&made), "-cf", path(&archive)], &members[..]].concat()
-    ));
-    home.does(&["image", "import", path(&archive)]);
+    home.import_as_docker(
+        "own:1",
+        &serde_json::json!({"Cmd": ["/bin/sh"], "Volumes": {"/srv/data": {}, "/new/place": {}}}),
+    );
     let script = "echo x >/srv/data/x && echo y >/new/place/y && cat /srv/data/* /new/place/*; echo z >/z || echo refused";
     let words = [
         "run",
