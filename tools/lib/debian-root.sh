@@ -21,11 +21,7 @@ debian_root_dir() {
     local lib cache mirror suite key dir fd
     lib=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
     packages_refresh_lists || return 1
-    if ! read -r mirror suite < <(debian_archive); then
-        packages_complain "apt names no archive that has base-files: a Debian root needs a Debian to come from" \
-            "(run 'apt-get update')"
-        return 1
-    fi
+    read -r mirror suite < <(debian_archive) || return 1
     # What goes in, and how.
     key=$(cat "$lib/debian-root.sh" "$lib"/../../resources/guest/debian-report{,.service} | sha256sum) || return 1
     cache=$(cache_dir)/debian-root dir=$cache/$suite-${key:0:16}
@@ -39,16 +35,31 @@ debian_root_dir() {
     [[ -n $dir ]] && printf '%s\n' "$dir"
 }
 
-# Prints mirror and release of the archive that this machine gets its own base from.
+# Prints mirror and release of the archive that this machine gets its own base from, or complains.
 debian_archive() {
     LC_ALL=C apt-cache policy base-files |
-        awk '$2 ~ /^[a-z]+:\/\// && $3 ~ /^[a-z]+\/main$/ { sub(/\/main$/, "", $3); print $2, $3; exit }'
+        awk '$2 ~ /^[a-z]+:\/\// && $3 ~ /^[a-z]+\/main$/ { sub(/\/main$/, "", $3); print $2, $3; found = 1; exit }
+            END { exit !found }' ||
+        packages_complain "apt names no archive that has base-files: a Debian root needs a Debian to come from" \
+            "(run 'apt-get update')"
+}
+
+# debian_bootstrap MIRROR SUITE DIR PACKAGES: a small Debian with these packages (with commas between them).
+debian_bootstrap() {
+    local proxy
+    local -a options=()
+    # Proxies of this machine; nobody in a guest of this size reads documents.
+    while read -r proxy; do
+        options+=("--aptopt=$proxy")
+    done < <(apt-config dump | grep -E '^Acquire::https?::Proxy')
+    mmdebstrap --variant=minbase --include="$4" "${options[@]}" \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+        --dpkgopt='path-exclude=/usr/share/man/*' "$2" "$3" "$1" </dev/null
 }
 
 # debian_root_fill MIRROR SUITE DIR RESOURCES
 debian_root_fill() {
-    local mirror=$1 suite=$2 dir=$3 resources=$4 new root said proxy
-    local -a options=()
+    local mirror=$1 suite=$2 dir=$3 resources=$4 new root said
     if ((EUID != 0)); then
         packages_complain "only root can make a Debian root file system"
         return 1
@@ -59,16 +70,10 @@ debian_root_fill() {
     rm -rf "${dir%/*}"/.new.* "${dir%-*}"-*
     new=$(mktemp -d "${dir%/*}/.new.XXXXXX") || return 1
     root=$new/root
-    # Proxies of this machine; nobody in a guest of this size reads documents.
-    while read -r proxy; do
-        options+=("--aptopt=$proxy")
-    done < <(apt-config dump | grep -E '^Acquire::https?::Proxy')
     echo "alveole tools: making a root of Debian $suite" >&2
     if ! said=$(
         exec 2>&1
-        mmdebstrap --variant=minbase --include=systemd-sysv,udev "${options[@]}" \
-            --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
-            --dpkgopt='path-exclude=/usr/share/man/*' "$suite" "$root" "$mirror" </dev/null &&
+        debian_bootstrap "$mirror" "$suite" "$root" systemd-sysv,udev &&
             debian_root_report "$root" "$resources" &&
             cp "$root/usr/lib/os-release" "$new/os-release" &&
             chroot "$root" dpkg-query -f '.\n' -W | wc -l >"$new/packages" &&
@@ -100,11 +105,7 @@ podman_root_file() {
     local lib cache mirror suite key file fd
     lib=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
     packages_refresh_lists || return 1
-    if ! read -r mirror suite < <(debian_archive); then
-        packages_complain "apt names no archive that has base-files: a root with podman needs a Debian to come from" \
-            "(run 'apt-get update')"
-        return 1
-    fi
+    read -r mirror suite < <(debian_archive) || return 1
     key=$(sha256sum <"$lib/debian-root.sh") || return 1
     cache=$(cache_dir)/podman-root file=$cache/$suite-${key:0:16}.erofs
     mkdir -p "$cache" || return 1
@@ -119,8 +120,7 @@ podman_root_file() {
 
 # podman_root_fill MIRROR SUITE FILE
 podman_root_fill() {
-    local mirror=$1 suite=$2 file=$3 new said proxy
-    local -a options=()
+    local mirror=$1 suite=$2 file=$3 new said
     if ((EUID != 0)); then
         packages_complain "only root can make a Debian root file system"
         return 1
@@ -129,15 +129,10 @@ podman_root_fill() {
     # Under the lock, they are remains of callers that were killed, or of former recipes.
     rm -rf "${file%/*}"/.new.* "${file%/*}"/*.erofs
     new=$(mktemp -d "${file%/*}/.new.XXXXXX") || return 1
-    while read -r proxy; do
-        options+=("--aptopt=$proxy")
-    done < <(apt-config dump | grep -E '^Acquire::https?::Proxy')
     echo "alveole tools: making a root of Debian $suite with podman" >&2
     if ! said=$(
         exec 2>&1
-        mmdebstrap --variant=minbase --include=podman,crun,containernetworking-plugins,iptables "${options[@]}" \
-            --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
-            --dpkgopt='path-exclude=/usr/share/man/*' "$suite" "$new/root" "$mirror" </dev/null &&
+        debian_bootstrap "$mirror" "$suite" "$new/root" podman,crun,containernetworking-plugins,iptables &&
             mkfs.erofs -Enoinline_data "$new/root.erofs" "$new/root"
     ); then
         rm -rf "$new"
