@@ -56,9 +56,12 @@ fn exit(good: bool) -> ExitCode {
 /// What to do next, in one sentence.
 fn summary(checks: &[Check], guests: Guests) -> String {
     match guests {
-        Guests::Here => "guests run here: alveole run --kernel KERNEL --initrd INITRD".into(),
+        Guests::Here => {
+            "guests run here: alveole run IMAGE, or alveole run --kernel KERNEL --initrd INITRD".into()
+        }
         Guests::Lab => {
-            "guests run in the lab here: alveole run --lab --kernel KERNEL --initrd INITRD".into()
+            "guests run in the lab here: alveole run --lab --rm IMAGE, or alveole run --lab --kernel KERNEL --initrd INITRD"
+                .into()
         }
         Guests::Nowhere => {
             let first = checks
@@ -151,7 +154,7 @@ mod tests {
             "ok       long title  found\n\
              missing  x           found  -> mend it\n\
              \n\
-             guests run here: alveole run --kernel KERNEL --initrd INITRD\n"
+             guests run here: alveole run IMAGE, or alveole run --kernel KERNEL --initrd INITRD\n"
         );
     }
 

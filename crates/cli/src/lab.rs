@@ -1,4 +1,7 @@
 //! `alveole run --lab`: this program once more, in the lab.
+//!
+//! The lab sees this machine's files, kernels and images among them; what is written there is forgotten with it, but for what is
+//! brought back. So a guest of an image goes with the lab, too, and whoever asks for something that would stay is refused.
 
 use std::convert::Infallible;
 use std::env;
@@ -14,6 +17,7 @@ use rustix::fs::FileType;
 
 use crate::console::Console;
 use crate::disk::Disk;
+use crate::places::{DATA_VARIABLE, Places};
 use crate::run::RunArgs;
 
 /// What the lab needs for itself: its kernel, page cache and the files that change in it.
@@ -48,16 +52,36 @@ pub(crate) fn enter(args: &RunArgs) -> anyhow::Result<Infallible> {
     let host_cpus = thread::available_parallelism().map_or(1, usize::from);
     let mut command = Command::new(&tool);
     command
+        // Who is somebody else here is root there, whose kernels and images are elsewhere.
+        .env(DATA_VARIABLE, Places::usual().data)
         .args(options(args, Streams::of_this_process(), host_cpus)?)
         .arg("--")
+        .args(environment(args)?)
         .arg(exe)
-        .args(inner(env::args_os().skip(1)));
+        .args(inner(env::args_os().skip(1), args.no_probe));
     Err(command.exec()).with_context(|| format!("cannot start the lab, {}", tool.display()))
 }
 
 /// What the lab tool is told.
 fn options(args: &RunArgs, streams: Streams, host_cpus: usize) -> anyhow::Result<Vec<OsString>> {
-    let interactive = args.console == Console::Stdio && streams.terminal;
+    if let Some(why) = args.network.refused_in_lab() {
+        bail!(
+            "{why}; leave it out with --lab, or name a network, which is then made in the lab (sudo alveole net create)"
+        );
+    }
+    if args.image.is_some()
+        && let Some(why) = args.for_image.refused_in_lab()
+    {
+        bail!("{why}");
+    }
+    let (wants_terminal, wants_input) = match args.image {
+        Some(_) => (args.for_image.wants_terminal(), args.for_image.interactive),
+        None => (
+            args.console == Console::Stdio,
+            args.console == Console::Stdio,
+        ),
+    };
+    let interactive = wants_terminal && streams.terminal;
     let cpus = (usize::from(args.cpus) + 1).clamp(LEAST_CPUS, host_cpus.max(LEAST_CPUS));
     let memory = args.memory.mib().saturating_add(LAB_MEMORY_MIB);
     let mut words: Vec<OsString> = vec![
@@ -67,8 +91,14 @@ fn options(args: &RunArgs, streams: Streams, host_cpus: usize) -> anyhow::Result
         "--memory".into(),
         memory.to_string().into(),
     ];
+    if wants_input && !interactive && streams.input_ends {
+        words.push("--stdin".into());
+    }
+    if args.image.is_some() {
+        // Nothing of it is brought back, and --disk is the size of one that is made in the lab.
+        return Ok(words);
+    }
     match &args.console {
-        Console::Stdio if !interactive && streams.input_ends => words.push("--stdin".into()),
         Console::Stdio | Console::None => {}
         Console::File(path) => words.extend(["--bring-back".into(), path.into()]),
         Console::Unix(path) => bail!(
@@ -81,11 +111,6 @@ fn options(args: &RunArgs, streams: Streams, host_cpus: usize) -> anyhow::Result
         bail!(
             "cannot reach the socket of --vsock from outside of the lab; leave it out, or run a program in the lab \
              beside the guest (tools/lab run -- ...)"
-        );
-    }
-    if let Some(why) = args.network.refused_in_lab() {
-        bail!(
-            "{why}; leave it out with --lab, or name a network, which is then made in the lab (sudo alveole net create)"
         );
     }
     for image in args.disk.iter().filter_map(Disk::written) {
@@ -101,13 +126,28 @@ fn options(args: &RunArgs, streams: Streams, host_cpus: usize) -> anyhow::Result
     Ok(words)
 }
 
-/// The same command line for the lab. There the probe is spared: the lab was asked for by name, and one
-/// that is slow under load must not be taken for a KVM without hardware.
-fn inner(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    let mut words: Vec<_> = words
-        .filter(|word| word != "--lab" && word != "--no-probe")
-        .collect();
-    words.push("--no-probe".into());
+/// What sets the variables that the guest's process is to have from this one, of which the lab knows a few only.
+fn environment(args: &RunArgs) -> anyhow::Result<Vec<String>> {
+    let mut words = vec!["env".to_owned()];
+    for name in args.for_image.inherited()? {
+        if let Ok(value) = env::var(&name) {
+            words.push(format!("{name}={value}"));
+        }
+    }
+    if words.len() == 1 {
+        words.clear();
+    }
+    Ok(words)
+}
+
+/// The same command line for the lab, where `--lab` says nothing. There the probe is spared: the lab was asked for by
+/// name, and one that is slow under load must not be taken for a KVM without hardware.
+fn inner(words: impl Iterator<Item = OsString>, no_probe: bool) -> Vec<OsString> {
+    let mut words: Vec<_> = words.collect();
+    if !no_probe {
+        // Behind `run`: what follows an image is its program's.
+        words.insert(1.min(words.len()), "--no-probe".into());
+    }
     words
 }
 
@@ -192,11 +232,55 @@ mod tests {
     }
 
     #[test]
-    fn the_lab_is_entered_once() {
-        let words = ["run", "--no-probe", "--kernel", "k", "--lab"].map(OsString::from);
+    fn an_image_has_the_terminal_that_it_asks_for() {
+        let image = |words: &[&str], streams| line(&[words, &["image", "sh"]].concat(), streams, 2);
+        assert!(image(&["--rm", "-it"], TERMINAL).starts_with("shell "));
+        assert!(image(&["--rm"], TERMINAL).starts_with("run "));
+        assert!(image(&["--rm", "-i"], PIPED).ends_with(" --stdin"));
+        assert!(!image(&["--rm"], PIPED).contains("--stdin"));
         assert_eq!(
-            inner(words.into_iter()),
-            ["run", "--kernel", "k", "--no-probe"]
+            image(&["--rm", "--disk", "1G"], NOTHING),
+            "run --cpus 2 --memory 1280"
         );
+    }
+
+    #[test]
+    fn what_would_stay_is_refused() {
+        for (words, said) in [
+            (&["image"][..], "--rm"),
+            (&["--rm", "-d", "image"], "-d"),
+            (&["--rm", "-P", "image"], "-P"),
+            (&["--rm", "-v", "data:/data", "image"], "data"),
+            (&["--rm", "-p", "1:1", "image"], "-p"),
+        ] {
+            let refused = options(&parse(words), TERMINAL, 2).unwrap_err();
+            assert!(refused.to_string().contains(said), "{words:?}: {refused}");
+        }
+        assert!(line(&["--rm", "-v", "./here:/data", "image"], NOTHING, 2).starts_with("run"));
+    }
+
+    #[test]
+    fn a_variable_without_a_value_is_taken_along() {
+        let args = |name| environment(&parse(&["--rm", "-e", name, "-e", "A=b", "image"])).unwrap();
+        let path = format!("PATH={}", env::var("PATH").unwrap());
+        assert_eq!(args("PATH"), ["env".to_owned(), path]);
+        assert!(args("NO_SUCH_VARIABLE").is_empty());
+    }
+
+    #[test]
+    fn the_lab_is_entered_once() {
+        let words = ["run", "--lab", "image", "program", "--no-probe"].map(OsString::from);
+        assert_eq!(
+            inner(words.clone().into_iter(), false),
+            [
+                "run",
+                "--no-probe",
+                "--lab",
+                "image",
+                "program",
+                "--no-probe"
+            ]
+        );
+        assert_eq!(inner(words.clone().into_iter(), true), words);
     }
 }

@@ -8,6 +8,14 @@ use alveole_instance::{Vms, Volumes};
 
 /// Everything is below this folder, if it is set.
 pub(crate) const HOME_VARIABLE: &str = "ALVEOLE_HOME";
+/// Images and kernels are in this folder, if it is set.
+pub(crate) const DATA_VARIABLE: &str = "ALVEOLE_DATA";
+
+/// A folder that the environment names.
+fn folder(variable: &str) -> Option<PathBuf> {
+    let path = std::env::var_os(variable).map(PathBuf::from);
+    path.filter(|p| p.is_absolute())
+}
 
 /// Folders of this user (XDG base directory specification 0.8), or of the system for root.
 pub(crate) struct Places {
@@ -21,10 +29,14 @@ pub(crate) struct Places {
 
 impl Places {
     pub(crate) fn usual() -> Self {
-        let folder = |variable: &str| {
-            let path = std::env::var_os(variable).map(PathBuf::from);
-            path.filter(|p| p.is_absolute())
-        };
+        let mut places = Self::of_this_user();
+        if let Some(data) = folder(DATA_VARIABLE) {
+            places.data = data;
+        }
+        places
+    }
+
+    fn of_this_user() -> Self {
         if let Some(home) = folder(HOME_VARIABLE) {
             return Self {
                 data: home.join("data"),

@@ -229,15 +229,79 @@ fn the_lab_gets_the_same_command_line() {
         args[split + 2..],
         [
             "run",
+            "--no-probe",
+            "--lab",
             "--kernel",
             "a b",
             "--memory",
             "512",
             "--console",
-            "file:log",
-            "--no-probe"
+            "file:log"
         ]
     );
+}
+
+/// A home with a kernel, and the words for an image in the lab.
+fn lab_with_image(words: &[&str]) -> (TempDir, Run) {
+    let home = tempfile::tempdir().unwrap();
+    let kernel = home.path().join("vmlinux");
+    fs::write(&kernel, b"\x7fELF").unwrap();
+    let image = home.path().join("root.erofs");
+    fs::write(&image, "").unwrap();
+    let here = |command: &mut Command| {
+        command
+            .env("ALVEOLE_HOME", home.path())
+            .env_remove("ALVEOLE_DATA")
+            .env("ALVEOLE_AGENT", stand_in())
+            .env("SECRET", "a b")
+            .env("FAKE_STATUS", "7");
+    };
+    let added = Run::with(&["kernel", "add", kernel.to_str().unwrap()], here);
+    assert_eq!(added.status(), Some(0), "{}", added.stderr());
+    let words = [
+        &["run", "--lab"],
+        words,
+        &[image.to_str().unwrap(), "x", "--lab"],
+    ]
+    .concat();
+    let run = Run::with(&words, here);
+    (home, run)
+}
+
+/// The words behind the image are its program's, `--lab` among them.
+#[test]
+fn an_image_runs_in_the_lab_as_it_would_here() {
+    let (home, run) = lab_with_image(&["--rm", "-e", "SECRET", "-e", "NONE", "--memory", "1G"]);
+    assert_eq!(run.status(), Some(7), "{}", run.stderr());
+    let args = run.args();
+    let split = args.iter().position(|word| word == "--").unwrap();
+    assert_eq!(args[3..split], ["--memory", "2048"]);
+    assert_eq!(args[split + 1..split + 3], ["env", "SECRET=a b"]);
+    assert!(args[split + 3].ends_with("/alveole"));
+    assert_eq!(
+        args[split + 4..][..4],
+        ["run", "--no-probe", "--lab", "--rm"]
+    );
+    assert_eq!(args[args.len() - 2..], ["x", "--lab"]);
+    // Where who is root in the lab finds the kernel.
+    let data = home.path().join("data");
+    assert_eq!(run.reported("data").unwrap().trim(), data.to_str().unwrap());
+}
+
+#[test]
+fn what_the_lab_would_forget_is_refused_before() {
+    for (words, said) in [
+        (&[][..], "say so, with --rm"),
+        (&["-d"], "leave -d out"),
+        (&["--rm", "-v", "data:/data"], "-v data"),
+        (&["--rm", "-p", "8080:80"], "-p 127.0.0.1:8080:80"),
+        (&["--rm", "--initrd", "x"], "--initrd"),
+    ] {
+        let (_home, run) = lab_with_image(words);
+        assert_eq!(run.status(), Some(125), "{words:?}");
+        assert!(run.stderr().contains(said), "{words:?}: {}", run.stderr());
+        assert_eq!(run.reported("args"), None, "{words:?}");
+    }
 }
 
 #[test]

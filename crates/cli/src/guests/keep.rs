@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use alveole_agent_protocol::{Mount, Setup, Source};
 use alveole_guest_kernel::Kernel;
-use alveole_host::programs;
+use alveole_host::{in_lab, programs};
 use alveole_instance::{
     Content, Machine, Placed, Purpose, Record, Told, Vm, keep, reached, stages_file,
 };
@@ -174,7 +174,7 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
     }
     let words =
         Words::try_parse_from(words).context("cannot understand the VM's words about networks")?;
-    let plugged = words.network.begin(true)?.finish()?;
+    let plugged = words.network.begin(!in_lab())?.finish()?;
     reached("network");
     let mut description = VmConfig {
         boot_source: boot_source(&kernel, initramfs),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use alveole_agent_client::{AgentError, Streams};
 use alveole_agent_protocol::{Process, Refusal, WindowSize};
-use alveole_host::programs;
+use alveole_host::{in_lab, programs};
 use alveole_image::RunConfig;
 use alveole_instance::{
     Attach, InstanceError, Limits, Record, Restart, State, Vm, attach, reached,
@@ -23,6 +23,7 @@ use super::ports;
 use super::terminal::{Keys, Raw, is_terminal, pass_signals, size};
 use super::volumes::{Memory, Volume, make_missing, placed, say_what_is_copied, write_changes};
 use crate::image::here_or_pulled;
+use crate::lab;
 use crate::places::Places;
 use crate::run::RunArgs;
 use crate::size::{DiskSize, MemorySize};
@@ -38,7 +39,7 @@ pub(super) const USUAL_STOP_SIGNAL: u8 = 15;
 pub(crate) struct ImageArgs {
     /// Keep the process's input open, and pass on what comes here
     #[arg(short, long, requires = "image")]
-    interactive: bool,
+    pub(crate) interactive: bool,
 
     /// Give the process a terminal
     #[arg(short, long, requires = "image")]
@@ -116,6 +117,61 @@ pub(crate) struct ImageArgs {
     pub(crate) limits: LimitArgs,
 }
 
+impl ImageArgs {
+    /// Whether a terminal here is to be one for the process.
+    pub(crate) fn wants_terminal(&self) -> bool {
+        self.interactive || self.tty
+    }
+
+    /// What is asked for that cannot be had in the lab, and why; nothing there outlives the command.
+    pub(crate) fn refused_in_lab(&self) -> Option<String> {
+        if self.detach {
+            return Some(
+                "-d: the lab ends with the command that has entered it; leave -d out".into(),
+            );
+        }
+        if self.publish_all {
+            return Some("-P: nobody outside of the lab reaches a port in it; leave -P out".into());
+        }
+        if let Some(name) = self.volume.iter().find_map(Volume::outlives_vm) {
+            return Some(format!(
+                "-v {name}: what is written to a volume in the lab is forgotten; name a folder, of which the guest has a copy"
+            ));
+        }
+        if !self.rm {
+            return Some(
+                "the VM is gone with the lab, and what it wrote: say so, with --rm".into(),
+            );
+        }
+        None
+    }
+
+    /// The variables that the process has from this one: those that are named without a value.
+    ///
+    /// # Errors
+    ///
+    /// A file of them cannot be read.
+    pub(crate) fn inherited(&self) -> anyhow::Result<Vec<String>> {
+        let mut names = self.variables()?;
+        names.retain(|word| !word.contains('='));
+        Ok(names)
+    }
+
+    /// All variables as they were said, later ones after earlier ones.
+    fn variables(&self) -> anyhow::Result<Vec<String>> {
+        let mut words = Vec::new();
+        for file in &self.env_file {
+            let text = std::fs::read_to_string(file)
+                .with_context(|| format!("cannot read --env-file '{}'", file.display()))?;
+            let lines = text.lines().map(str::trim_start);
+            let said = lines.filter(|l| !l.is_empty() && !l.starts_with('#'));
+            words.extend(said.map(str::to_owned));
+        }
+        words.extend(self.env.iter().cloned());
+        Ok(words)
+    }
+}
+
 pub(super) fn restart(text: &str) -> Result<Restart, String> {
     match text.split_once(':') {
         None if text == "no" => Ok(Restart::No),
@@ -189,9 +245,6 @@ pub(super) struct Begun {
 
 fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::Result<Begun> {
     let more = &args.for_image;
-    if args.lab {
-        bail!("--lab is for guests that are booted by --kernel and --initrd alone");
-    }
     args.refuse_bare_options()?;
     if more.tty && !more.detach && more.interactive && !is_terminal() {
         bail!("-t with -i wants a terminal, and standard input is none: leave -t out");
@@ -204,6 +257,9 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
         .get(args.kernel.as_ref().and_then(|k| k.to_str()))?;
     let base = base(image_name)?;
     let process = process(args, &base.config)?;
+    if args.lab && !in_lab() {
+        match lab::enter(args)? {}
+    }
     let volumes = placed(&more.volume, &more.tmpfs, &base.config.volumes)?;
     let disk_bytes = disk_bytes(args, write_changes(&volumes))?;
     let published_free = match more.publish_all {
@@ -293,15 +349,7 @@ fn process(args: &RunArgs, image: &RunConfig) -> anyhow::Result<Process> {
     for word in image.env.iter().filter(|word| word.contains('=')) {
         set(&mut env, word);
     }
-    for file in &more.env_file {
-        let text = std::fs::read_to_string(file)
-            .with_context(|| format!("cannot read --env-file '{}'", file.display()))?;
-        let lines = text.lines().map(str::trim_start);
-        for line in lines.filter(|l| !l.is_empty() && !l.starts_with('#')) {
-            set(&mut env, line);
-        }
-    }
-    for word in &more.env {
+    for word in &more.variables()? {
         set(&mut env, word);
     }
     let mut words = match &more.entrypoint {

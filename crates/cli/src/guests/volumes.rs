@@ -38,6 +38,16 @@ pub(crate) struct Volume {
     ignored: Vec<String>,
 }
 
+impl Volume {
+    /// The name of what is there after the VM, too.
+    pub(super) fn outlives_vm(&self) -> Option<&str> {
+        match &self.placed.what {
+            Content::Volume(name) => Some(name),
+            _ => None,
+        }
+    }
+}
+
 /// A place in the guest: an absolute path without detours.
 fn target(text: &str) -> Result<String, String> {
     if !text.starts_with('/') {
