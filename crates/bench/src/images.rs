@@ -18,6 +18,7 @@ use alveole_agent_protocol::{Exit, Process, READY_PORT};
 use alveole_instance::Vms;
 use anyhow::{Context, bail};
 use clap::Args;
+use rustix::process::{Resource, getrlimit};
 use serde_json::json;
 
 use crate::stats::{cell, figure, summarize};
@@ -182,7 +183,7 @@ pub(crate) fn images(args: &Images) -> anyhow::Result<ExitCode> {
         let counts = round >= warm_up;
         bench.run_ours(agent_ms.unwrap_or(0.0), counts)?;
         if let Some(podman) = &podman {
-            let time = podman.timed(&["run", "--rm", "--network", "none", NAME, "true"])?;
+            let time = podman.run(&["--rm"], &["true"])?;
             if counts {
                 bench.table.add(RUN, PODMAN, time);
             }
@@ -382,17 +383,7 @@ impl Bench {
         self.does(&["rm", "-f", NAME])?;
         measured?;
         if let Some(podman) = podman {
-            podman.timed(&[
-                "run",
-                "-d",
-                "--name",
-                "vm",
-                "--network",
-                "none",
-                NAME,
-                "sleep",
-                "100000",
-            ])?;
+            podman.run(&["-d", "--name", "vm"], &["sleep", "100000"])?;
             for _ in 0..execs.min(20) {
                 let time = podman.timed(&["exec", "vm", "true"])?;
                 self.table.add(EXEC, PODMAN, time);
@@ -473,11 +464,12 @@ impl Bench {
             .arg("--version")
             .output()
             .context("there is no podman in PATH")?;
-        let podman = Podman {
+        let mut podman = Podman {
             root: self.scratch.join("podman"),
             // It takes no long path for this.
             run: tempfile::Builder::new().prefix("ap.").tempdir()?,
             version: succeed("podman", &version)?.trim().to_owned(),
+            runtime: None,
         };
         let archive = self.scratch.join("tree.tar");
         let tar = Command::new("tar")
@@ -485,7 +477,12 @@ impl Bench {
             .output()?;
         succeed("tar", &tar)?;
         podman.timed(&["import", "-q", utf8(&archive)?, NAME])?;
-        podman.timed(&["run", "--rm", "--network", "none", NAME, "true"])?;
+        if let Err(e) = podman.run(&["--rm"], &["true"]) {
+            // Its usual runtime, crun, refuses hosts with both versions of cgroups.
+            podman.runtime = Some("runc");
+            podman.version.push_str(" with runc");
+            podman.run(&["--rm"], &["true"]).map_err(|_| e)?;
+        }
         Ok(podman)
     }
 
@@ -550,9 +547,26 @@ struct Podman {
     root: PathBuf,
     run: tempfile::TempDir,
     version: String,
+    /// Another one than its usual.
+    runtime: Option<&'static str>,
 }
 
 impl Podman {
+    /// Milliseconds of a container of the image.
+    fn run(&self, options: &[&str], command: &[&str]) -> anyhow::Result<f64> {
+        // By itself it asks for more than a host without CAP_SYS_RESOURCE gives.
+        let limits = [("nofile", Resource::Nofile), ("nproc", Resource::Nproc)]
+            .into_iter()
+            .filter_map(|(name, resource)| {
+                let most = getrlimit(resource).maximum?;
+                Some(format!("--ulimit={name}={most}:{most}"))
+            });
+        let limits: Vec<_> = limits.collect();
+        let mut words = vec!["run", "--network", "none"];
+        words.extend(limits.iter().map(String::as_str));
+        self.timed(&[&words, options, &[NAME], command].concat())
+    }
+
     /// Milliseconds of a command that succeeds.
     fn timed(&self, words: &[&str]) -> anyhow::Result<f64> {
         let start = Instant::now();
@@ -561,6 +575,7 @@ impl Podman {
             .arg(&self.root)
             .arg("--runroot")
             .arg(self.run.path())
+            .args(self.runtime.map(|name| format!("--runtime={name}")))
             .args(words)
             .output()?;
         succeed(&format!("podman {}", words.join(" ")), &output)?;
