@@ -632,14 +632,17 @@ fn registries_with_certificates_are_checked() {
 
 #[test]
 fn a_full_disk_keeps_nothing_half_made() {
+    // More than fits: of the root disk, and, as holes in it take no room, of the layer alone.
+    let noise = (0..12u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8 | 1);
+    import_on_full_disk(&noise.collect::<Vec<_>>());
+    import_on_full_disk(&vec![0; 24 << 20]);
+}
+
+fn import_on_full_disk(content: &[u8]) {
     let test = "a_full_disk_keeps_nothing_half_made";
     let house = House::new();
     fs::create_dir_all(house.path("root")).unwrap();
-    // More than fits, and not zeros.
-    let noise: Vec<u8> = (0..12u32 << 20)
-        .map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8 | 1)
-        .collect();
-    fs::write(house.path("root/noise"), noise).unwrap();
+    fs::write(house.path("root/large"), content).unwrap();
     let tar = house.root_tar();
     let store = house.path("store");
     fs::create_dir_all(&store).unwrap();

@@ -9,11 +9,13 @@ mod error;
 mod folder;
 mod format;
 mod reader;
+mod write_out;
 mod writer;
 
 pub use error::{ReadError, WriteError};
 pub use folder::{LeftOut, PackError, pack};
 pub use reader::{Entry, Image, Info};
+pub use write_out::WriteOut;
 pub use writer::{Child, Content, Directory, FileWriter, Inode, Writer};
 
 /// Longest name in a directory, in bytes.

@@ -8,6 +8,7 @@ use crate::format::{
     FLAT_PLAIN, INCOMPAT_CHUNKED_FILE, MAGIC, NULL_BLOCK, SLOT, SUPER_OFFSET, SUPER_SIZE, crc32c,
     encode_device,
 };
+use crate::write_out::WriteOut;
 use crate::{Kind, MAX_NAME, MAX_TARGET, Metadata};
 
 /// The root's number has 16 bits in the superblock, so its inode lies right behind that.
@@ -82,6 +83,7 @@ pub struct Writer {
     /// Bytes that are to be written from `gathered_at` on.
     gathered: Vec<u8>,
     gathered_at: u64,
+    write_out: Option<WriteOut>,
     run: Run,
     /// Nids of all files but directories, in order.
     nids: Vec<u64>,
@@ -108,6 +110,7 @@ impl Writer {
             end: BLOCK,
             gathered: Vec::new(),
             gathered_at: BLOCK,
+            write_out: None,
             run: Run {
                 at: 0,
                 used: 0,
@@ -122,6 +125,11 @@ impl Writer {
     /// Gives the image a name of its own; without one it is all zeros.
     pub fn set_uuid(&mut self, uuid: [u8; 16]) {
         self.uuid = uuid;
+    }
+
+    /// Has the host begin to write the image out as it grows: for one that is synced in the end.
+    pub fn write_out_early(&mut self) {
+        self.write_out = Some(WriteOut::default());
     }
 
     /// Length of the image so far, in bytes, holes included.
@@ -469,6 +477,10 @@ impl Writer {
 
     fn flush(&mut self) -> Result<(), WriteError> {
         self.file.write_all_at(&self.gathered, self.gathered_at)?;
+        let end = self.gathered_at + self.gathered.len() as u64;
+        if let Some(write_out) = &mut self.write_out {
+            write_out.written(&self.file, end);
+        }
         self.gathered.clear();
         Ok(())
     }

@@ -199,11 +199,18 @@ impl Importing<'_> {
             Packing::Gzip => format!("{LAYER}+gzip"),
             Packing::Zstd => format!("{LAYER}+zstd"),
         };
-        let (digest, size) = self.store.add_blob(what, file, None, self.progress)?;
-        let layers = [(digest.clone(), None)];
-        let (disk, diff_ids) = self
-            .store
-            .make_disk(&layers, &self.how.limits, self.progress)?;
+        let limits = &self.how.limits;
+        let (digest, size, disk, diff_ids) = if media_type == LAYER {
+            let (digest, size, disk) =
+                self.store
+                    .add_layer_and_disk(what, &file, limits, self.progress)?;
+            (digest.clone(), size, disk, vec![digest])
+        } else {
+            let (digest, size) = self.store.add_blob(what, file, None, self.progress)?;
+            let layers = [(digest.clone(), None)];
+            let (disk, diff_ids) = self.store.make_disk(&layers, limits, self.progress)?;
+            (digest, size, disk, diff_ids)
+        };
         let id = disk_id(&diff_ids);
         let path = self.store.disk_path(&id);
         if !path.exists() {

@@ -7,9 +7,9 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 
-use alveole_erofs::{Content, Inode, MAX_NAME, Writer};
+use alveole_erofs::{Content, Inode, MAX_NAME, WriteOut, Writer};
 
 use crate::Progress;
 use crate::digest::Digest;
@@ -36,6 +36,8 @@ pub struct Layer<'a> {
     pub size_bytes: u64,
     /// Opens it: tar, plain or packed by gzip or zstd.
     pub open: Opener<'a>,
+    /// An empty file that gets what it unpacks to, all that its digest is of.
+    pub kept: Option<File>,
 }
 
 /// Why reading a layer ended.
@@ -72,8 +74,10 @@ pub fn make_root_disk(
     limits: &Limits,
     progress: &dyn Progress,
 ) -> Result<Vec<Digest>, ImageError> {
+    let mut image = Writer::new(file)?;
+    image.write_out_early();
     let mut disk = Making {
-        image: Writer::new(file)?,
+        image,
         limits: *limits,
         files: Vec::new(),
         entries: 0,
@@ -155,7 +159,31 @@ impl Making {
         };
         let (_, source) = unpacked(watched, &self.limits).map_err(refuse)?;
         let first_file = self.files.len();
-        let done = in_thread(source, |input| self.entries(input, again));
+        let kept = layer.kept.as_ref().filter(|_| again.is_none());
+        let done = in_thread(source, |input| match kept {
+            None => self.entries(input, again),
+            Some(file) => {
+                let mut input = Keeping {
+                    input,
+                    file,
+                    len: 0,
+                    write_out: WriteOut::default(),
+                    failed: None,
+                };
+                let events = self.entries(&mut input, again).and_then(|events| {
+                    // What follows the archive.
+                    io::copy(&mut input, &mut io::sink())?;
+                    Ok(events)
+                });
+                match input.failed {
+                    Some(source) => Err(Fail::Image(ImageError::Io {
+                        what: format!("keep the layer {}", layer.name),
+                        source,
+                    })),
+                    None => events,
+                }
+            }
+        });
         progress.done(bar);
         let (events, diff_id) = done.map_err(|fail| match fail {
             Fail::Layer(error) => refuse(error),
@@ -395,6 +423,29 @@ impl Cover {
     }
 }
 
+/// Writes down what is read.
+struct Keeping<'a, R> {
+    input: R,
+    file: &'a File,
+    len: u64,
+    write_out: WriteOut,
+    /// It is the host's, and no fault of what is read.
+    failed: Option<io::Error>,
+}
+
+impl<R: Read> Read for Keeping<'_, R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let n = self.input.read(into)?;
+        if let Err(error) = self.file.write_all(&into[..n]) {
+            self.failed = Some(error);
+            return Err(bad("it cannot be kept"));
+        }
+        self.len += n as u64;
+        self.write_out.written(self.file, self.len);
+        Ok(n)
+    }
+}
+
 struct Watched<'a, R> {
     inner: R,
     progress: &'a dyn Progress,
@@ -421,6 +472,7 @@ pub fn fuzz_layer(bytes: &[u8]) {
         diff_id: None,
         size_bytes: 0,
         open: Box::new(move || Ok(Box::new(io::Cursor::new(bytes.clone())))),
+        kept: None,
     };
     let limits = Limits {
         entries: 10_000,

@@ -22,6 +22,7 @@ fn make(layers: &[Vec<u8>], limits: &Limits) -> Result<tempfile::NamedTempFile, 
             diff_id: None,
             size_bytes: bytes.len() as u64,
             open: Box::new(|| Ok(Box::new(Cursor::new(&bytes[..])))),
+            kept: None,
         })
         .collect();
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -399,6 +400,7 @@ fn what_layers_unpack_to_is_checked() {
         diff_id: Some(diff_id),
         size_bytes: 0,
         open: Box::new(|| Ok(Box::new(Cursor::new(&bytes[..])))),
+        kept: None,
     };
     let make = |layer| {
         make_root_disk(

@@ -88,6 +88,39 @@ fn names_share_content_and_removal_frees_what_nobody_needs() {
     assert_eq!(store.usage().unwrap(), Usages::default());
 }
 
+/// A root that is not packed is kept and made a disk in one pass: of neither anything is lost by that.
+#[test]
+fn a_plain_root_is_kept_as_it_came() {
+    let folder = tempfile::tempdir().unwrap();
+    let open = |name| Store::open(&folder.path().join(name)).unwrap();
+    // Longer than the pieces that are read, and with something behind the archive.
+    let large: Vec<u8> = (0..3 << 20).map(|at: u32| (at / 4096) as u8).collect();
+    let mut tar = layer(&[dir("etc"), file("etc/large", large), file("etc/a", "a")]);
+    tar.extend([b'x'; 100_000]);
+    let path = folder.path().join("root.tar");
+    fs::write(&path, &tar).unwrap();
+    let plain = open("store").import(&path, &how("one"), &Quiet).unwrap();
+    let plain = &plain[0];
+    assert_eq!(plain.layers, plain.diff_ids);
+    let blob = folder.path().join("store/blobs/sha256");
+    let kept = fs::read(blob.join(plain.layers[0].hex())).unwrap();
+    assert!(kept == tar, "{} bytes of {}", kept.len(), tar.len());
+    assert_eq!(
+        fs::read_dir(folder.path().join("store/tmp"))
+            .unwrap()
+            .count(),
+        0
+    );
+
+    // With a digest that is checked, layer and disk one after the other.
+    layout(&folder.path().join("layout"), &[tar]);
+    let from = folder.path().join("layout");
+    let layered = open("other").import(&from, &how("one"), &Quiet).unwrap();
+    assert_eq!(layered[0].diff_ids, plain.diff_ids);
+    let disks = [plain, &layered[0]].map(|image| fs::read(&image.root_disk).unwrap());
+    assert!(disks[0] == disks[1], "the disks differ");
+}
+
 #[test]
 fn exchanged_content_is_noticed() {
     let folder = tempfile::tempdir().unwrap();
