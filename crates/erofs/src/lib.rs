@@ -4,6 +4,7 @@
 //! uncompressed. A folder of this host is packed as it is. Deliberately does
 //! not know: layers, tar, containers, what an image is for.
 
+mod content;
 mod encode;
 mod error;
 mod folder;
@@ -12,11 +13,12 @@ mod reader;
 mod write_out;
 mod writer;
 
+pub use content::{Child, Content, Directory};
 pub use error::{ReadError, WriteError};
 pub use folder::{LeftOut, PackError, pack};
 pub use reader::{Entry, Image, Info};
 pub use write_out::WriteOut;
-pub use writer::{Child, Content, Directory, FileWriter, Inode, Writer};
+pub use writer::{FileWriter, Inode, Writer};
 
 /// Longest name in a directory, in bytes.
 pub const MAX_NAME: usize = 255;

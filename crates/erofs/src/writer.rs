@@ -1,6 +1,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use crate::content::{Child, Content, Directory};
 use crate::encode::{Head, LINKS_OFFSET, directory_size, encode_directory, encode_xattrs};
 use crate::error::WriteError;
 use crate::format::{
@@ -35,39 +36,6 @@ pub struct Inode {
     kind: Kind,
     /// Its place among the files of this writer.
     index: usize,
-}
-
-/// What a file other than a regular one or a directory is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Content {
-    /// Symbolic link to these bytes.
-    Symlink(Vec<u8>),
-    /// Character device: major and minor number.
-    CharDevice(u32, u32),
-    /// Block device: major and minor number.
-    BlockDevice(u32, u32),
-    /// Named pipe.
-    Fifo,
-    /// Socket.
-    Socket,
-}
-
-/// What a name in a directory stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Child {
-    /// A file that was written before.
-    Inode(Inode),
-    /// A directory, by its index in the list given to [`Writer::finish`].
-    Directory(usize),
-}
-
-/// A directory, as [`Writer::finish`] takes it.
-#[derive(Debug, Clone, Default)]
-pub struct Directory {
-    /// Owner, permissions and the like.
-    pub metadata: Metadata,
-    /// Names without `.` and `..`, in any order.
-    pub entries: Vec<(Vec<u8>, Child)>,
 }
 
 /// Writes one image. Regular files stream in, with their data where the image ends; inodes are gathered between them and hold

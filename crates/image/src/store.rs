@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -505,45 +505,6 @@ impl Store {
         let handle = file.reopen().doing(|| "open the new root disk".into())?;
         let diff_ids = make_root_disk(&sources, handle, limits, progress)?;
         Ok((file, diff_ids))
-    }
-
-    /// Keeps a layer that is not packed, and makes the root disk of it alone: in one pass, which reads and hashes each byte
-    /// once. Gives the layer's digest and length, and the disk in `tmp`.
-    pub(crate) fn add_layer_and_disk(
-        &self,
-        what: &str,
-        from: &File,
-        limits: &Limits,
-        progress: &dyn Progress,
-    ) -> Result<(Digest, u64, NamedTempFile), ImageError> {
-        let reading = || format!("read {what}");
-        let blob = self.new_file()?;
-        let disk = self.new_file()?;
-        let layer = Layer {
-            name: what.to_owned(),
-            diff_id: None,
-            size_bytes: from.metadata().doing(reading)?.len(),
-            open: Box::new(|| {
-                let mut from = from.try_clone()?;
-                from.rewind()?;
-                Ok(Box::new(from))
-            }),
-            kept: Some(blob.reopen().doing(|| "open the new layer".into())?),
-        };
-        let handle = disk.reopen().doing(|| "open the new root disk".into())?;
-        let digests = make_root_disk(&[layer], handle, limits, progress)?;
-        let [digest] = <[Digest; 1]>::try_from(digests)
-            .map_err(|_| ImageError::Format(format!("{what} changed while it was read")))?;
-        let len = blob.as_file().metadata().doing(reading)?.len();
-        // The host writes both out at once. It tells a failure to whoever asks first, so each answer counts.
-        let (kept, synced) = std::thread::scope(|scope| {
-            let syncing = scope.spawn(|| disk.as_file().sync_data());
-            (self.keep(blob, &self.blob_path(&digest)), syncing.join())
-        });
-        kept?;
-        let synced = synced.unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
-        synced.doing(|| format!("write {}", disk.path().display()))?;
-        Ok((digest, len, disk))
     }
 
     pub(crate) fn disk_path(&self, id: &Digest) -> PathBuf {
