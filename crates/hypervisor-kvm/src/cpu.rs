@@ -4,8 +4,8 @@ use std::io;
 use std::sync::Arc;
 
 use alveole_hypervisor::{
-    CpuError, CpuExit, CpuPosition, CpuidEntry, InitialState, Kick, MsrChange, MsrRefusal,
-    PartitionError, StuckReason, VirtualCpu,
+    CpuError, CpuExit, CpuPosition, CpuState, CpuidEntry, InitialState, Kick, MsrChange,
+    MsrRefusal, PartitionError, StuckReason, VirtualCpu,
 };
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_cpuid_entry2,
@@ -254,6 +254,14 @@ impl VirtualCpu for KvmCpu {
     fn stands_still(&mut self) {
         // EINVAL says that the guest does not use the clock.
         let _ = self.fd.kvmclock_ctrl();
+    }
+
+    fn save(&mut self) -> Result<CpuState, PartitionError> {
+        Err(PartitionError::NotSaved("not built yet".into()))
+    }
+
+    fn restore(&mut self, _: &CpuState) -> Result<(), PartitionError> {
+        Err(PartitionError::NotSaved("not built yet".into()))
     }
 
     fn configure(

@@ -5,7 +5,9 @@ use std::io;
 use std::sync::Arc;
 
 use alveole_guest_memory::GuestRam;
-use alveole_hypervisor::{CpuidEntry, DoorbellValue, Partition, PartitionError, VirtualCpu};
+use alveole_hypervisor::{
+    CpuidEntry, DoorbellValue, Partition, PartitionError, PartitionState, RestoredClock, VirtualCpu,
+};
 use alveole_interrupts::{Doorbell, IrqLine, MsiVector};
 use kvm_bindings::{
     KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry,
@@ -277,6 +279,26 @@ impl Partition for KvmPartition {
         }
         .map_err(refused(act, ""))?;
         Ok(bell)
+    }
+
+    fn save(&self) -> Result<PartitionState, PartitionError> {
+        Err(PartitionError::NotSaved("not built yet".into()))
+    }
+
+    fn restore(&self, _: &PartitionState, _: RestoredClock) -> Result<(), PartitionError> {
+        Err(PartitionError::NotSaved("not built yet".into()))
+    }
+
+    fn track_dirty(&self, _: &GuestRam) -> Result<(), PartitionError> {
+        Err(PartitionError::NotSaved("not built yet".into()))
+    }
+
+    fn take_dirty(&self, _: &GuestRam) -> Result<Vec<Vec<u64>>, PartitionError> {
+        Err(PartitionError::NotSaved("not built yet".into()))
+    }
+
+    fn untrack_dirty(&self, _: &GuestRam) -> Result<(), PartitionError> {
+        Err(PartitionError::NotSaved("not built yet".into()))
     }
 }
 
