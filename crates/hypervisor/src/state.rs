@@ -50,6 +50,8 @@ pub struct CpuState {
     /// FPU, SSE, AVX and whatever else `xsave` stores (4.42 `KVM_GET_XSAVE`, 4.134 `KVM_GET_XSAVE2`): [`MIN_XSAVE_BYTES`] or
     /// more, as many as the hypervisor that saved it wants.
     pub xsave: Vec<u8>,
+    /// The shadow stack pointer, where the processor has shadow stacks (4.69 `KVM_GET_ONE_REG`, Linux 6.18).
+    pub shadow_stack_pointer: Option<u64>,
     /// Model-specific registers, number and value (4.18 `KVM_GET_MSRS`). At most [`MAX_SAVED_MSRS`].
     pub msrs: Vec<(u32, u64)>,
     /// Which of them were changed by [`VirtualCpu::change_msrs`](crate::VirtualCpu::change_msrs).
