@@ -98,7 +98,8 @@ pub trait Partition: Send + Sync {
 
     /// Which pages have been written since the last call, or since [`Partition::track_dirty`]: for each range of
     /// `ram`, in order, one bit a page of 4 KiB, bit 0 of the first word for the first. They count as not written from then
-    /// on. May be called while the guest runs: what it writes meanwhile is told by this call or by the next.
+    /// on. May be called while the guest runs: what it writes meanwhile is told by this call or by the next. No page that was
+    /// written is left out; one that was read for the first time may be told as well.
     ///
     /// # Errors
     /// Nothing is noted: [`Partition::track_dirty`] was not called.
