@@ -46,30 +46,19 @@ const UNLISTED_MSRS: [(u32, u32); 6] = [
     (0x400, 0x47f),
 ];
 
-/// Registers that KVM lists and that are no state of a processor.
-const NO_STATE_MSRS: [(u32, u32, &str); 5] = [
-    (
-        0x11,
-        0x12,
-        "the clock of the hypervisor under its old numbers: the new ones say the same, and a write here tells KVM that the guest is \
-         an old one, which takes the stable clock away from it",
-    ),
-    (0xfe, 0xfe, "IA32_MTRRCAP: a constant of KVM"),
-    (
-        0x10a,
-        0x10a,
-        "IA32_ARCH_CAPABILITIES: what the host's processor is not vulnerable to; must stay true on another host",
-    ),
-    (
-        0x345,
-        0x345,
-        "IA32_PERF_CAPABILITIES: what the host's performance counters can do; guests are offered none",
-    ),
-    (
-        0x4000_0000,
-        0x4000_01ff,
-        "Hyper-V's interface, which no guest is offered; some change by themselves, one resets the machine",
-    ),
+/// Registers that KVM lists and that are no state of a processor, as first and last.
+const NO_STATE_MSRS: [(u32, u32); 5] = [
+    // The hypervisor's clock under its old numbers: the new ones say the same, and a write here tells KVM that the guest is
+    // an old one, which takes the stable clock away from it.
+    (0x11, 0x12),
+    // IA32_MTRRCAP: a constant of KVM.
+    (0xfe, 0xfe),
+    // IA32_ARCH_CAPABILITIES: what the host's processor is not vulnerable to. It must stay true on another host.
+    (0x10a, 0x10a),
+    // IA32_PERF_CAPABILITIES: what the host's performance counters can do. Guests are offered none.
+    (0x345, 0x345),
+    // Hyper-V's interface, which no guest is offered: some change by themselves, one resets the machine.
+    (0x4000_0000, 0x4000_01ff),
 ];
 
 /// What is asked of the host once for all processors: the threads that save them may not ask any more.
@@ -108,7 +97,7 @@ impl StateFacts {
 fn msrs_to_save(listed: &[u32]) -> Vec<u32> {
     let is_state = |index: &u32| {
         let mut others = NO_STATE_MSRS.iter();
-        !others.any(|(first, last, _)| (first..=last).contains(&index))
+        !others.any(|(first, last)| (first..=last).contains(&index))
     };
     let mut msrs: Vec<u32> = listed.iter().copied().filter(is_state).collect();
     let unlisted = UNLISTED_MSRS.iter().flat_map(|&(first, last)| first..=last);
@@ -460,10 +449,11 @@ impl KvmCpu {
         if let Some((_, value)) = tsc.first()
             && !self.facts.tsc_begun.swap(true, Ordering::Relaxed)
         {
-            // KVM takes a value within a second of what the counter of the partition shows for an attempt to synchronise, and keeps
-            // what it shows. For the processors after the first that is right: they ran by one counter, and do again. For
-            // the first it is wrong, up to Linux 6.6: a guest that is younger than a second would go on in its past, up to a second of
-            // it. So the counter is moved far away once.
+            // KVM takes a value within a second of what the counter of the partition shows for an attempt to synchronise, and
+            // keeps what it shows (arch/x86/kvm/x86.c, kvm_synchronize_tsc). For the processors after the first that is
+            // right: they ran by one counter, and do again. For the first it is wrong where KVM compares with the start-up
+            // value, too (before Linux 6.7): a guest younger than a second would go on in its past. So the counter is moved
+            // far away once.
             self.write_msrs(&[(MSR_TSC, value.wrapping_add(FAR_AWAY_TICKS))])?;
         }
         self.write_msrs(&tsc)?;

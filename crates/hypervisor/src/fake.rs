@@ -566,3 +566,84 @@ impl VirtualCpu for FakeCpu {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alveole_guest_memory::MemoryPlan;
+
+    #[test]
+    fn what_was_configured_is_saved_restored_and_told() {
+        let partition = FakePartition::new(vec![vec![Step::PortWrite(1, vec![2])]]);
+        let mut cpu = partition.create_cpu(0).unwrap();
+        let cpuid = partition.supported_cpuid().unwrap();
+        let start = InitialState::Protected32 {
+            eip: 0x100,
+            ebx: 3,
+            gdt_addr: 0,
+            gdt_size_bytes: 0,
+        };
+        cpu.configure(&cpuid, &start).unwrap();
+        let (index, old) = MSRS[0];
+        let change = MsrChange {
+            index,
+            mask: 1,
+            value: 1,
+        };
+        cpu.change_msrs(&[change]).unwrap();
+        cpu.run().unwrap();
+        let state = cpu.save().unwrap();
+        state.check().unwrap();
+        assert_eq!(state.cpuid, cpuid);
+        let registers = state.registers;
+        assert_eq!((registers.rip, registers.rbx, registers.rax), (0x100, 3, 1));
+        assert!(state.msrs.contains(&(index, old | 1)));
+
+        let fresh = FakePartition::new(vec![]);
+        let mut again = fresh.create_cpu(0).unwrap();
+        again.restore(&state).unwrap();
+        assert_eq!(again.save().unwrap(), state);
+        assert_eq!(again.kept_msrs(), [index]);
+        assert_eq!(fresh.restored_cpu(0), Some(state.clone()));
+
+        let mut forged = state.clone();
+        forged.msrs.push((0x123, 0));
+        again.restore(&forged).unwrap();
+        forged.msrs.push((0x123, 1));
+        let e = again.restore(&forged).unwrap_err().to_string();
+        assert!(e.contains("register 0x123 is 0x1"), "{e}");
+
+        let saved = partition.save().unwrap();
+        fresh
+            .restore(&saved, RestoredClock::AdvanceByWallTime)
+            .unwrap();
+        assert_eq!(
+            fresh.restored(),
+            Some((saved, RestoredClock::AdvanceByWallTime))
+        );
+    }
+
+    #[test]
+    fn written_pages_are_told_once_and_only_while_they_are_noted() {
+        let script = [0x3000_u64, 0x5ffe, 0x5000, 0x7000]
+            .map(|addr| vec![Step::RamWrite(addr, vec![1; 4]), Step::PortRead(1, 1)]);
+        let mut partition = FakePartition::new(vec![script.concat()]);
+        let ram = GuestRam::map(&MemoryPlan::around_hole(1 << 20).unwrap()).unwrap();
+        partition.map_ram(&ram).unwrap();
+        let mut cpu = partition.create_cpu(0).unwrap();
+        partition.take_dirty(&ram).unwrap_err();
+        cpu.run().unwrap();
+        assert_eq!(ram.read_plain::<u32>(0x3000).unwrap(), 0x0101_0101);
+        partition.track_dirty(&ram).unwrap();
+        let none = vec![vec![0; 4]];
+        assert_eq!(partition.take_dirty(&ram).unwrap(), none, "before");
+        cpu.run().unwrap();
+        cpu.run().unwrap();
+        let pages = vec![vec![1 << 5 | 1 << 6, 0, 0, 0]];
+        assert_eq!(partition.take_dirty(&ram).unwrap(), pages);
+        assert_eq!(partition.take_dirty(&ram).unwrap(), none, "told already");
+        partition.untrack_dirty(&ram).unwrap();
+        cpu.run().unwrap();
+        partition.take_dirty(&ram).unwrap_err();
+    }
+}

@@ -33,7 +33,7 @@ pub const IO_APIC_PINS: usize = 24;
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CpuState {
-    /// What `cpuid` answers, as it was configured (4.20 `KVM_SET_CPUID2`). At most [`MAX_CPUID_ENTRIES`].
+    /// What `cpuid` answers, as it was configured (`KVM_SET_CPUID2`). At most [`MAX_CPUID_ENTRIES`].
     pub cpuid: Vec<CpuidEntry>,
     /// Frequency of the guest's time stamp counter in kHz, where the hypervisor says it (4.56 `KVM_GET_TSC_KHZ`).
     pub tsc_khz: Option<u32>,
@@ -47,7 +47,7 @@ pub struct CpuState {
     pub debug: DebugRegisters,
     /// Extended control registers, number and value (4.44 `KVM_GET_XCRS`). Only number 0 exists.
     pub xcrs: Vec<(u32, u64)>,
-    /// FPU, SSE, AVX and whatever else `xsave` stores (4.42 `KVM_GET_XSAVE`, 4.134 `KVM_GET_XSAVE2`): [`MIN_XSAVE_BYTES`] or
+    /// FPU, SSE, AVX and whatever else `xsave` stores (4.42 `KVM_GET_XSAVE`, and `KVM_GET_XSAVE2` since Linux 5.17): [`MIN_XSAVE_BYTES`] or
     /// more, as many as the hypervisor that saved it wants.
     pub xsave: Vec<u8>,
     /// The shadow stack pointer, where the processor has shadow stacks (4.69 `KVM_GET_ONE_REG`, Linux 6.18).
@@ -467,4 +467,93 @@ fn number(field: &str, value: u64, limit: u64) -> Result<(), StateError> {
         format!("{value:#x}"),
         format!("it is at most {limit:#x}"),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cpu() -> CpuState {
+        CpuState {
+            cpuid: vec![CpuidEntry {
+                leaf: 7,
+                subleaf_matters: true,
+                ebx: 9,
+                ..CpuidEntry::default()
+            }],
+            tsc_khz: Some(2_000_000),
+            xcrs: vec![(0, 7)],
+            xsave: vec![1; MIN_XSAVE_BYTES],
+            shadow_stack_pointer: Some(u64::MAX),
+            msrs: vec![(0xc000_0080, u64::MAX)],
+            kept_msrs: vec![0x8b],
+            lapic: vec![0xff; LAPIC_BYTES],
+            ..CpuState::default()
+        }
+    }
+
+    fn partition() -> PartitionState {
+        PartitionState {
+            io_apic: IoApicState {
+                redirections: vec![u64::MAX; IO_APIC_PINS],
+                ..IoApicState::default()
+            },
+            ..PartitionState::default()
+        }
+    }
+
+    #[test]
+    fn states_pass_through_a_file_and_nothing_is_added_there() {
+        let text = serde_json::to_string(&cpu()).unwrap();
+        assert_eq!(serde_json::from_str::<CpuState>(&text).unwrap(), cpu());
+        let text = serde_json::to_string(&partition()).unwrap();
+        let back: PartitionState = serde_json::from_str(&text).unwrap();
+        assert_eq!(back, partition());
+        for (inside, what) in [
+            ("", "state"),
+            ("special", "registers"),
+            ("events", "events"),
+        ] {
+            let mut value = serde_json::to_value(cpu()).unwrap();
+            let place = match inside {
+                "" => &mut value,
+                inside => &mut value[inside],
+            };
+            place["from_the_future"] = 1.into();
+            let e = serde_json::from_value::<CpuState>(value).unwrap_err();
+            assert!(e.to_string().contains("from_the_future"), "{what}: {e}");
+        }
+        let mut value = serde_json::to_value(cpu()).unwrap();
+        value.as_object_mut().unwrap().remove("lapic");
+        let e = serde_json::from_value::<CpuState>(value).unwrap_err();
+        assert!(e.to_string().contains("lapic"), "{e}");
+    }
+
+    #[test]
+    fn what_no_processor_can_be_is_told_with_field_and_value() {
+        cpu().check().unwrap();
+        partition().check().unwrap();
+        let mut wrong = cpu();
+        wrong.lapic.pop();
+        assert_eq!(
+            wrong.check().unwrap_err().to_string(),
+            "lapic is a list of 1023 bytes: it has 1024"
+        );
+        let mut wrong = cpu();
+        wrong.special.gs.dpl = 4;
+        assert_eq!(
+            wrong.check().unwrap_err().to_string(),
+            "special.gs.dpl is 0x4: it is at most 0x3"
+        );
+        let mut wrong = cpu();
+        wrong.xsave.push(0);
+        let e = wrong.check().unwrap_err().to_string();
+        assert!(e.starts_with("xsave is 4097 bytes long"), "{e}");
+        let mut wrong = partition();
+        wrong.io_apic.redirections.clear();
+        assert_eq!(
+            wrong.check().unwrap_err().to_string(),
+            "io_apic.redirections is a list of 0 entries: it has 24"
+        );
+    }
 }
