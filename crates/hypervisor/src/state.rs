@@ -270,6 +270,9 @@ pub struct ClockState {
 }
 
 /// From where a guest's clock goes on when it is restored.
+///
+/// The clock is kvm-clock alone. The time stamp counter goes on where it stood in both cases: timers are set on it, and a guest
+/// that takes its time from it must be told the time by other means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum RestoredClock {
     /// From where it stood: for the guest, no time has gone by.
