@@ -221,19 +221,20 @@ fn a_guest_that_counts_loses_and_repeats_nothing() {
     ]);
     let mut before = 0;
     for round in 0..20 {
-        assert_eq!(guest.run_for(Duration::from_millis(3 + round % 5)), None);
+        let start = Instant::now();
+        // On a busy machine the time may be over before the guest has run at all.
+        while guest.word(COUNT_ADDR) == before {
+            assert_eq!(guest.run_for(Duration::from_millis(3 + round % 5)), None);
+            assert!(start.elapsed() < PATIENCE, "round {round}: it stands still");
+        }
+        before = guest.word(COUNT_ADDR);
         guest = guest.moved();
+        assert_eq!(guest.word(COUNT_ADDR), before, "round {round}");
         let in_register = guest.cpu.save().unwrap().registers.rcx;
-        let in_memory = u64::from(guest.word(COUNT_ADDR));
         assert!(
-            in_register.wrapping_sub(in_memory) <= 1,
-            "round {round}: {in_register} {in_memory}"
+            in_register.wrapping_sub(u64::from(before)) <= 1,
+            "round {round}: {in_register} {before}"
         );
-        assert!(
-            in_memory > before,
-            "round {round} went on: {before} {in_memory}"
-        );
-        before = in_memory;
     }
 }
 
@@ -485,7 +486,7 @@ fn a_timer_that_runs_fires_in_the_new_partition() {
     if skip("a_timer_that_runs_fires_in_the_new_partition") {
         return;
     }
-    const NS: u32 = 300_000_000;
+    const NS: u32 = 1_500_000_000;
     let mut guest = guest_with_interrupts(
         &[
             0xc7, 0x05, 0xe0, 0x03, 0xe0, 0xfe, 0x0b, 0x00, 0x00, 0x00, // divide by 1: ns
@@ -505,7 +506,7 @@ fn a_timer_that_runs_fires_in_the_new_partition() {
     let left = u32::from_le_bytes(state.lapic[0x390..0x394].try_into().unwrap());
     assert!(left > 0 && left < NS, "{left} ns left");
     // Outside, time goes by that the guest does not see.
-    std::thread::sleep(Duration::from_millis(u64::from(NS) / 1_000_000));
+    std::thread::sleep(Duration::from_millis(400));
     let mut moved = blank(guest.copy_of_ram());
     moved.cpu.restore(&state).unwrap();
     let start = Instant::now();
@@ -523,7 +524,7 @@ fn a_deadline_stays_where_it_is_on_the_guests_own_counter() {
     if skip("a_deadline_stays_where_it_is_on_the_guests_own_counter") {
         return;
     }
-    const TICKS: u32 = 1_500_000_000;
+    const TICKS: u32 = 4_000_000_000;
     let mut guest = guest_with_interrupts(
         &[
             0xc7, 0x05, 0x20, 0x03, 0xe0, 0xfe, 0x40, 0x00, 0x04, 0x00, // by deadline, VECTOR
