@@ -4,8 +4,8 @@ use std::io;
 use std::sync::Arc;
 
 use alveole_hypervisor::{
-    CpuError, CpuExit, CpuPosition, CpuidEntry, InitialState, Kick, MsrChange, MsrRefusal,
-    PartitionError, StuckReason, VirtualCpu,
+    CpuError, CpuExit, CpuPosition, CpuState, CpuidEntry, InitialState, Kick, MsrChange,
+    MsrRefusal, PartitionError, StuckReason, VirtualCpu,
 };
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_cpuid_entry2,
@@ -13,6 +13,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use crate::cpu_state::StateFacts;
 use crate::kick::KvmKick;
 use crate::partition::refused;
 
@@ -37,15 +38,23 @@ const APIC_LVT_LINT1: (usize, u32) = (0x360, 0x400);
 const EMULATION_HAS_BYTES: u64 = 1;
 
 pub(crate) struct KvmCpu {
-    fd: VcpuFd,
-    apic_id: u32,
+    pub(crate) fd: VcpuFd,
+    pub(crate) apic_id: u32,
     kick: Arc<KvmKick>,
     host_msrs: Arc<[(u32, u64)]>,
-    kept_msrs: Vec<u32>,
+    pub(crate) facts: Arc<StateFacts>,
+    /// What it was configured with. KVM changes bits of it as the guest runs, and makes them anew when it is set.
+    pub(crate) cpuid: Vec<CpuidEntry>,
+    pub(crate) kept_msrs: Vec<u32>,
 }
 
 impl KvmCpu {
-    pub(crate) fn new(mut fd: VcpuFd, apic_id: u32, host_msrs: Arc<[(u32, u64)]>) -> Self {
+    pub(crate) fn new(
+        mut fd: VcpuFd,
+        apic_id: u32,
+        host_msrs: Arc<[(u32, u64)]>,
+        facts: Arc<StateFacts>,
+    ) -> Self {
         let flag = &raw mut fd.get_kvm_run().immediate_exit;
         // SAFETY: the flag lies in the page that `fd` maps; `drop` retires the kick before `fd` unmaps it.
         let kick = Arc::new(unsafe { KvmKick::new(flag) });
@@ -54,15 +63,17 @@ impl KvmCpu {
             apic_id,
             kick,
             host_msrs,
+            facts,
+            cpuid: Vec::new(),
             kept_msrs: Vec::new(),
         }
     }
 
-    fn act(&self, what: &str) -> String {
+    pub(crate) fn act(&self, what: &str) -> String {
         format!("{what} of processor {}", self.apic_id)
     }
 
-    fn set_cpuid(&self, cpuid: &[CpuidEntry]) -> Result<(), PartitionError> {
+    pub(crate) fn set_cpuid(&self, cpuid: &[CpuidEntry]) -> Result<(), PartitionError> {
         let entries: Vec<_> = cpuid
             .iter()
             .map(|e| kvm_cpuid_entry2 {
@@ -256,12 +267,21 @@ impl VirtualCpu for KvmCpu {
         let _ = self.fd.kvmclock_ctrl();
     }
 
+    fn save(&mut self) -> Result<CpuState, PartitionError> {
+        self.save_state()
+    }
+
+    fn restore(&mut self, state: &CpuState) -> Result<(), PartitionError> {
+        self.restore_state(state)
+    }
+
     fn configure(
         &mut self,
         cpuid: &[CpuidEntry],
         state: &InitialState,
     ) -> Result<(), PartitionError> {
         self.set_cpuid(cpuid)?;
+        self.cpuid = cpuid.to_vec();
         self.set_msrs()?;
         if *state != InitialState::WaitForStartup {
             self.set_local_interrupts()?;

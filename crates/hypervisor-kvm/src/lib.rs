@@ -9,9 +9,14 @@
     reason = "ioctls on shared memory with the kernel are this crate's job"
 )]
 
+#[macro_use]
+mod same_fields;
+
 mod cpu;
+mod cpu_state;
 mod kick;
 mod partition;
+mod partition_state;
 mod probe;
 mod routing;
 

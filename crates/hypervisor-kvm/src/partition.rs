@@ -2,19 +2,23 @@
 
 use std::ffi::CString;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use alveole_guest_memory::GuestRam;
-use alveole_hypervisor::{CpuidEntry, DoorbellValue, Partition, PartitionError, VirtualCpu};
+use alveole_guest_memory::{GuestRam, RamRange};
+use alveole_hypervisor::{
+    CpuidEntry, DoorbellValue, Partition, PartitionError, PartitionState, RestoredClock, VirtualCpu,
+};
 use alveole_interrupts::{Doorbell, IrqLine, MsiVector};
 use kvm_bindings::{
-    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry,
-    kvm_userspace_memory_region,
+    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, Msrs,
+    kvm_msr_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 
 use crate::KVM_PATH;
 use crate::cpu::KvmCpu;
+use crate::cpu_state::StateFacts;
+use crate::partition_state;
 use crate::routing::Routing;
 
 /// The KVM API number; it has been 12 since Linux 2.6.22 and later additions are capabilities.
@@ -37,6 +41,7 @@ pub struct KvmPartition {
     routing: Arc<Routing>,
     /// What every processor takes over from the host: index and value.
     host_msrs: Arc<[(u32, u64)]>,
+    facts: OnceLock<Arc<StateFacts>>,
 }
 
 /// IA32_BIOS_SIGN_ID, AMD PATCH_LEVEL: the microcode revision. A kernel that sees none takes the processor
@@ -101,7 +106,34 @@ impl KvmPartition {
             routing: Routing::new(vm.clone()),
             vm,
             host_msrs,
+            facts: OnceLock::new(),
         })
+    }
+}
+
+impl KvmPartition {
+    /// Gives each range of `ram` its memory slot, in order, or changes the flags of that.
+    fn set_slots(&self, ram: &GuestRam, flags: u32) -> Result<(), PartitionError> {
+        for (slot, (range, host_addr)) in (0u32..).zip(ram.mapped_ranges()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags,
+                guest_phys_addr: range.start,
+                memory_size: range.size_bytes,
+                userspace_addr: host_addr,
+            };
+            // SAFETY: the range is mapped, and the machine keeps its `GuestRam` for as long as the
+            // partition lives; ranges of one `GuestRam` do not overlap.
+            unsafe { self.vm.set_user_memory_region(region) }.map_err(refused(
+                format!(
+                    "showing {} MiB at guest address {:#x} to the guest (KVM_SET_USER_MEMORY_REGION, flags {flags:#x})",
+                    range.size_bytes >> 20,
+                    range.start
+                ),
+                "is the guest memory larger than this processor can address?",
+            ))?;
+        }
+        Ok(())
     }
 }
 
@@ -164,25 +196,7 @@ pub(crate) fn refused(
 
 impl Partition for KvmPartition {
     fn map_ram(&mut self, ram: &GuestRam) -> Result<(), PartitionError> {
-        for (slot, (range, host_addr)) in (0u32..).zip(ram.mapped_ranges()) {
-            let region = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: range.start,
-                memory_size: range.size_bytes,
-                userspace_addr: host_addr,
-            };
-            // SAFETY: the range is mapped, and the machine keeps its `GuestRam` for as long as the
-            // partition lives; ranges of one `GuestRam` do not overlap.
-            unsafe { self.vm.set_user_memory_region(region) }.map_err(refused(
-                format!(
-                    "showing {} MiB at guest address {:#x} to the guest (KVM_SET_USER_MEMORY_REGION)",
-                    range.size_bytes >> 20,
-                    range.start
-                ),
-                "is the guest memory larger than this processor can address?",
-            ))?;
-        }
+        self.set_slots(ram, 0)?;
         // Only now: making the controllers starts an RCU grace period at ease, and a memory slot that is
         // set meanwhile waits it out (5 ms measured, against 0.3 ms in this order).
         self.vm.create_irq_chip().map_err(refused(
@@ -241,7 +255,15 @@ impl Partition for KvmPartition {
             format!("making processor {apic_id} (KVM_CREATE_VCPU)"),
             "give the guest fewer processors, or raise the limits on files and locked memory",
         ))?;
-        Ok(Box::new(KvmCpu::new(fd, apic_id, self.host_msrs.clone())))
+        let facts = self
+            .facts
+            .get_or_init(|| Arc::new(StateFacts::ask(&self.kvm, &self.vm)));
+        Ok(Box::new(KvmCpu::new(
+            fd,
+            apic_id,
+            self.host_msrs.clone(),
+            facts.clone(),
+        )))
     }
 
     fn irq_line(&self, gsi: u32) -> Result<IrqLine, PartitionError> {
@@ -277,6 +299,41 @@ impl Partition for KvmPartition {
         }
         .map_err(refused(act, ""))?;
         Ok(bell)
+    }
+
+    fn save(&self) -> Result<PartitionState, PartitionError> {
+        partition_state::save(&self.vm)
+    }
+
+    fn restore(&self, state: &PartitionState, clock: RestoredClock) -> Result<(), PartitionError> {
+        partition_state::restore(&self.vm, state, clock)
+    }
+
+    /// Pages are noted until they are told, and told and forgotten by one call: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is left
+    /// off. It would have pages forgotten by a second call, in pieces, which is kinder to a guest that has written very much between
+    /// two calls; but what is written between a page's copy and its second call is then easily lost, and a first call that tells
+    /// all pages (its KVM_DIRTY_LOG_INITIALLY_SET) is no list of what was written.
+    fn track_dirty(&self, ram: &GuestRam) -> Result<(), PartitionError> {
+        self.set_slots(ram, KVM_MEM_LOG_DIRTY_PAGES)
+    }
+
+    fn take_dirty(&self, ram: &GuestRam) -> Result<Vec<Vec<u64>>, PartitionError> {
+        let ranges = (0u32..).zip(ram.mapped_ranges());
+        let take = |(slot, (range, _)): (u32, (RamRange, u64))| {
+            let act = format!(
+                "taking the list of written pages from guest address {:#x} on (KVM_GET_DIRTY_LOG)",
+                range.start
+            );
+            let size_bytes = usize::try_from(range.size_bytes).unwrap_or(usize::MAX);
+            self.vm
+                .get_dirty_log(slot, size_bytes)
+                .map_err(refused(act, "were written pages tracked?"))
+        };
+        ranges.map(take).collect()
+    }
+
+    fn untrack_dirty(&self, ram: &GuestRam) -> Result<(), PartitionError> {
+        self.set_slots(ram, 0)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::{CpuidEntry, PartitionError};
+use crate::{CpuState, CpuidEntry, PartitionError};
 
 /// One virtual processor. Used by one thread only; other threads reach it through [`Kick`].
 pub trait VirtualCpu: Send {
@@ -41,6 +41,22 @@ pub trait VirtualCpu: Send {
     /// Tells the guest that the processor is made to stand still, so that it does not take the time until its next
     /// run for its own (KVM API, 4.70 `KVM_KVMCLOCK_CTRL`). Best effort: a guest without such a clock cannot be told.
     fn stands_still(&mut self);
+
+    /// All that the processor is. Called between two runs, while every processor of the partition stands still: one that
+    /// runs could send this one an interrupt that is neither in this state nor in its own.
+    ///
+    /// The last run must have ended with [`CpuExit::Interrupted`] (or none has been): what an exit asked
+    /// for is handed to the guest by the next run, and is no part of the state before that.
+    ///
+    /// # Errors
+    /// The hypervisor does not answer, or the guest runs guests of its own, whose state is not kept.
+    fn save(&mut self) -> Result<CpuState, PartitionError>;
+
+    /// Puts such a state into a processor that has just been made, in place of [`VirtualCpu::configure`]. After an error the processor is of no use.
+    ///
+    /// # Errors
+    /// The state is none ([`CpuState::check`]), or this host cannot hold a part of it; the text names that part.
+    fn restore(&mut self, state: &CpuState) -> Result<(), PartitionError>;
 
     /// Where the processor stands, for a person who reads why the guest ended. Best effort.
     fn position(&mut self) -> CpuPosition;

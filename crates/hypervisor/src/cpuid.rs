@@ -1,7 +1,10 @@
 //! CPUID leaves as plain values.
 
+use serde::{Deserialize, Serialize};
+
 /// One CPUID answer: what `cpuid` returns for one leaf and subleaf.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CpuidEntry {
     /// Input in EAX.
     pub leaf: u32,

@@ -10,12 +10,14 @@ mod cpu;
 mod cpuid;
 #[cfg(feature = "fake")]
 pub mod fake;
+pub mod state;
 
 pub use cpu::{
     CpuError, CpuExit, CpuPosition, InitialState, Kick, MsrChange, MsrRefusal, StuckReason,
     VirtualCpu, format_bytes,
 };
 pub use cpuid::{CpuidEntry, find_leaf};
+pub use state::{CpuState, PartitionState, RestoredClock, StateError};
 
 use alveole_guest_memory::GuestRam;
 use alveole_interrupts::{Doorbell, IrqLine, MsiVector};
@@ -72,6 +74,42 @@ pub trait Partition: Send + Sync {
     /// # Errors
     /// The address is taken, or the host is out of file descriptors.
     fn doorbell(&self, addr: u64, rings_on: DoorbellValue) -> Result<Doorbell, PartitionError>;
+
+    /// The state of interrupt controllers and clock. Every processor stands still, and nobody raises an interrupt meanwhile.
+    ///
+    /// # Errors
+    /// The hypervisor does not answer.
+    fn save(&self) -> Result<PartitionState, PartitionError>;
+
+    /// Puts such a state into a partition whose processors have not run. They have been restored before: an
+    /// interrupt that an input of the I/O APIC still asks for is delivered to their local APICs here, and would be lost
+    /// under a state that is put into those later.
+    ///
+    /// # Errors
+    /// The state is none ([`PartitionState::check`]), or the hypervisor refuses a part of it.
+    fn restore(&self, state: &PartitionState, clock: RestoredClock) -> Result<(), PartitionError>;
+
+    /// Begins to note which pages of `ram` are written by the guest, and by the hypervisor for it. What this process writes
+    /// (devices, also those that the kernel plays) is not noted. May be called while the guest runs, and again.
+    ///
+    /// # Errors
+    /// The hypervisor refuses.
+    fn track_dirty(&self, ram: &GuestRam) -> Result<(), PartitionError>;
+
+    /// Which pages have been written since the last call, or since [`Partition::track_dirty`]: for each range of
+    /// `ram`, in order, one bit a page of 4 KiB, bit 0 of the first word for the first. They count as not written from then
+    /// on. May be called while the guest runs: what it writes meanwhile is told by this call or by the next. No page that was
+    /// written is left out; one that was read for the first time may be told as well.
+    ///
+    /// # Errors
+    /// Nothing is noted: [`Partition::track_dirty`] was not called.
+    fn take_dirty(&self, ram: &GuestRam) -> Result<Vec<Vec<u64>>, PartitionError>;
+
+    /// Ends what [`Partition::track_dirty`] began, so that writes cost nothing more.
+    ///
+    /// # Errors
+    /// The hypervisor refuses.
+    fn untrack_dirty(&self, ram: &GuestRam) -> Result<(), PartitionError>;
 }
 
 /// Which writes ring a doorbell.
@@ -99,4 +137,15 @@ pub enum PartitionError {
         /// What to do about it, or empty.
         hint: &'static str,
     },
+    /// A saved state cannot be restored here.
+    #[error("the saved state of {of} cannot be restored: {source}")]
+    State {
+        /// Whose it is.
+        of: String,
+        /// What is wrong with it.
+        source: StateError,
+    },
+    /// Something cannot be saved as it is. The text names cause and cure.
+    #[error("{0}")]
+    NotSaved(String),
 }

@@ -274,7 +274,7 @@ impl Machine {
     fn handle_report(&mut self, report: Report) -> Option<End> {
         let cpu = report.cpu;
         match report.kind {
-            ReportKind::Paused => None,
+            ReportKind::Paused | ReportKind::Saved(_) => None,
             ReportKind::NoSandbox(why) => Some(End::HostError(why)),
             ReportKind::Asked(MachineRequest::Booted, _) => {
                 self.booted.get_or_insert(report.at);

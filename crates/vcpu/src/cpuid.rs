@@ -5,6 +5,10 @@
 //! in-kernel local APIC provides by itself (x2APIC, TSC deadline) or that say "you are a guest".
 //! Sources: Intel SDM vol. 2A CPUID, AMD APM vol. 3 appendix E, Linux Documentation/virt/kvm/x86/cpuid.rst.
 
+mod missing;
+
+pub use missing::{Missing, not_offered};
+
 use alveole_hypervisor::CpuidEntry;
 
 const HYPERVISOR_ECX: u32 = 1 << 31;

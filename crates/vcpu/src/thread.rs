@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use alveole_hypervisor::{CpuExit, CpuPosition, Kick, StuckReason, VirtualCpu};
+use alveole_hypervisor::{CpuExit, CpuPosition, CpuState, Kick, StuckReason, VirtualCpu};
 use alveole_io_bus::{Bus, MachineRequest, Outcome};
 use alveole_thread_sandbox::Role;
 
@@ -29,6 +29,8 @@ pub enum Order {
     Run,
     /// Pause, and report that.
     Pause,
+    /// Report the processor's state. Only for a processor that is paused, and while all others of its machine are.
+    Save,
     /// End the thread.
     Stop,
 }
@@ -49,6 +51,8 @@ pub struct Report {
 pub enum ReportKind {
     /// It is paused, as ordered.
     Paused,
+    /// Its state, as ordered, or why that cannot be told.
+    Saved(Box<Result<CpuState, String>>),
     /// The guest asks something of the machine. After [`MachineRequest::PowerOff`] and
     /// [`MachineRequest::Reset`] the processor waits for orders, else it goes on.
     Asked(MachineRequest, CpuPosition),
@@ -88,7 +92,7 @@ pub enum VcpuError {
 pub struct Vcpu {
     /// Its number, from 0.
     pub index: u32,
-    /// The configured processor.
+    /// The configured or restored processor.
     pub cpu: Box<dyn VirtualCpu>,
     /// What it reaches.
     pub buses: Buses,
@@ -126,6 +130,7 @@ impl Vcpu {
             kick: kick.clone(),
             counts: counts.clone(),
             first_run: first_run.clone(),
+            settled: true,
         };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu {index}"))
@@ -191,6 +196,8 @@ struct Runner {
     kick: Arc<dyn Kick>,
     counts: Arc<ExitCounts>,
     first_run: Arc<OnceLock<Instant>>,
+    /// Whether the last run, if there was one, left nothing to be completed by the next.
+    settled: bool,
 }
 
 impl Runner {
@@ -211,11 +218,35 @@ impl Runner {
                     self.report(ReportKind::Paused);
                     self.wait()
                 }
+                Effect::TellState => {
+                    let saved = self.save();
+                    self.report(ReportKind::Saved(Box::new(saved)));
+                    self.wait()
+                }
+                Effect::RefuseState => {
+                    let why = "it runs; pause it first".to_owned();
+                    self.report(ReportKind::Saved(Box::new(Err(why))));
+                    self.run()
+                }
                 Effect::Wait => self.wait(),
                 Effect::RunGuest => self.run(),
             };
             (state, effect) = next(state, input);
         }
+    }
+
+    /// What an exit asks for (the bytes of a read, the instruction pointer behind an access) gets into the processor when it is
+    /// run again, and is no part of its state before (Linux Documentation/virt/kvm/api.rst, KVM_EXIT_IO). Here that has always
+    /// happened: orders are looked at after [`CpuExit::Interrupted`] only, and a run completes what is pending before it
+    /// heeds `immediate_exit` or a signal (the same page). The exceptions are processors that asked for the machine's end, or
+    /// cannot go on: they wait for orders where they are.
+    fn save(&mut self) -> Result<CpuState, String> {
+        if !self.settled {
+            return Err(
+                "its guest has asked to be powered off or reset, or cannot go on".to_owned(),
+            );
+        }
+        self.vcpu.cpu.save().map_err(|e| e.to_string())
     }
 
     fn wait(&self) -> Input {
@@ -257,9 +288,12 @@ impl Runner {
         let Self {
             vcpu: Vcpu { cpu, buses, .. },
             counts,
+            settled,
             ..
         } = self;
-        match cpu.run() {
+        let exit = cpu.run();
+        *settled = matches!(exit, Ok(CpuExit::Interrupted));
+        match exit {
             Ok(CpuExit::PortRead {
                 port,
                 size_bytes,
@@ -330,6 +364,7 @@ fn input_of(order: Order) -> Input {
     match order {
         Order::Run => Input::Run,
         Order::Pause => Input::Pause,
+        Order::Save => Input::Save,
         Order::Stop => Input::Stop,
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use alveole_counters::CounterSet;
 use alveole_hypervisor::fake::{FakePartition, Step};
-use alveole_hypervisor::{Partition, StuckReason};
+use alveole_hypervisor::{CpuState, Partition, StuckReason, VirtualCpu};
 use alveole_io_bus::{BusBuilder, BusDevice, MachineRequest, Outcome};
 use alveole_vcpu::{AccessKind, Buses, EndReason, Order, Report, ReportKind, Vcpu, VcpuHandle};
 
@@ -43,6 +43,11 @@ fn rig(script: Vec<Step>) -> Rig {
 
 fn rig_of(index: u32, script: Vec<Step>) -> Rig {
     let partition = FakePartition::new(vec![script]);
+    let cpu = partition.create_cpu(0).unwrap();
+    rig_with(index, partition, cpu)
+}
+
+fn rig_with(index: u32, partition: FakePartition, cpu: Box<dyn VirtualCpu>) -> Rig {
     let written = Arc::new(Mutex::new(Vec::new()));
     let mut ports = BusBuilder::new();
     ports
@@ -65,7 +70,7 @@ fn rig_of(index: u32, script: Vec<Step>) -> Rig {
     let (sender, reports) = channel();
     let vcpu = Vcpu {
         index,
-        cpu: partition.create_cpu(0).unwrap(),
+        cpu,
         buses: Buses {
             ports: ports.freeze(),
             memory: memory.freeze(),
@@ -87,6 +92,13 @@ impl Rig {
             .recv_timeout(Duration::from_secs(10))
             .expect("no report in 10 s")
             .kind
+    }
+
+    fn saved(&self) -> Result<CpuState, String> {
+        match self.next() {
+            ReportKind::Saved(saved) => *saved,
+            other => panic!("{other:?}"),
+        }
     }
 }
 
@@ -210,6 +222,79 @@ fn pause_and_resume_a_computing_guest_a_thousand_times() {
         rig.reports.try_recv().is_err(),
         "a stopped processor is silent"
     );
+}
+
+#[test]
+fn a_paused_processor_tells_its_state_and_another_goes_on_from_there() {
+    let mut first = rig(vec![
+        Step::PortWrite(0x10, vec![1]),
+        Step::PortRead(0x11, 1),
+        Step::PortWrite(0x10, vec![0xbb]),
+    ]);
+    // Before it has run, too: it waits for orders from the start.
+    first.vcpu.order(Order::Save);
+    assert_eq!(first.saved().unwrap().registers.rax, 0);
+    first.vcpu.order(Order::Run);
+    let booted = first.next();
+    assert!(matches!(
+        booted,
+        ReportKind::Asked(MachineRequest::Booted, _)
+    ));
+    first.vcpu.order(Order::Pause);
+    assert!(matches!(first.next(), ReportKind::Paused));
+    first.vcpu.order(Order::Save);
+    let state = first.saved().unwrap();
+    assert_eq!(state.registers.rax, 3, "steps that were played");
+    assert_eq!(
+        first.partition.reads(),
+        [[2]],
+        "the read was completed before"
+    );
+    // Twice is once, and it goes on as if nothing had been.
+    first.vcpu.order(Order::Save);
+    assert_eq!(first.saved().unwrap(), state);
+    first.vcpu.order(Order::Run);
+    first.vcpu.stop();
+
+    let partition = FakePartition::new(vec![vec![Step::PortWrite(0x10, vec![0xee])]]);
+    let mut cpu = partition.create_cpu(0).unwrap();
+    cpu.restore(&state).unwrap();
+    let mut second = rig_with(0, partition, cpu);
+    second.vcpu.order(Order::Run);
+    assert!(matches!(
+        second.next(),
+        ReportKind::Asked(MachineRequest::Reset, _)
+    ));
+    second.vcpu.stop();
+    assert_eq!(second.partition.restored_cpu(0).unwrap(), state);
+}
+
+#[test]
+fn a_processor_that_runs_or_has_ended_is_not_saved() {
+    let mut running = rig(vec![]);
+    running.vcpu.order(Order::Run);
+    running.vcpu.order(Order::Save);
+    assert_eq!(running.saved().unwrap_err(), "it runs; pause it first");
+    // It runs on: an order to pause finds it so.
+    running.vcpu.order(Order::Pause);
+    assert!(matches!(running.next(), ReportKind::Paused));
+    running.vcpu.order(Order::Save);
+    running.saved().unwrap();
+    running.vcpu.stop();
+
+    for last in [
+        Step::PortWrite(0x10, vec![0xee]),
+        Step::TripleFault,
+        Step::Fail,
+    ] {
+        let mut ended = rig(vec![last.clone()]);
+        ended.vcpu.order(Order::Run);
+        ended.next();
+        ended.vcpu.order(Order::Save);
+        let why = ended.saved().unwrap_err();
+        assert!(why.contains("cannot go on"), "{last:?}: {why}");
+        ended.vcpu.stop();
+    }
 }
 
 #[test]
