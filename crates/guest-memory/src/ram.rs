@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
@@ -120,6 +121,8 @@ pub struct GuestRam {
 #[derive(Debug)]
 struct Shared {
     map: VmMemory,
+    /// Whether somebody tracks writes: asked here by who does not write through `map`.
+    is_tracking: AtomicBool,
     /// Pages that show a file's content until they are written.
     filed: Mutex<Vec<Range<u64>>>,
 }
@@ -128,8 +131,8 @@ struct Shared {
 pub(crate) struct Region<'a> {
     pub(crate) log: &'a WriteLog,
     pub(crate) pages: u64,
+    pub(crate) host_addr: u64,
     start: u64,
-    host_addr: u64,
 }
 
 impl GuestRam {
@@ -154,9 +157,13 @@ impl GuestRam {
             .collect::<Result<Vec<_>, _>>()?;
         let map =
             GuestMemoryMmap::from_regions(regions).map_err(|e| MapError::Ranges(e.to_string()))?;
-        let filed = Mutex::default();
+        let shared = Shared {
+            map,
+            is_tracking: AtomicBool::new(false),
+            filed: Mutex::default(),
+        };
         Ok(Self {
-            shared: Arc::new(Shared { map, filed }),
+            shared: Arc::new(shared),
         })
     }
 
@@ -203,6 +210,10 @@ impl GuestRam {
             start: r.start_addr().0,
             host_addr: r.as_ptr() as u64,
         })
+    }
+
+    pub(crate) fn is_tracking(&self) -> &AtomicBool {
+        &self.shared.is_tracking
     }
 
     /// The pages of each range, counted through all of them.
@@ -382,6 +393,7 @@ impl GuestRam {
             return Ok(());
         }
         let ptr = self.host_ptr(addr, len)?;
+        self.mark_written(ptr as u64, len);
         // SAFETY: `host_ptr` checked that the range is inside one mapping that lives as long as `self`.
         // No guest runs while its memory is being filled, and no other reference into RAM exists:
         // this crate hands out copies only.
@@ -409,6 +421,7 @@ impl GuestRam {
     fn map_over(&self, file: &File, offset: u64, host_addr: u64, len: u64) -> io::Result<()> {
         let file_offset = libc::off_t::try_from(offset)
             .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+        self.mark_written(host_addr, len);
         // Said before it is true: in between such a page is taken for one that may not be zero.
         let mut first = 0;
         for region in self.regions() {

@@ -66,23 +66,23 @@ fn assert_restores(plan: &MemoryPlan, layers: &[(File, MemoryMap)], want: &[u8])
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(12))]
 
     /// What changes between snapshots: page numbers, in each round, and whether a page becomes zero.
     #[test]
     fn a_chain_of_diffs_is_the_memory(
         rounds in proptest::collection::vec(
-            proptest::collection::vec((0u64..1500, 1u64..40, any::<bool>()), 0..40),
+            proptest::collection::vec((0u64..700, 1u64..40, any::<bool>()), 0..30),
             1..5,
         ),
     ) {
-        let plan = plan(1500);
+        let plan = plan(700);
         let ram = GuestRam::map(&plan).unwrap();
         let mut layers = Vec::new();
         for (round, changes) in rounds.iter().enumerate() {
             let mut changed = PageSet::none(ram.pages());
             for (first, count, zero) in changes {
-                for page in *first..(first + count).min(1500) {
+                for page in *first..(first + count).min(700) {
                     let new = if *zero { vec![0; PAGE] } else { page_of(page + 10_000 * round as u64) };
                     ram.write(page * PAGE_SIZE, &new).unwrap();
                     changed.insert(page..page + 1);
