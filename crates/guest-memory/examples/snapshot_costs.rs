@@ -75,9 +75,24 @@ fn standing(plan: &MemoryPlan, mib: u64, is_huge: bool) -> Result<(), Box<dyn Er
     }
     drop(capture);
     let again = fork(&ram)?;
+    let mut ahead = Vec::new();
+    for changed_mib in [1, 16, 64] {
+        let mut prepared = ram.prepare_capture(&tempfile::tempfile()?)?;
+        // All else counts as written before.
+        prepared.write_ahead(&PageSet::none(ram.pages()))?;
+        let step = ram.pages() / (changed_mib * 256);
+        // Half of them here and there, half in a row.
+        let alone = (0..changed_mib * 128).map(|i| i * step..i * step + 1);
+        let runs = alone.chain(std::iter::once(0..changed_mib * 128));
+        let changed = PageSet::from_runs(ram.pages(), runs)?;
+        let start = Instant::now();
+        let capture = prepared.start(changed)?;
+        ahead.push(start.elapsed());
+        capture.wait()?;
+    }
     let uffd = protect(&ram);
     println!(
-        "{mib} MiB {}: fork {first:?} (median {median:?}), again {again:?}, uffd {uffd:?}",
+        "{mib} MiB {}: fork {first:?} (median {median:?}), again {again:?}, uffd {uffd:?}, with all written ahead but 1, 16, 64 MiB {ahead:?}",
         if is_huge { "huge" } else { "small" },
     );
     Ok(())

@@ -1,17 +1,27 @@
 //! Saves the RAM of a running guest: a forked child has a copy-on-write image of it and writes that to a file.
 //!
-//! The guest stands still for as long as fork(2) takes to copy the page tables; no privilege is needed.
+//! The guest stands still for as long as fork(2) takes to copy the page tables; no privilege is needed. Where that is too
+//! long, as with gigabytes of small pages, most of RAM is written before, while the guest runs, and the child inherits only
+//! what has changed since.
+//!
 //! What the child does allocates nothing, takes no lock and makes plain system calls only, because other threads may have held any lock
 //! at that moment.
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 
 use crate::save::{WriteFailed, WriteJob, errno};
-use crate::{GuestRam, MemoryMap, PageSet, SaveError};
+use crate::{GuestRam, MemoryMap, PAGE_SIZE, PageSet, SaveError};
+
+/// What the child inherits of RAM is cut at these pages, as huge pages are: to cut one would split it.
+const EXTENT_PAGES: u64 = 512;
+/// Most pieces of RAM that the child inherits; more are joined, with what lies between. Each takes the host a call
+/// while the guest stands still.
+const MAX_EXTENTS: usize = 512;
 
 /// Why a running guest's RAM was not saved. The guest goes on as if nothing had happened.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +29,9 @@ pub enum CaptureError {
     /// The file.
     #[error(transparent)]
     Save(#[from] SaveError),
+    /// Somebody else does it.
+    #[error("guest memory is being captured already: wait for the other snapshot to end")]
+    Busy,
     /// No memory for what the child reports.
     #[error(
         "cannot map {size_bytes} bytes for the report of the process that saves guest memory: {source}"
@@ -65,9 +78,13 @@ impl std::fmt::Display for Death {
 /// All that a capture needs, made while the guest still runs.
 #[derive(Debug)]
 pub struct PreparedCapture {
-    ram: GuestRam,
+    inheritance: Inheritance,
     file: File,
     report: Report,
+    /// What the file holds already.
+    held: PageSet,
+    /// Of that, what are bytes in the file.
+    data: PageSet,
 }
 
 /// A capture under way. Dropped before it is done, it is called off.
@@ -77,9 +94,11 @@ pub struct Capture {
     /// Nobody has waited for the child yet.
     is_waited_for: bool,
     report: Report,
-    pages: PageSet,
+    held: PageSet,
+    data: PageSet,
     /// The child shares our descriptors: this one must stay open.
     _file: File,
+    _inheritance: Inheritance,
 }
 
 impl GuestRam {
@@ -96,9 +115,11 @@ impl GuestRam {
             source,
         })?;
         Ok(PreparedCapture {
-            ram: self.clone(),
-            file,
             report: Report::map(self.pages())?,
+            inheritance: Inheritance::take(self)?,
+            file,
+            held: PageSet::none(self.pages()),
+            data: PageSet::none(self.pages()),
         })
     }
 
@@ -113,27 +134,61 @@ impl GuestRam {
 }
 
 impl PreparedCapture {
-    /// Forks the child that saves `pages` as they are now. The guest and its devices stand still until this returns, then
-    /// they may go on.
+    /// Writes `pages` as they are, while the guest runs and changes them: what changes from the call on must be written
+    /// again, by another call or by [`PreparedCapture::start`]. So whoever calls this takes and clears the hypervisor's log of
+    /// what the guest writes before each call. What devices write is known for sure only when none works
+    /// ([`GuestRam::take_written`]): it is tracked from such a moment before the first call on, and taken once, for
+    /// [`PreparedCapture::start`].
     ///
-    /// The child is under the calling thread's seccomp filter and needs `pwrite64`, `mincore`, `sync_file_range`, `sysinfo`,
-    /// `getppid`, `exit_group`; the caller `clone`, then `waitid` and `pidfd_send_signal`. It shares the descriptors of this process, so that
-    /// what is closed here is closed, takes no signal but SIGKILL, and ends soon after this process.
+    /// # Errors
+    /// Writing failed, or `pages` are of another RAM.
+    pub fn write_ahead(&mut self, pages: &PageSet) -> Result<(), CaptureError> {
+        let ram = &self.inheritance.ram;
+        ram.check_set(pages)?;
+        let job = WriteJob::new(ram, self.file.as_raw_fd(), self.data.clone());
+        let data = &mut self.data;
+        job.run(pages, |run| {
+            data.insert(run);
+            Ok(())
+        })
+        .map_err(SaveError::from)?;
+        self.held.union(pages);
+        self.inheritance.disinherit();
+        Ok(())
+    }
+
+    /// Forks the child that saves `pages` as they are now. The guest and its devices stand still until this returns, then
+    /// they may go on. After [`PreparedCapture::write_ahead`], `pages` are those that have changed since.
+    ///
+    /// The child is under the calling thread's seccomp filter and needs `pwrite64`, `mincore`, `sync_file_range`,
+    /// `getppid`, `exit_group`; the caller `clone`, `rt_sigprocmask`, then `waitid` and `pidfd_send_signal`. It shares the
+    /// descriptors of this process, so that what is closed here is closed, takes no signal but SIGKILL, and ends soon
+    /// after this process.
     ///
     /// # Errors
     /// `pages` are of another RAM, or the host gives no process.
     pub fn start(self, pages: PageSet) -> Result<Capture, CaptureError> {
-        let Self { ram, file, report } = self;
-        ram.check_set(&pages)?;
-        let job = WriteJob::new(&ram, file.as_raw_fd());
+        let Self {
+            mut inheritance,
+            file,
+            report,
+            mut held,
+            data,
+        } = self;
+        inheritance.ram.check_set(&pages)?;
+        inheritance.leave(&pages);
+        let job = WriteJob::new(&inheritance.ram, file.as_raw_fd(), data);
         let pidfd = fork(|parent| write_in_child(&job, &pages, &report, parent))
             .map_err(CaptureError::Fork)?;
+        held.union(&pages);
         Ok(Capture {
             pidfd,
             is_waited_for: false,
             report,
-            pages,
+            held,
+            data: job.into_filled(),
             _file: file,
+            _inheritance: inheritance,
         })
     }
 }
@@ -165,15 +220,15 @@ impl Capture {
             }
             _ => return Err(CaptureError::Died(death)),
         }
-        let mut data = PageSet::none(self.pages.ram_pages());
         let words: Vec<u64> = self
             .report
             .words()
             .iter()
             .map(|w| w.load(Ordering::Relaxed))
             .collect();
-        data.insert_words(0, self.pages.ram_pages(), &words);
-        Ok(MemoryMap::of_sets(&self.pages, &data))
+        let pages = self.data.ram_pages();
+        self.data.insert_words(0, pages, &words);
+        Ok(MemoryMap::of_sets(&self.held, &self.data))
     }
 }
 
@@ -200,6 +255,82 @@ impl Drop for Capture {
         };
         // A child that cannot be waited for stays a zombie until this process ends; there is nobody to tell.
         let _ = wait_for(self.pidfd.as_fd());
+    }
+}
+
+/// What a child inherits of RAM: all of it again when this is dropped. One of a RAM at a time.
+#[derive(Debug)]
+struct Inheritance {
+    ram: GuestRam,
+    is_partial: bool,
+}
+
+impl Inheritance {
+    fn take(ram: &GuestRam) -> Result<Self, CaptureError> {
+        if ram.is_captured().swap(true, Ordering::AcqRel) {
+            return Err(CaptureError::Busy);
+        }
+        Ok(Self {
+            ram: ram.clone(),
+            is_partial: false,
+        })
+    }
+
+    /// Has a child inherit nothing.
+    fn disinherit(&mut self) {
+        if !self.is_partial {
+            self.is_partial = true;
+            self.advise(0..self.ram.pages(), libc::MADV_DONTFORK);
+        }
+    }
+
+    /// Has a child inherit `pages` at least.
+    fn leave(&mut self, pages: &PageSet) {
+        if self.is_partial {
+            for extent in extents(pages) {
+                self.advise(extent, libc::MADV_DOFORK);
+            }
+        }
+    }
+
+    /// What the host does not take (it takes what is whole pages of a mapping) costs time at the next fork, no data:
+    /// a page that a child should have and has not ends it.
+    fn advise(&self, pages: Range<u64>, advice: i32) {
+        for (pages, host_addr) in self.ram.host_pieces(&pages) {
+            let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
+            // SAFETY: the range is mapped, and neither advice changes what is in it here.
+            unsafe { libc::madvise(host_addr as *mut _, len, advice) };
+        }
+    }
+}
+
+impl Drop for Inheritance {
+    fn drop(&mut self) {
+        if self.is_partial {
+            self.advise(0..self.ram.pages(), libc::MADV_DOFORK);
+        }
+        self.ram.is_captured().store(false, Ordering::Release);
+    }
+}
+
+/// `pages` in at most [`MAX_EXTENTS`] pieces that hold others, too, and begin and end at multiples of [`EXTENT_PAGES`].
+fn extents(pages: &PageSet) -> Vec<Range<u64>> {
+    let mut unit = EXTENT_PAGES;
+    loop {
+        let mut extents: Vec<Range<u64>> = Vec::new();
+        for run in pages.runs() {
+            let start = run.start / unit * unit;
+            let end = run.end.next_multiple_of(unit).min(pages.ram_pages());
+            match extents.last_mut() {
+                Some(last) if last.end >= start => last.end = end,
+                _ => extents.push(start..end),
+            }
+        }
+        // Ends at the latest when one unit is all of RAM.
+        if extents.len() <= MAX_EXTENTS {
+            return extents;
+        }
+        unit *= 2;
     }
 }
 

@@ -123,6 +123,8 @@ struct Shared {
     map: VmMemory,
     /// Whether somebody tracks writes: asked here by who does not write through `map`.
     is_tracking: AtomicBool,
+    /// Whether somebody captures it: what a child inherits can be said once only.
+    is_captured: AtomicBool,
     /// Pages that show a file's content until they are written.
     filed: Mutex<Vec<Range<u64>>>,
 }
@@ -160,6 +162,7 @@ impl GuestRam {
         let shared = Shared {
             map,
             is_tracking: AtomicBool::new(false),
+            is_captured: AtomicBool::new(false),
             filed: Mutex::default(),
         };
         Ok(Self {
@@ -214,6 +217,10 @@ impl GuestRam {
 
     pub(crate) fn is_tracking(&self) -> &AtomicBool {
         &self.shared.is_tracking
+    }
+
+    pub(crate) fn is_captured(&self) -> &AtomicBool {
+        &self.shared.is_captured
     }
 
     /// The pages of each range, counted through all of them.

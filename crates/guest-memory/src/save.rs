@@ -66,7 +66,7 @@ impl GuestRam {
     pub fn save_pages(&self, pages: &PageSet, into: &File) -> Result<MemoryMap, SaveError> {
         self.check_set(pages)?;
         self.make_room(into)?;
-        let job = WriteJob::new(self, into.as_raw_fd());
+        let job = WriteJob::new(self, into.as_raw_fd(), PageSet::none(self.pages()));
         let mut data = PageSet::none(self.pages());
         job.run(pages, |run| {
             data.insert(run);
@@ -128,11 +128,13 @@ pub(crate) struct WriteJob {
     filed: PageSet,
     /// What asks whether a page was ever touched can be believed: pages are never swapped out.
     no_swap: bool,
+    /// Pages for which the file has bytes already: zeroes are written over them.
+    filled: PageSet,
     fd: RawFd,
 }
 
 impl WriteJob {
-    pub(crate) fn new(ram: &GuestRam, fd: RawFd) -> Self {
+    pub(crate) fn new(ram: &GuestRam, fd: RawFd, filled: PageSet) -> Self {
         let mut first = 0;
         let ranges = ram.mapped_ranges().map(|(range, host_addr)| {
             let pages = first..first + range.size_bytes / PAGE_SIZE;
@@ -147,8 +149,14 @@ impl WriteJob {
             ranges: ranges.collect(),
             filed: ram.filed_pages(),
             no_swap: host_has_no_swap(),
+            filled,
             fd,
         }
+    }
+
+    /// What was in the file before it ran.
+    pub(crate) fn into_filled(self) -> PageSet {
+        self.filled
     }
 
     /// Writes `pages` and calls `written` with each run that went into the file; the others are zeroes.
@@ -194,7 +202,8 @@ impl WriteJob {
         for page in pages.clone() {
             let at = page - pages.start;
             let addr = host_addr + bytes(at);
-            if untouched >> at & 1 == 0 && !is_zero(addr) {
+            let is_zero = untouched >> at & 1 == 1 || is_zero(addr);
+            if !is_zero || self.filled.contains(page) {
                 if data.is_empty() {
                     data.start = page;
                 }
@@ -285,17 +294,20 @@ fn bytes(pages: u64) -> usize {
     (pages * PAGE_SIZE) as usize
 }
 
-/// Whether the mapped page at `addr` is all zeroes.
+/// Whether the mapped page at `addr` is all zeroes. Somebody may write there meanwhile; each word is read once.
 fn is_zero(addr: usize) -> bool {
-    const BLOCK: usize = 32;
-    let mut at = addr as *const [u64; BLOCK];
-    for _ in 0..PAGE_SIZE as usize / size_of::<[u64; BLOCK]>() {
-        // SAFETY: within a page that is mapped. Nobody writes: the guest stands still, or this is a copy of its memory.
-        let block = unsafe { at.read() };
-        if block.iter().fold(0, |all, word| all | word) != 0 {
+    const BLOCK_WORDS: usize = 32;
+    let mut word = addr as *const u64;
+    for _ in 0..PAGE_SIZE as usize / size_of::<u64>() / BLOCK_WORDS {
+        let mut all = 0;
+        for _ in 0..BLOCK_WORDS {
+            // SAFETY: within a page that is mapped, aligned as it is; any value is one.
+            all |= unsafe { word.read_volatile() };
+            word = word.wrapping_add(1);
+        }
+        if all != 0 {
             return false;
         }
-        at = at.wrapping_add(1);
     }
     true
 }

@@ -99,6 +99,71 @@ fn a_capture_is_the_memory_of_one_instant_however_fast_it_is_written() {
     });
 }
 
+/// What was written ahead is written again where it has changed, also where it has become zero.
+#[test]
+fn what_is_written_ahead_and_then_changed_is_the_memory_of_one_instant_too() {
+    let (plan, ram) = ram();
+    let writers = Writers {
+        stop: AtomicBool::new(false),
+        end: AtomicBool::new(false),
+        stopped: AtomicUsize::new(0),
+    };
+    std::thread::scope(|scope| {
+        for seed in [5, 6] {
+            let (writers, ram) = (&writers, &ram);
+            scope.spawn(move || writers.write(ram, seed));
+        }
+        for _ in 0..4 {
+            let file = tempfile::tempfile().unwrap();
+            let mut prepared = ram.prepare_capture(&file).unwrap();
+            // A log must begin while nobody is in the middle of a write.
+            writers.stand_still(2, || ram.track_writes());
+            prepared.write_ahead(&PageSet::all(PAGES)).unwrap();
+            let changed = writers.stand_still(2, || ram.take_written());
+            prepared.write_ahead(&changed).unwrap();
+            let (capture, want) = writers.stand_still(2, || {
+                let want = content(&ram);
+                (prepared.start(ram.take_written()).unwrap(), want)
+            });
+            let map = capture.wait().unwrap();
+            let back = GuestRam::map_snapshot(&plan, &[(&file, &map)]).unwrap();
+            assert!(content(&back) == want);
+        }
+        writers.end.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn a_child_inherits_what_has_changed_and_all_again_afterwards() {
+    let (plan, ram) = ram();
+    for page in 0..PAGES {
+        ram.write_plain(page * PAGE_SIZE, &(page | 1)).unwrap();
+    }
+    let file = tempfile::tempfile().unwrap();
+    let mut prepared = ram.prepare_capture(&file).unwrap();
+    prepared.write_ahead(&PageSet::all(PAGES)).unwrap();
+    ram.write(7 * PAGE_SIZE, &[0; PAGE_SIZE as usize]).unwrap();
+    ram.write(4000 * PAGE_SIZE, b"changed").unwrap();
+    let kept_from_children = || {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let flags = maps.lines().filter(|l| l.starts_with("VmFlags:"));
+        flags.filter(|l| l.contains(" dc ")).count()
+    };
+    assert!(kept_from_children() > 0);
+    let busy = ram.prepare_capture(&tempfile::tempfile().unwrap());
+    assert!(matches!(busy, Err(CaptureError::Busy)));
+    let changed = PageSet::from_runs(PAGES, [7..8, 4000..4001]).unwrap();
+    let map = prepared.start(changed).unwrap().wait().unwrap();
+    assert_eq!(map.pages_of(PageKind::Data), PAGES, "zeroes over data");
+    let back = GuestRam::map_snapshot(&plan, &[(&file, &map)]).unwrap();
+    assert!(content(&back) == content(&ram));
+    let again = tempfile::tempfile().unwrap();
+    let map = ram.capture_in_child(PageSet::all(PAGES), &again).unwrap();
+    let map = map.wait().unwrap();
+    let back = GuestRam::map_snapshot(&plan, &[(&again, &map)]).unwrap();
+    assert!(content(&back) == content(&ram));
+}
+
 #[test]
 fn captures_make_up_a_chain_with_pages_that_become_zero() {
     let (plan, ram) = ram();
