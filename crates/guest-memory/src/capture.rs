@@ -1,8 +1,8 @@
 //! Saves the RAM of a running guest: a forked child has a copy-on-write image of it and writes that to a file.
 //!
 //! The guest stands still for as long as fork(2) takes to copy the page tables; no privilege is needed. Where that is too
-//! long, as with gigabytes of small pages, most of RAM is written before, while the guest runs, and the child inherits only
-//! what has changed since.
+//! long, as with gigabytes of small pages, most of RAM is written before, while the guest runs, and the child gets only
+//! what has changed since (`instant.rs`).
 //!
 //! What the child does allocates nothing, takes no lock and makes plain system calls only, because other threads may have held any lock
 //! at that moment.
@@ -10,18 +10,13 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering;
 
-use crate::save::{WriteFailed, WriteJob, errno};
-use crate::{GuestRam, MemoryMap, PAGE_SIZE, PageSet, SaveError};
-
-/// What the child inherits of RAM is cut at these pages, as huge pages are: to cut one would split it.
-const EXTENT_PAGES: u64 = 512;
-/// Most pieces of RAM that the child inherits; more are joined, with what lies between. Each takes the host a call
-/// while the guest stands still.
-const MAX_EXTENTS: usize = 512;
+use crate::child::{DONE, FAILED, Report, fork, wait_for};
+use crate::instant::Instant;
+use crate::save::{WriteFailed, WriteJob};
+use crate::{GuestRam, MemoryMap, PageSet, SaveError};
 
 /// Why a running guest's RAM was not saved. The guest goes on as if nothing had happened.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +34,14 @@ pub enum CaptureError {
     Report {
         /// How much.
         size_bytes: usize,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// No memory for pages that are copied.
+    #[error("cannot map {copied_bytes} bytes for copies of guest memory: {source}")]
+    Copies {
+        /// How much.
+        copied_bytes: u64,
         /// What the host said.
         source: io::Error,
     },
@@ -78,7 +81,7 @@ impl std::fmt::Display for Death {
 /// All that a capture needs, made while the guest still runs.
 #[derive(Debug)]
 pub struct PreparedCapture {
-    inheritance: Inheritance,
+    instant: Instant,
     file: File,
     report: Report,
     /// What the file holds already.
@@ -98,7 +101,7 @@ pub struct Capture {
     data: PageSet,
     /// The child shares our descriptors: this one must stay open.
     _file: File,
-    _inheritance: Inheritance,
+    _instant: Instant,
 }
 
 impl GuestRam {
@@ -116,7 +119,7 @@ impl GuestRam {
         })?;
         Ok(PreparedCapture {
             report: Report::map(self.pages())?,
-            inheritance: Inheritance::take(self)?,
+            instant: Instant::prepare(self)?,
             file,
             held: PageSet::none(self.pages()),
             data: PageSet::none(self.pages()),
@@ -143,7 +146,7 @@ impl PreparedCapture {
     /// # Errors
     /// Writing failed, or `pages` are of another RAM.
     pub fn write_ahead(&mut self, pages: &PageSet) -> Result<(), CaptureError> {
-        let ram = &self.inheritance.ram;
+        let ram = self.instant.ram();
         ram.check_set(pages)?;
         let job = WriteJob::new(ram, self.file.as_raw_fd(), self.data.clone());
         let data = &mut self.data;
@@ -153,7 +156,6 @@ impl PreparedCapture {
         })
         .map_err(SaveError::from)?;
         self.held.union(pages);
-        self.inheritance.disinherit();
         Ok(())
     }
 
@@ -169,16 +171,16 @@ impl PreparedCapture {
     /// `pages` are of another RAM, or the host gives no process.
     pub fn start(self, pages: PageSet) -> Result<Capture, CaptureError> {
         let Self {
-            mut inheritance,
+            mut instant,
             file,
             report,
             mut held,
             data,
         } = self;
-        inheritance.ram.check_set(&pages)?;
-        inheritance.leave(&pages);
-        let job = WriteJob::new(&inheritance.ram, file.as_raw_fd(), data);
-        let pidfd = fork(|parent| write_in_child(&job, &pages, &report, parent))
+        instant.ram().check_set(&pages)?;
+        let job = WriteJob::new(instant.ram(), file.as_raw_fd(), data);
+        instant.take(&pages)?;
+        let pidfd = fork(|parent| write_in_child(&job, &instant, &report, parent))
             .map_err(CaptureError::Fork)?;
         held.union(&pages);
         Ok(Capture {
@@ -188,7 +190,7 @@ impl PreparedCapture {
             held,
             data: job.into_filled(),
             _file: file,
-            _inheritance: inheritance,
+            _instant: instant,
         })
     }
 }
@@ -258,163 +260,11 @@ impl Drop for Capture {
     }
 }
 
-/// What a child inherits of RAM: all of it again when this is dropped. One of a RAM at a time.
-#[derive(Debug)]
-struct Inheritance {
-    ram: GuestRam,
-    is_partial: bool,
-}
-
-impl Inheritance {
-    fn take(ram: &GuestRam) -> Result<Self, CaptureError> {
-        if ram.is_captured().swap(true, Ordering::AcqRel) {
-            return Err(CaptureError::Busy);
-        }
-        Ok(Self {
-            ram: ram.clone(),
-            is_partial: false,
-        })
-    }
-
-    /// Has a child inherit nothing.
-    fn disinherit(&mut self) {
-        if !self.is_partial {
-            self.is_partial = true;
-            self.advise(0..self.ram.pages(), libc::MADV_DONTFORK);
-        }
-    }
-
-    /// Has a child inherit `pages` at least.
-    fn leave(&mut self, pages: &PageSet) {
-        if self.is_partial {
-            for extent in extents(pages) {
-                self.advise(extent, libc::MADV_DOFORK);
-            }
-        }
-    }
-
-    /// What the host does not take (it takes what is whole pages of a mapping) costs time at the next fork, no data:
-    /// a page that a child should have and has not ends it.
-    fn advise(&self, pages: Range<u64>, advice: i32) {
-        for (pages, host_addr) in self.ram.host_pieces(&pages) {
-            let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
-            // SAFETY: the range is mapped, and neither advice changes what is in it here.
-            unsafe { libc::madvise(host_addr as *mut _, len, advice) };
-        }
-    }
-}
-
-impl Drop for Inheritance {
-    fn drop(&mut self) {
-        if self.is_partial {
-            self.advise(0..self.ram.pages(), libc::MADV_DOFORK);
-        }
-        self.ram.is_captured().store(false, Ordering::Release);
-    }
-}
-
-/// `pages` in at most [`MAX_EXTENTS`] pieces that hold others, too, and begin and end at multiples of [`EXTENT_PAGES`].
-fn extents(pages: &PageSet) -> Vec<Range<u64>> {
-    let mut unit = EXTENT_PAGES;
-    loop {
-        let mut extents: Vec<Range<u64>> = Vec::new();
-        for run in pages.runs() {
-            let start = run.start / unit * unit;
-            let end = run.end.next_multiple_of(unit).min(pages.ram_pages());
-            match extents.last_mut() {
-                Some(last) if last.end >= start => last.end = end,
-                _ => extents.push(start..end),
-            }
-        }
-        // Ends at the latest when one unit is all of RAM.
-        if extents.len() <= MAX_EXTENTS {
-            return extents;
-        }
-        unit *= 2;
-    }
-}
-
-const DONE: u32 = 1;
-const FAILED: u32 = 2;
-
-/// First page of the report.
-#[repr(C)]
-struct Head {
-    state: AtomicU32,
-    errno: AtomicI32,
-    offset: AtomicU64,
-    written_pages: AtomicU64,
-}
-
-/// Memory that the child shares with us: a [`Head`], then a bit for each page that is in the file.
-#[derive(Debug)]
-struct Report {
-    addr: NonNull<u8>,
-    size_bytes: usize,
-    words: usize,
-}
-
-// SAFETY: a mapping that belongs to no thread, used through atomics only.
-unsafe impl Send for Report {}
-// SAFETY: as above.
-unsafe impl Sync for Report {}
-
-impl Report {
-    const HEAD_BYTES: usize = size_of::<Head>();
-
-    fn map(pages: u64) -> Result<Self, CaptureError> {
-        // Pages of RAM that is mapped: a bit for each of them fits.
-        let words = pages.div_ceil(64) as usize;
-        let size_bytes = Self::HEAD_BYTES + words * size_of::<u64>();
-        // SAFETY: a fresh mapping where the host likes. Populated, so that the child finds its part of it.
-        let got = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                size_bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_POPULATE,
-                -1,
-                0,
-            )
-        };
-        match NonNull::new(got.cast()) {
-            Some(addr) if got != libc::MAP_FAILED => Ok(Self {
-                addr,
-                size_bytes,
-                words,
-            }),
-            _ => Err(CaptureError::Report {
-                size_bytes,
-                source: io::Error::last_os_error(),
-            }),
-        }
-    }
-
-    fn head(&self) -> &Head {
-        // SAFETY: the mapping is as long as this value lives, aligned to a page, and begins with a head; zeroes are one.
-        unsafe { self.addr.cast().as_ref() }
-    }
-
-    fn words(&self) -> &[AtomicU64] {
-        // SAFETY: behind the head, whose size is a multiple of eight, the mapping has so many words.
-        unsafe {
-            std::slice::from_raw_parts(self.addr.as_ptr().add(Self::HEAD_BYTES).cast(), self.words)
-        }
-    }
-}
-
-impl Drop for Report {
-    fn drop(&mut self) {
-        // SAFETY: exactly what `map` mapped; all references into it have ended.
-        unsafe { libc::munmap(self.addr.as_ptr().cast(), self.size_bytes) };
-    }
-}
-
 /// What the child does.
-fn write_in_child(job: &WriteJob, pages: &PageSet, report: &Report, parent: i32) {
+fn write_in_child(job: &WriteJob, instant: &Instant, report: &Report, parent: i32) {
     let head = report.head();
     let words = report.words();
-    let result = job.run(pages, |run| {
+    let mut written = |run: Range<u64>| {
         let mut at = run.start;
         while at < run.end {
             let (word, bit) = ((at / 64) as usize, at % 64);
@@ -434,104 +284,15 @@ fn write_in_child(job: &WriteJob, pages: &PageSet, report: &Report, parent: i32)
             });
         }
         Ok(())
-    });
+    };
+    let result = job
+        .run_copied(instant.copied(), instant.copies_addr(), &mut written)
+        .and_then(|()| job.run(instant.inherited(), &mut written));
     if let Err(failed) = result {
         head.errno.store(failed.errno, Ordering::Relaxed);
         head.offset.store(failed.offset, Ordering::Relaxed);
         head.state.store(FAILED, Ordering::Release);
     } else {
         head.state.store(DONE, Ordering::Release);
-    }
-}
-
-/// Runs `child` in a copy of this process that has this thread only, shares descriptors with us, takes no signal and
-/// ends when `child` returns. The descriptor is a pidfd. `child` is given the number of this process.
-fn fork(child: impl FnOnce(i32)) -> io::Result<OwnedFd> {
-    // SAFETY: no argument, never fails.
-    let parent = unsafe { libc::getpid() };
-    let mut pidfd: libc::c_int = -1;
-    let signals = Blocked::all();
-    // No signal tells the end: whoever waits for other children is not disturbed.
-    let flags = libc::CLONE_PIDFD | libc::CLONE_FILES;
-    // SAFETY: without a stack of its own the child goes on here, on its copy of ours, as after fork(2). It does what the
-    // caller promised (no allocation, no lock) and then ends without unwinding or running a destructor.
-    let got = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) };
-    if got == 0 {
-        let _never_return = Leave;
-        child(parent);
-        drop(_never_return);
-    }
-    let failed = errno();
-    drop(signals);
-    if got < 0 {
-        return Err(io::Error::from_raw_os_error(failed));
-    }
-    // SAFETY: the kernel has just made it for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
-}
-
-/// Ends the process, also when a panic unwinds through: the child must never go on in what its parent was doing.
-struct Leave;
-
-impl Drop for Leave {
-    fn drop(&mut self) {
-        // SAFETY: ends the process, without what was registered for its end.
-        unsafe { libc::_exit(0) }
-    }
-}
-
-/// All signals of this thread blocked for a while: the handlers are made for the parent.
-struct Blocked(libc::sigset_t);
-
-impl Blocked {
-    fn all() -> Self {
-        // SAFETY: signal sets are plain bits; both calls are given sets of ours.
-        unsafe {
-            let mut all: libc::sigset_t = std::mem::zeroed();
-            let mut before: libc::sigset_t = std::mem::zeroed();
-            libc::sigfillset(&raw mut all);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
-            Self(before)
-        }
-    }
-}
-
-impl Drop for Blocked {
-    fn drop(&mut self) {
-        // SAFETY: the set is what the thread had before.
-        unsafe {
-            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut())
-        };
-    }
-}
-
-/// Waits for a child (waitid(2)).
-fn wait_for(pidfd: BorrowedFd<'_>) -> io::Result<Death> {
-    loop {
-        // SAFETY: the structure is plain numbers, for which zeroes are a value; the call fills it.
-        let (got, info) = unsafe {
-            let mut info: libc::siginfo_t = std::mem::zeroed();
-            let id = pidfd.as_raw_fd().unsigned_abs();
-            // Also children that end without a signal.
-            let got = libc::waitid(
-                libc::P_PIDFD,
-                id,
-                &raw mut info,
-                libc::WEXITED | libc::__WALL,
-            );
-            (got, info)
-        };
-        if got == 0 {
-            // SAFETY: after a successful call the fields of a child's end are set.
-            let status = unsafe { info.si_status() };
-            return Ok(match info.si_code {
-                libc::CLD_EXITED => Death::Status(status),
-                _ => Death::Signal(status),
-            });
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
     }
 }

@@ -10,6 +10,8 @@
 
 mod buffers;
 mod capture;
+mod child;
+mod instant;
 mod memory_map;
 mod page_set;
 mod plan;

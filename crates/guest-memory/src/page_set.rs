@@ -153,6 +153,24 @@ impl PageSet {
             .is_some_and(|page| page < pages.end)
     }
 
+    /// How many of `pages`, which begin and end at multiples of 64 or behind the last one, are in it.
+    pub(crate) fn count_in(&self, pages: &Range<u64>) -> u64 {
+        let words = self.words.get(self.words_of(pages)).unwrap_or_default();
+        words.iter().map(|w| u64::from(w.count_ones())).sum()
+    }
+
+    /// Adds those of `pages`, which begin and end at multiples of 64 or behind the last one, that are in `other`.
+    pub(crate) fn insert_of(&mut self, other: &Self, pages: &Range<u64>) {
+        for at in self.words_of(pages) {
+            self.words[at] |= other.words.get(at).copied().unwrap_or_default();
+        }
+    }
+
+    fn words_of(&self, pages: &Range<u64>) -> Range<usize> {
+        let end = ((pages.end / 64) as usize).min(self.words.len());
+        (pages.start / 64) as usize..end
+    }
+
     /// Adds pages; what is behind the end of RAM is ignored.
     pub fn insert(&mut self, run: Range<u64>) {
         let end = run.end.min(self.pages);

@@ -190,6 +190,26 @@ impl WriteJob {
         Ok(())
     }
 
+    /// As [`Self::run`], of pages that were copied one behind the other to `copies_addr`.
+    pub(crate) fn run_copied(
+        &self,
+        pages: &PageSet,
+        copies_addr: usize,
+        mut written: impl FnMut(Range<u64>) -> Result<(), WriteFailed>,
+    ) -> Result<(), WriteFailed> {
+        let mut addr = copies_addr;
+        for run in pages.runs() {
+            let mut at = run.start;
+            while at < run.end {
+                let stop = (at + PIECE_PAGES).min(run.end);
+                self.write_piece(at..stop, addr, &mut written)?;
+                addr += bytes(stop - at);
+                at = stop;
+            }
+        }
+        Ok(())
+    }
+
     fn write_piece(
         &self,
         pages: Range<u64>,
