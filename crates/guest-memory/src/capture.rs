@@ -163,7 +163,8 @@ impl PreparedCapture {
     /// they may go on. After [`PreparedCapture::write_ahead`], `pages` are those that have changed since.
     ///
     /// The child is under the calling thread's seccomp filter and needs `pwrite64`, `mincore`, `sync_file_range`,
-    /// `getppid`, `exit_group`; the caller `clone`, `rt_sigprocmask`, then `waitid` and `pidfd_send_signal`. It shares the
+    /// `getppid`, `exit_group`; the caller `clone`, `rt_sigprocmask`, `sysinfo`, then `waitid` and `pidfd_send_signal` (the
+    /// role `files` has them). It shares the
     /// descriptors of this process, so that what is closed here is closed, takes no signal but SIGKILL, and ends soon
     /// after this process.
     ///
