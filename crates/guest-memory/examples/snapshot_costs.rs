@@ -67,7 +67,7 @@ fn standing(plan: &MemoryPlan, mib: u64, is_huge: bool) -> Result<(), Box<dyn Er
     let median = times[2];
     // Every page is written while a child shares it, as by a busy guest.
     let prepared = ram.prepare_capture(&tempfile::tempfile()?)?;
-    let capture = prepared.start(PageSet::all(ram.pages()))?;
+    let capture = prepared.start(&PageSet::all(ram.pages()))?;
     for (range, _) in ram.mapped_ranges() {
         for addr in (range.start..range.start + range.size_bytes / 4).step_by(1 << 16) {
             ram.write_plain(addr, &addr)?;
@@ -85,7 +85,7 @@ fn standing(plan: &MemoryPlan, mib: u64, is_huge: bool) -> Result<(), Box<dyn Er
         let runs = alone.chain(std::iter::once(0..changed_mib * 128));
         let changed = PageSet::from_runs(ram.pages(), runs)?;
         let start = Instant::now();
-        let capture = prepared.start(changed)?;
+        let capture = prepared.start(&changed)?;
         ahead.push(start.elapsed());
         capture.wait()?;
     }
@@ -101,7 +101,7 @@ fn fork(ram: &GuestRam) -> Result<Duration, Box<dyn Error>> {
     let prepared = ram.prepare_capture(&tempfile::tempfile()?)?;
     let all = PageSet::all(ram.pages());
     let start = Instant::now();
-    let capture = prepared.start(all)?;
+    let capture = prepared.start(&all)?;
     let took = start.elapsed();
     drop(capture);
     Ok(took)
@@ -169,7 +169,7 @@ fn writing(plan: &MemoryPlan, mib: u64, is_huge: bool, folder: &str) -> Result<(
         let alone = rate(start.elapsed(), count() - before);
         let file = tempfile::tempfile_in(folder)?;
         let (start, before) = (Instant::now(), count());
-        let capture = ram.capture_in_child(PageSet::all(ram.pages()), &file)?;
+        let capture = ram.capture_in_child(&PageSet::all(ram.pages()), &file)?;
         capture.wait()?;
         let took = start.elapsed();
         let meanwhile = rate(took, count() - before);

@@ -131,7 +131,7 @@ impl GuestRam {
     ///
     /// # Errors
     /// As these.
-    pub fn capture_in_child(&self, pages: PageSet, into: &File) -> Result<Capture, CaptureError> {
+    pub fn capture_in_child(&self, pages: &PageSet, into: &File) -> Result<Capture, CaptureError> {
         self.prepare_capture(into)?.start(pages)
     }
 }
@@ -170,7 +170,7 @@ impl PreparedCapture {
     ///
     /// # Errors
     /// `pages` are of another RAM, or the host gives no process.
-    pub fn start(self, pages: PageSet) -> Result<Capture, CaptureError> {
+    pub fn start(self, pages: &PageSet) -> Result<Capture, CaptureError> {
         let Self {
             mut instant,
             file,
@@ -178,12 +178,12 @@ impl PreparedCapture {
             mut held,
             data,
         } = self;
-        instant.ram().check_set(&pages)?;
+        instant.ram().check_set(pages)?;
         let job = WriteJob::new(instant.ram(), file.as_raw_fd(), data);
-        instant.take(&pages)?;
+        instant.take(pages)?;
         let pidfd = fork(|parent| write_in_child(&job, &instant, &report, parent))
             .map_err(CaptureError::Fork)?;
-        held.union(&pages);
+        held.union(pages);
         Ok(Capture {
             pidfd,
             is_waited_for: false,

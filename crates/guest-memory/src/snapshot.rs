@@ -213,7 +213,7 @@ fn without_short(parts: &[Part], short: u64, maps: &mut Vec<Part>, copies: &mut 
 fn push(parts: &mut Vec<Part>, pages: Range<u64>, step: Step) {
     match parts.last_mut() {
         Some((before, same)) if *same == step && before.end == pages.start => {
-            before.end = pages.end
+            before.end = pages.end;
         }
         _ => parts.push((pages, step)),
     }
@@ -240,7 +240,7 @@ impl GuestRam {
                 match advise(libc::MADV_POPULATE_READ) {
                     // Linux before 5.14.
                     Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-                        advise(libc::MADV_WILLNEED)?
+                        advise(libc::MADV_WILLNEED)?;
                     }
                     other => other?,
                 }

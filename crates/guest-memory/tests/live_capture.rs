@@ -88,7 +88,7 @@ fn a_capture_is_the_memory_of_one_instant_however_fast_it_is_written() {
             let prepared = ram.prepare_capture(&file).unwrap();
             let (capture, want) = writers.stand_still(2, || {
                 let want = content(&ram);
-                (prepared.start(PageSet::all(PAGES)).unwrap(), want)
+                (prepared.start(&PageSet::all(PAGES)).unwrap(), want)
             });
             let map = capture.wait().unwrap();
             let back = GuestRam::map_snapshot(&plan, &[(&file, &map)]).unwrap();
@@ -123,7 +123,7 @@ fn what_is_written_ahead_and_then_changed_is_the_memory_of_one_instant_too() {
             prepared.write_ahead(&changed).unwrap();
             let (capture, want) = writers.stand_still(2, || {
                 let want = content(&ram);
-                (prepared.start(ram.take_written()).unwrap(), want)
+                (prepared.start(&ram.take_written()).unwrap(), want)
             });
             let map = capture.wait().unwrap();
             let back = GuestRam::map_snapshot(&plan, &[(&file, &map)]).unwrap();
@@ -153,12 +153,12 @@ fn a_child_inherits_what_has_changed_and_all_again_afterwards() {
     let busy = ram.prepare_capture(&tempfile::tempfile().unwrap());
     assert!(matches!(busy, Err(CaptureError::Busy)));
     let changed = PageSet::from_runs(PAGES, [7..8, 4000..4001]).unwrap();
-    let map = prepared.start(changed).unwrap().wait().unwrap();
+    let map = prepared.start(&changed).unwrap().wait().unwrap();
     assert_eq!(map.pages_of(PageKind::Data), PAGES, "zeroes over data");
     let back = GuestRam::map_snapshot(&plan, &[(&file, &map)]).unwrap();
     assert!(content(&back) == content(&ram));
     let again = tempfile::tempfile().unwrap();
-    let map = ram.capture_in_child(PageSet::all(PAGES), &again).unwrap();
+    let map = ram.capture_in_child(&PageSet::all(PAGES), &again).unwrap();
     let map = map.wait().unwrap();
     let back = GuestRam::map_snapshot(&plan, &[(&again, &map)]).unwrap();
     assert!(content(&back) == content(&ram));
@@ -170,7 +170,7 @@ fn captures_make_up_a_chain_with_pages_that_become_zero() {
     ram.write(0, &vec![7; 100 * PAGE_SIZE as usize]).unwrap();
     let base = tempfile::tempfile().unwrap();
     let base_map = ram
-        .capture_in_child(PageSet::all(PAGES), &base)
+        .capture_in_child(&PageSet::all(PAGES), &base)
         .unwrap()
         .wait()
         .unwrap();
@@ -181,7 +181,7 @@ fn captures_make_up_a_chain_with_pages_that_become_zero() {
     let changed = PageSet::from_runs(PAGES, [50..52, 5000..5001]).unwrap();
     let newer = tempfile::tempfile().unwrap();
     let newer_map = ram
-        .capture_in_child(changed, &newer)
+        .capture_in_child(&changed, &newer)
         .unwrap()
         .wait()
         .unwrap();
@@ -201,7 +201,7 @@ fn the_descriptor_says_when_it_is_done() {
     let (_, ram) = ram();
     ram.write(0, &vec![7; PAGE_SIZE as usize * 4096]).unwrap();
     let file = tempfile::tempfile().unwrap();
-    let capture = ram.capture_in_child(PageSet::all(PAGES), &file).unwrap();
+    let capture = ram.capture_in_child(&PageSet::all(PAGES), &file).unwrap();
     let mut wait = [rustix::event::PollFd::from_borrowed_fd(
         capture.as_fd(),
         rustix::event::PollFlags::IN,
@@ -222,7 +222,7 @@ fn a_failed_write_is_told_with_its_place() {
     let prepared = ram.prepare_capture(&file).unwrap();
     // From now on nobody can write.
     fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
-    let capture = prepared.start(PageSet::all(PAGES)).unwrap();
+    let capture = prepared.start(&PageSet::all(PAGES)).unwrap();
     let e = capture.wait().unwrap_err().to_string();
     assert!(
         e.contains("at offset 20480 of the memory file: Operation not permitted"),
@@ -237,11 +237,35 @@ fn a_capture_that_nobody_wants_any_more_ends_at_once() {
         .unwrap();
     let file = tempfile::tempfile().unwrap();
     let children = || std::fs::read_to_string("/proc/thread-self/children").unwrap();
-    let capture = ram.capture_in_child(PageSet::all(PAGES), &file).unwrap();
+    let capture = ram.capture_in_child(&PageSet::all(PAGES), &file).unwrap();
     assert_eq!(children().split_whitespace().count(), 1);
     drop(capture);
     assert_eq!(children(), "", "no child, no zombie");
     let fresh = tempfile::tempfile().unwrap();
-    let e = ram.capture_in_child(PageSet::all(1), &fresh).unwrap_err();
+    let e = ram.capture_in_child(&PageSet::all(1), &fresh).unwrap_err();
     assert!(matches!(e, CaptureError::Save(_)), "{e}");
+}
+
+/// A refused call would end the whole test program.
+#[test]
+fn the_role_that_captures_may_do_all_it_takes() {
+    let (plan, ram) = ram();
+    ram.write(0, &vec![7; 200 * PAGE_SIZE as usize]).unwrap();
+    let files = [(); 3].map(|()| tempfile::tempfile().unwrap());
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            alveole_thread_sandbox::enter(alveole_thread_sandbox::Role::Files, "files").unwrap();
+            let mut prepared = ram.prepare_capture(&files[0]).unwrap();
+            prepared.write_ahead(&PageSet::all(PAGES)).unwrap();
+            let few = PageSet::from_runs(PAGES, [3..5]).unwrap();
+            let map = prepared.start(&few).unwrap().wait().unwrap();
+            let saved = ram.save_pages(&PageSet::all(PAGES), &files[1]).unwrap();
+            drop(ram.capture_in_child(&PageSet::all(PAGES), &files[2]));
+            [map, saved]
+        });
+        for (map, file) in worker.join().unwrap().iter().zip(&files) {
+            let back = GuestRam::map_snapshot(&plan, &[(file, map)]).unwrap();
+            assert!(content(&back) == content(&ram));
+        }
+    });
 }
