@@ -187,7 +187,7 @@ mod tests {
         // 511 lies in an extent with one other, 512 to 543 are 32 of one.
         let copied: Vec<_> = instant.copied().runs().collect();
         assert_eq!(copied, [0..1, 511..544, 1024..1056]);
-        assert_eq!(instant.inherited().runs().collect::<Vec<_>>(), [5000..5600]);
+        assert!(instant.inherited().runs().eq(std::iter::once(5000..5600)));
     }
 
     #[test]

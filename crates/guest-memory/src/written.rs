@@ -237,7 +237,7 @@ mod tests {
                 |ram| {
                     ram.as_vm_memory()
                         .write_obj(7u64, GuestAddress(0xb000))
-                        .unwrap()
+                        .unwrap();
                 },
                 &[11],
             ),

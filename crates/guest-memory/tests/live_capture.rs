@@ -257,7 +257,7 @@ fn the_role_that_captures_may_do_all_it_takes() {
             alveole_thread_sandbox::enter(alveole_thread_sandbox::Role::Files, "files").unwrap();
             let mut prepared = ram.prepare_capture(&files[0]).unwrap();
             prepared.write_ahead(&PageSet::all(PAGES)).unwrap();
-            let few = PageSet::from_runs(PAGES, [3..5]).unwrap();
+            let few = PageSet::from_runs(PAGES, std::iter::once(3..5)).unwrap();
             let map = prepared.start(&few).unwrap().wait().unwrap();
             let saved = ram.save_pages(&PageSet::all(PAGES), &files[1]).unwrap();
             drop(ram.capture_in_child(&PageSet::all(PAGES), &files[2]));
