@@ -148,7 +148,12 @@ impl Piece {
             let rest = &mut area.bytes()[self.moved as usize..];
             return Ranges::One(rest.as_mut_ptr(), left.min(rest.len()));
         }
-        match self.rest.as_ref().unwrap_or(&self.buffers).iovecs() {
+        let buffers = self.rest.as_ref().unwrap_or(&self.buffers);
+        let ranges = match self.action {
+            Action::Read => buffers.iovecs_to_fill(),
+            _ => buffers.iovecs(),
+        };
+        match ranges {
             [one] => Ranges::One(one.iov_base.cast(), one.iov_len.min(MAX_TRANSFER)),
             many => Ranges::Many(&many[..many.len().min(MAX_IOVECS)]),
         }

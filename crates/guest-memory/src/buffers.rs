@@ -129,10 +129,26 @@ impl GuestBuffers {
         self.len_bytes == 0
     }
 
-    /// The ranges as system calls take them. To follow the pointers is unsafe, and the kernel's business.
+    /// The ranges as system calls take them that only read RAM. To follow the pointers is unsafe, and the kernel's
+    /// business.
     #[must_use]
     pub fn iovecs(&self) -> &[libc::iovec] {
         &self.iovecs
+    }
+
+    /// The ranges for system calls that fill them. They count as written from now on ([`GuestRam::track_writes`]), though they
+    /// are filled later: whoever looks what was written waits for what is under way first.
+    #[must_use]
+    pub fn iovecs_to_fill(&self) -> &[libc::iovec] {
+        for iovec in &self.iovecs {
+            self.mark(iovec.iov_base.cast(), iovec.iov_len);
+        }
+        &self.iovecs
+    }
+
+    #[inline]
+    fn mark(&self, ptr: *mut u8, size: usize) {
+        self.ram.mark_written(ptr as u64, size as u64);
     }
 
     /// Whether every range starts and ends at a multiple of `align` in host memory (`O_DIRECT`).
@@ -163,6 +179,7 @@ impl GuestBuffers {
         let mut rest = from;
         self.for_each_range(offset, from.len() as u64, |ptr, size| {
             let (now, later) = rest.split_at(size);
+            self.mark(ptr, size);
             // SAFETY: the range was checked to be RAM when it was pushed, and `ram` keeps it mapped.
             unsafe { VolatileSlice::new(ptr, size) }.copy_from(now);
             rest = later;
@@ -188,6 +205,7 @@ impl GuestBuffers {
     /// They are not all there: a mistake of the caller.
     pub fn zero(&self, offset: u64, len: u64) {
         self.for_each_range(offset, len, |ptr, size| {
+            self.mark(ptr, size);
             // SAFETY: the range was checked to be RAM when it was pushed, and `ram` keeps it mapped; the
             // guest may write there meanwhile, as it may during any device's write.
             unsafe { std::ptr::write_bytes(ptr, 0, size) };
@@ -199,6 +217,8 @@ impl GuestBuffers {
     /// # Errors
     /// What the host says; [`io::ErrorKind::UnexpectedEof`] where the file ends before.
     pub fn read_from_file(&self, file: &File, offset: u64) -> io::Result<()> {
+        // All of them, before the first is filled.
+        let _ = self.iovecs_to_fill();
         self.transfer(offset, |iovecs, at| {
             // SAFETY: every range is mapped for as long as `self` lives; the kernel may write there.
             unsafe {

@@ -9,15 +9,31 @@
 #![expect(unsafe_code, reason = "mapping RAM is this crate's job")]
 
 mod buffers;
+mod capture;
+mod child;
+mod instant;
+mod memory_map;
+mod page_set;
 mod plan;
 mod ram;
+mod save;
+mod snapshot;
 mod sockets;
+mod written;
 
 pub use buffers::{GuestBuffers, MAX_IOVECS};
+pub use capture::{Capture, CaptureError, Death, PreparedCapture};
+pub use memory_map::{
+    LayerRun, MAX_LAYERS, MemoryMap, MemoryMapError, PageKind, PageRun, newest_of_layers,
+};
+pub use page_set::{PageSet, PageSetError};
 pub use plan::{HOLE_END, HOLE_START, MAX_SIZE_BYTES, MemoryPlan, PlanError, RamRange};
-pub use ram::{AccessError, GuestRam, MapError};
+pub use ram::{AccessError, GuestRam, MapError, VmMemory};
+pub use save::SaveError;
+pub use snapshot::MAX_MAPPINGS;
 pub use vm_memory;
 pub use vm_memory::{ByteValued, GuestAddress};
+pub use written::{WriteLog, WriteLogSlice};
 
 /// Size of the smallest page of guest and host, in bytes.
 pub const PAGE_SIZE: u64 = 4096;

@@ -2,9 +2,11 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
@@ -12,7 +14,10 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
-use crate::{MemoryPlan, PAGE_SIZE, RamRange};
+use crate::{MemoryMapError, MemoryPlan, PAGE_SIZE, PageSet, RamRange, WriteLog};
+
+/// The mapping as `vm-memory` has it: whatever is written through it is marked in the [`WriteLog`] of its range.
+pub type VmMemory = GuestMemoryMmap<WriteLog>;
 
 /// What the host gives in one piece where it can.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -45,6 +50,43 @@ pub enum MapError {
     /// The mapped ranges do not make an address space.
     #[error("cannot order the guest memory ranges: {0}")]
     Ranges(String),
+    /// The maps of memory files are none, or do not make up this memory.
+    #[error(transparent)]
+    Maps(#[from] MemoryMapError),
+    /// A memory file that cannot be mapped.
+    #[error(
+        "memory file {layer} of the snapshot is no plain file: devices and pipes cannot be mapped"
+    )]
+    NoPlainFile {
+        /// Which, the oldest being 0.
+        layer: usize,
+    },
+    /// A memory file that was cut, or is one of another guest.
+    #[error(
+        "memory file {layer} of the snapshot has {file_bytes} bytes, guest memory is {size_bytes}: was it cut, or is it another guest's?"
+    )]
+    ShortFile {
+        /// Which, the oldest being 0.
+        layer: usize,
+        /// How long it is.
+        file_bytes: u64,
+        /// How long it must be.
+        size_bytes: u64,
+    },
+    /// A memory file could not be put in place.
+    #[error(
+        "cannot place {len} bytes at offset {offset} of memory file {layer} of the snapshot: {source}"
+    )]
+    Layer {
+        /// Which, the oldest being 0.
+        layer: usize,
+        /// Offset in the file.
+        offset: u64,
+        /// How many bytes.
+        len: u64,
+        /// What the host said.
+        source: io::Error,
+    },
 }
 
 /// Why an access to RAM failed.
@@ -73,7 +115,26 @@ pub enum AccessError {
 /// A handle on the RAM of one guest. Clones share the mapping; the last one unmaps it.
 #[derive(Debug, Clone)]
 pub struct GuestRam {
-    map: Arc<GuestMemoryMmap>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    map: VmMemory,
+    /// Whether somebody tracks writes: asked here by who does not write through `map`.
+    is_tracking: AtomicBool,
+    /// Whether somebody captures it: what a child inherits can be said once only.
+    is_captured: AtomicBool,
+    /// Pages that show a file's content until they are written.
+    filed: Mutex<Vec<Range<u64>>>,
+}
+
+/// One range of RAM, for this crate.
+pub(crate) struct Region<'a> {
+    pub(crate) log: &'a WriteLog,
+    pub(crate) pages: u64,
+    pub(crate) host_addr: u64,
+    start: u64,
 }
 
 impl GuestRam {
@@ -98,24 +159,32 @@ impl GuestRam {
             .collect::<Result<Vec<_>, _>>()?;
         let map =
             GuestMemoryMmap::from_regions(regions).map_err(|e| MapError::Ranges(e.to_string()))?;
-        Ok(Self { map: Arc::new(map) })
+        let shared = Shared {
+            map,
+            is_tracking: AtomicBool::new(false),
+            is_captured: AtomicBool::new(false),
+            filed: Mutex::default(),
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+        })
     }
 
     /// The mapping as `vm-memory` sees it, for crates that speak to it directly.
     #[must_use]
-    pub fn as_vm_memory(&self) -> &GuestMemoryMmap {
-        &self.map
+    pub fn as_vm_memory(&self) -> &VmMemory {
+        &self.shared.map
     }
 
     /// All RAM, in bytes.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
-        self.map.iter().map(GuestMemoryRegion::len).sum()
+        self.shared.map.iter().map(GuestMemoryRegion::len).sum()
     }
 
     /// Every range with the host address it is mapped at.
     pub fn mapped_ranges(&self) -> impl Iterator<Item = (RamRange, u64)> + '_ {
-        self.map.iter().map(|r| {
+        self.shared.map.iter().map(|r| {
             let range = RamRange {
                 start: r.start_addr().0,
                 size_bytes: r.len(),
@@ -124,10 +193,98 @@ impl GuestRam {
         })
     }
 
+    /// All RAM, in pages: what a [`PageSet`] of it is made for.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.size_bytes() / PAGE_SIZE
+    }
+
+    /// Pages of each range, in order: what [`PageSet::from_bitmaps`] wants to know.
+    #[must_use]
+    pub fn range_pages(&self) -> Vec<u64> {
+        self.regions().map(|region| region.pages).collect()
+    }
+
+    /// The ranges, in order.
+    pub(crate) fn regions(&self) -> impl Iterator<Item = Region<'_>> {
+        self.shared.map.iter().map(|r| Region {
+            log: MmapRegion::bitmap(r),
+            pages: r.len() / PAGE_SIZE,
+            start: r.start_addr().0,
+            host_addr: r.as_ptr() as u64,
+        })
+    }
+
+    pub(crate) fn is_tracking(&self) -> &AtomicBool {
+        &self.shared.is_tracking
+    }
+
+    pub(crate) fn is_captured(&self) -> &AtomicBool {
+        &self.shared.is_captured
+    }
+
+    /// The pages of each range, counted through all of them.
+    pub(crate) fn page_ranges(&self) -> Vec<Range<u64>> {
+        self.pieces(&(0..self.pages()), |_, _| ())
+            .map(|(pages, ())| pages)
+            .collect()
+    }
+
+    /// `pages` cut at the ends of ranges, each with its guest address.
+    pub(crate) fn guest_pieces(
+        &self,
+        pages: &Range<u64>,
+    ) -> impl Iterator<Item = (Range<u64>, u64)> {
+        self.pieces(pages, |region, skip| region.start + skip)
+    }
+
+    /// `pages` cut at the ends of ranges, each with the address where it is mapped.
+    pub(crate) fn host_pieces(
+        &self,
+        pages: &Range<u64>,
+    ) -> impl Iterator<Item = (Range<u64>, u64)> {
+        self.pieces(pages, |region, skip| region.host_addr + skip)
+    }
+
+    fn pieces<T>(
+        &self,
+        pages: &Range<u64>,
+        place: impl Fn(&Region<'_>, u64) -> T,
+    ) -> impl Iterator<Item = (Range<u64>, T)> {
+        let (start, end) = (pages.start, pages.end);
+        let mut first = 0;
+        self.regions().filter_map(move |region| {
+            let range = first..first + region.pages;
+            first = range.end;
+            let piece = start.max(range.start)..end.min(range.end);
+            let skip = piece.start.saturating_sub(range.start) * PAGE_SIZE;
+            (!piece.is_empty()).then(|| (piece, place(&region, skip)))
+        })
+    }
+
+    /// Pages that show a file's content until they are written: they are not zero where nobody has touched them.
+    pub(crate) fn filed_pages(&self) -> PageSet {
+        let mut set = PageSet::none(self.pages());
+        let filed = self.shared.filed.lock();
+        for pages in filed.unwrap_or_else(PoisonError::into_inner).iter() {
+            set.insert(pages.clone());
+        }
+        set
+    }
+
+    /// Maps pages of `file` in place of the same pages of RAM, copy-on-write.
+    pub(crate) fn map_file_pages(&self, file: &File, pages: &Range<u64>) -> io::Result<()> {
+        for (piece, host_addr) in self.host_pieces(pages) {
+            let len = (piece.end - piece.start) * PAGE_SIZE;
+            self.map_over(file, piece.start * PAGE_SIZE, host_addr, len)?;
+        }
+        Ok(())
+    }
+
     /// Whether `len` bytes from `addr` on are all RAM, in one range.
     #[must_use]
     pub fn contains(&self, addr: u64, len: u64) -> bool {
-        self.map.iter().any(|r| {
+        self.shared.map.iter().any(|r| {
             let start = r.start_addr().0;
             addr >= start && addr - start <= r.len() && len <= r.len() - (addr - start)
         })
@@ -139,7 +296,8 @@ impl GuestRam {
     /// Part of the range is not RAM.
     pub fn read(&self, addr: u64, into: &mut [u8]) -> Result<(), AccessError> {
         let len = into.len() as u64;
-        self.map
+        self.shared
+            .map
             .read_slice(into, GuestAddress(addr))
             .map_err(|_| AccessError::Outside { addr, len })
     }
@@ -150,7 +308,8 @@ impl GuestRam {
     /// Part of the range is not RAM.
     pub fn write(&self, addr: u64, from: &[u8]) -> Result<(), AccessError> {
         let len = from.len() as u64;
-        self.map
+        self.shared
+            .map
             .write_slice(from, GuestAddress(addr))
             .map_err(|_| AccessError::Outside { addr, len })
     }
@@ -241,6 +400,7 @@ impl GuestRam {
             return Ok(());
         }
         let ptr = self.host_ptr(addr, len)?;
+        self.mark_written(ptr as u64, len);
         // SAFETY: `host_ptr` checked that the range is inside one mapping that lives as long as `self`.
         // No guest runs while its memory is being filled, and no other reference into RAM exists:
         // this crate hands out copies only.
@@ -256,18 +416,37 @@ impl GuestRam {
 
     fn map_pages(&self, file: &File, offset: u64, addr: u64, len: u64) -> Result<(), AccessError> {
         let ptr = self.host_ptr(addr, len)?;
-        let failed = |source| AccessError::File {
-            offset,
-            len,
-            source,
-        };
+        self.map_over(file, offset, ptr as u64, len)
+            .map_err(|source| AccessError::File {
+                offset,
+                len,
+                source,
+            })
+    }
+
+    /// Maps `len` bytes of `file` over those at `host_addr`, which are whole pages of one range.
+    fn map_over(&self, file: &File, offset: u64, host_addr: u64, len: u64) -> io::Result<()> {
         let file_offset = libc::off_t::try_from(offset)
-            .map_err(|e| failed(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+        self.mark_written(host_addr, len);
+        // Said before it is true: in between such a page is taken for one that may not be zero.
+        let mut first = 0;
+        for region in self.regions() {
+            let into = host_addr.wrapping_sub(region.host_addr) / PAGE_SIZE;
+            if host_addr >= region.host_addr && into < region.pages {
+                let start = first + into;
+                let filed = self.shared.filed.lock();
+                filed
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .push(start..start + len / PAGE_SIZE);
+            }
+            first += region.pages;
+        }
         // SAFETY: the range is page-aligned and inside one mapping of ours, so that MAP_FIXED replaces
         // nothing else; the region's owner still unmaps the whole range in the end.
         let got = unsafe {
             libc::mmap(
-                ptr.cast(),
+                host_addr as *mut libc::c_void,
                 usize::try_from(len).unwrap_or_default(),
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
@@ -276,7 +455,7 @@ impl GuestRam {
             )
         };
         if got == libc::MAP_FAILED {
-            return Err(failed(io::Error::last_os_error()));
+            return Err(io::Error::last_os_error());
         }
         Ok(())
     }
@@ -285,7 +464,8 @@ impl GuestRam {
         if !self.contains(addr, len) {
             return Err(AccessError::Outside { addr, len });
         }
-        self.map
+        self.shared
+            .map
             .get_host_address(GuestAddress(addr))
             .map_err(|_| AccessError::Outside { addr, len })
     }
@@ -315,7 +495,7 @@ fn read_in_parallel(file: &File, into: &mut [u8], offset: u64) -> io::Result<()>
     helped.unwrap_or_else(|| file.read_exact_at(low, offset))
 }
 
-fn map_range(range: &RamRange) -> Result<GuestRegionMmap, MapError> {
+fn map_range(range: &RamRange) -> Result<GuestRegionMmap<WriteLog>, MapError> {
     let refused = |source| MapError::Refused {
         start: range.start,
         size_bytes: range.size_bytes,
@@ -340,15 +520,15 @@ fn map_range(range: &RamRange) -> Result<GuestRegionMmap, MapError> {
 
 /// Maps `size` bytes, if possible from the boundary of a huge page on: ranges start at such a boundary in
 /// the guest, and only where both agree can host and hypervisor use huge pages.
-fn map_aligned(size: usize) -> Result<MmapRegion, MmapRegionError> {
+fn map_aligned(size: usize) -> Result<MmapRegion<WriteLog>, MmapRegionError> {
     let map = |size| {
-        MmapRegionBuilder::<()>::new(size)
+        MmapRegionBuilder::<WriteLog>::new(size)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             .build()
     };
     let is_aligned =
-        |region: &MmapRegion| (region.as_ptr() as usize).is_multiple_of(HUGE_PAGE_BYTES);
+        |region: &MmapRegion<WriteLog>| (region.as_ptr() as usize).is_multiple_of(HUGE_PAGE_BYTES);
     let mut region = map(size)?;
     // A mapping goes to the end of the highest gap that holds it. Kernels before 6.7, and later ones for
     // odd sizes, do not care for the boundary, so that gap is given an end that does: a larger mapping

@@ -12,7 +12,7 @@ impl GuestBuffers {
     /// # Errors
     /// What the host says; [`io::ErrorKind::WouldBlock`] where nothing has come in.
     pub fn receive_from(&self, socket: BorrowedFd<'_>) -> io::Result<u64> {
-        self.exchange(|message| {
+        self.exchange(self.iovecs_to_fill(), |message| {
             // SAFETY: the header and its ranges live until the call returns, and every range is mapped for as
             // long as `self` lives; the kernel may write there.
             unsafe { libc::recvmsg(socket.as_raw_fd(), message, libc::MSG_DONTWAIT) }
@@ -25,7 +25,7 @@ impl GuestBuffers {
     /// What the host says; [`io::ErrorKind::WouldBlock`] where it takes nothing for now,
     /// [`io::ErrorKind::BrokenPipe`], and no signal, where the peer reads no more.
     pub fn send_to(&self, socket: BorrowedFd<'_>) -> io::Result<u64> {
-        self.exchange(|message| {
+        self.exchange(self.iovecs(), |message| {
             let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
             // SAFETY: the header and its ranges live until the call returns, and every range is mapped for as
             // long as `self` lives; the kernel only reads there.
@@ -33,8 +33,11 @@ impl GuestBuffers {
         })
     }
 
-    fn exchange(&self, mut call: impl FnMut(&mut libc::msghdr) -> isize) -> io::Result<u64> {
-        let ranges = self.iovecs();
+    fn exchange(
+        &self,
+        ranges: &[libc::iovec],
+        mut call: impl FnMut(&mut libc::msghdr) -> isize,
+    ) -> io::Result<u64> {
         // SAFETY: a message header of zeroes is valid: no name, no range, no control data.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = ranges.as_ptr().cast_mut();

@@ -38,10 +38,24 @@ impl Iovecs {
     }
 
     /// The guest's memory without its first `skip` bytes and beyond `len`, as far as one call takes it with one more
-    /// part behind; how many bytes that is.
+    /// part behind; how many bytes that is. For a call that only reads it.
     pub(crate) fn push_guest(&mut self, buffers: &GuestBuffers, skip: usize, len: usize) -> usize {
+        self.push_ranges(buffers.iovecs(), skip, len)
+    }
+
+    /// As [`Self::push_guest`], for a call that fills it.
+    pub(crate) fn push_guest_to_fill(
+        &mut self,
+        buffers: &GuestBuffers,
+        skip: usize,
+        len: usize,
+    ) -> usize {
+        self.push_ranges(buffers.iovecs_to_fill(), skip, len)
+    }
+
+    fn push_ranges(&mut self, ranges: &[libc::iovec], skip: usize, len: usize) -> usize {
         let (mut skip, mut left) = (skip, len);
-        for part in buffers.iovecs() {
+        for part in ranges {
             if left == 0 || self.0.len() + 1 >= MAX_IOVECS {
                 break;
             }

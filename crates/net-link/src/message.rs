@@ -105,7 +105,9 @@ impl LinkQueue for MessageQueue {
         let skip = if self.has_header { 0 } else { HEADER_BYTES };
         let len = usize::try_from(into.len_bytes()).unwrap_or(usize::MAX);
         self.iovecs.clear();
-        let room = self.iovecs.push_guest(into, skip, len.saturating_sub(skip));
+        let room = self
+            .iovecs
+            .push_guest_to_fill(into, skip, len.saturating_sub(skip));
         self.iovecs.push_target(&mut self.spill);
         let read = self.take()?;
         let received = self.judge(read, room);
@@ -125,7 +127,7 @@ impl LinkQueue for MessageQueue {
         head[..skip].fill(0);
         self.iovecs.clear();
         self.iovecs.push_target(&mut head[skip..known]);
-        let room = known - skip + self.iovecs.push_guest(into, known, len - known);
+        let room = known - skip + self.iovecs.push_guest_to_fill(into, known, len - known);
         self.iovecs.push_target(&mut self.spill);
         let read = self.take()?;
         let received = self.judge(read, room);

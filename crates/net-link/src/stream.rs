@@ -140,7 +140,8 @@ impl StreamQueue {
         let have = self.inbox.len() - LENGTH_BYTES;
         let missing = length - have;
         self.iovecs.clear();
-        self.iovecs.push_guest(into, HEADER_BYTES + have, missing);
+        self.iovecs
+            .push_guest_to_fill(into, HEADER_BYTES + have, missing);
         self.iovecs.push_target(&mut self.ahead);
         let n = match self.iovecs.receive_stream(self.fd.as_fd())? {
             None => return Ok(Some(Received::WouldBlock)),

@@ -314,6 +314,10 @@ impl VhostNet {
         // Of a split ring it is the index alone.
         self.positions[ring.index()] = (state.value & 0xffff) as u16;
         self.running[ring.index()] = false;
+        // The kernel wrote frames and rings, and does not say where.
+        if let Some(ram) = &self.ram {
+            ram.mark_all_written();
+        }
         if self.running == [false; 2] {
             self.ram = None;
         }

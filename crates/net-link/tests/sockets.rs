@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use alveole_guest_memory::{GuestBuffers, GuestRam, MemoryPlan};
+use alveole_guest_memory::{GuestBuffers, GuestRam, MemoryPlan, PAGE_SIZE};
 use alveole_net_link::{
     Frame, HEADER_BYTES, LinkQueue, LinkSpec, MAX_FRAME_BYTES, NetLink, Offloads, Received, Sent,
     open,
@@ -400,5 +400,45 @@ fn datagrams_show_how_they_begin_and_go_to_the_guest_whole() {
         }
         let nothing = link.queues[0].receive_seen(&mut [0; 64], &parts(&ram, 100, 50));
         assert_eq!(nothing.unwrap(), Received::WouldBlock);
+    }
+}
+
+/// A snapshot must hold what comes in from a network.
+#[test]
+fn pages_that_frames_are_written_to_are_known() {
+    for len in [60, 1514, 20_000] {
+        for is_seen in [false, true] {
+            let (stream, mut stream_end) = stream();
+            stream_end.write_all(&framed(&content(len, 1))).unwrap();
+            let (mut messages, mut ends) = alveole_net_link::testing::pair(1);
+            let message_end = ends.remove(0);
+            message_end
+                .send(&[&HEADER[..], &content(len, 1)].concat())
+                .unwrap();
+            let (mut plain, plain_end) = alveole_net_link::testing::plain_pair();
+            plain_end.send(&content(len, 1)).unwrap();
+            let messages = messages.queues.remove(0);
+            let plain = plain.queues.remove(0);
+            for mut link in [stream, messages, plain] {
+                let ram = ram();
+                ram.track_writes();
+                let into = parts(&ram, HEADER_BYTES + len, 700);
+                let got = if is_seen {
+                    let mut head = [1; HEADER_BYTES + 128];
+                    link.receive_seen(&mut head, &into).unwrap()
+                } else {
+                    link.receive(&into).unwrap()
+                };
+                assert_eq!(got, Received::Frame((HEADER_BYTES + len) as u64));
+                let written = ram.take_written();
+                let mut bytes = [0; PAGE_SIZE as usize];
+                for page in 0..ram.pages() {
+                    ram.read(page * PAGE_SIZE, &mut bytes).unwrap();
+                    let changed = bytes.iter().any(|b| *b != 0);
+                    assert!(!changed || written.contains(page), "page {page}");
+                }
+                assert!(!written.is_empty() && written.count() < 40);
+            }
+        }
     }
 }

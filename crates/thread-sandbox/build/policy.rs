@@ -60,8 +60,14 @@ pub(crate) const NEVER: &[&str] = &[
 ];
 
 /// What of these the thread that opens files for a running machine may have, and nobody else: a client of the API puts
-/// another image into a drive. That thread sees no byte of a guest, and exists only where there is somebody to ask.
-pub(crate) const ONLY_FILES: &[&str] = &["openat", "io_uring_setup"];
+/// another image into a drive, or saves the guest. That thread sees no byte of a guest, and exists only where there is somebody to ask.
+pub(crate) const ONLY_FILES: &[&str] = &["openat", "io_uring_setup", "clone"];
+
+/// A process that saves guest memory while the guest goes on, under the same filter: nothing else may be made. These
+/// flags make no thread, share no memory and enter no namespace.
+const FORKS: &str = "clone";
+/// CLONE_PIDFD | CLONE_FILES, and no signal at the end.
+pub(crate) const FORK_FLAGS: u32 = 0x1400;
 
 /// Calls that make memory executable when argument 2 says so: only without that bit.
 const MAPS_MEMORY: &[&str] = &["mmap", "mprotect"];
@@ -304,6 +310,13 @@ fn rule_of(
         return Err(format!(
             "{place}: memory may not become executable; add {{ \"index\": 2, \"lacks\": \"0x4\", \
              \"means\": \"PROT_EXEC\" }}"
+        ));
+    }
+    let plain_fork = |c: &Condition| c.index == 0 && matches!(c.test, Test::Is(FORK_FLAGS));
+    if syscall == FORKS && !args.iter().any(plain_fork) {
+        return Err(format!(
+            "{place}: only a process that saves guest memory may be made; add {{ \"index\": 0, \"is\": \"{FORK_FLAGS:#x}\", \
+             \"means\": \"CLONE_PIDFD | CLONE_FILES\" }}"
         ));
     }
     let crash_only =

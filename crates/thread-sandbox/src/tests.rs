@@ -143,6 +143,13 @@ fn no_role_has_a_way_out() {
                 "{role}: {call}"
             );
         }
+        // A plain fork for `files`, no thread and no namespace for anybody.
+        let clones = |flags: u64| answer(&filter, data(X86_64, 56, [flags, 0, 0, 0, 0, 0]));
+        let fork = u64::from(policy::FORK_FLAGS);
+        assert_eq!(clones(fork) == TRAP, role != Role::Files, "{role}");
+        for bit in 0..32 {
+            assert_eq!(clones(fork ^ 1 << bit), TRAP, "{role}: {bit}");
+        }
         let sets = |signal| {
             data(
                 X86_64,
@@ -301,6 +308,12 @@ fn a_fragment_adds_to_the_role_it_names_and_only_when_it_is_there() {
 
 #[test]
 fn the_build_refuses_a_policy_with_a_mistake_and_says_where() {
+    let forks_threads = r#"[{ "syscall": "clone", "args": [{ "index": 0, "is": "0x3d0f00", "means": "m" }], "why": "w" }]"#;
+    let told = policy_of(&[("files.json", forks_threads)]).unwrap_err();
+    assert!(
+        told.contains("only a process that saves guest memory"),
+        "{told}"
+    );
     let rule = |text: &str| policy_of(&[("vcpu.json", text)]).unwrap_err();
     for (text, told) in [
         (
@@ -323,6 +336,10 @@ fn the_build_refuses_a_policy_with_a_mistake_and_says_where() {
         (
             r#"[{ "syscall": "execve", "why": "w" }]"#,
             "vcpu.json: rule 1 (execve): no role may make this call (NEVER in build/policy.rs)",
+        ),
+        (
+            r#"[{ "syscall": "clone", "why": "w" }]"#,
+            "vcpu.json: rule 1 (clone): no role may make this call (NEVER in build/policy.rs)",
         ),
         (
             r#"[{ "syscall": "mmap", "why": "w" }]"#,

@@ -1,6 +1,6 @@
 //! One descriptor chain, copied out of guest memory once.
 
-use alveole_guest_memory::vm_memory::GuestMemoryMmap;
+use alveole_guest_memory::VmMemory;
 use virtio_queue::DescriptorChain;
 
 use crate::BrokenRing;
@@ -66,10 +66,7 @@ impl Chain {
     }
 
     /// Copies the descriptors of `from`.
-    pub(crate) fn fill(
-        &mut self,
-        from: DescriptorChain<&GuestMemoryMmap>,
-    ) -> Result<(), BrokenRing> {
+    pub(crate) fn fill(&mut self, from: DescriptorChain<&VmMemory>) -> Result<(), BrokenRing> {
         self.head = from.head_index();
         self.segments.clear();
         self.readable = 0;

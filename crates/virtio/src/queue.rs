@@ -452,6 +452,37 @@ mod tests {
         )
     }
 
+    /// A snapshot must hold what a device has written into its rings.
+    #[test]
+    fn pages_of_rings_that_are_written_are_known() {
+        let (mut queue, ram, _) = queue();
+        let writes: [fn(&mut LiveQueue); 4] = [
+            |queue| queue.complete(1, 0).unwrap(),
+            |queue| queue.complete_together(&[(1, 0), (2, 0)]).unwrap(),
+            |queue| queue.stop_doorbell().unwrap(),
+            |queue| assert!(!queue.want_doorbell().unwrap()),
+        ];
+        for (number, write) in writes.into_iter().enumerate() {
+            let before = used_ring(&ram);
+            ram.track_writes();
+            write(&mut queue);
+            let written = ram.take_written();
+            if used_ring(&ram) != before {
+                assert_eq!(
+                    (written.count(), written.contains(3)),
+                    (1, true),
+                    "{number}"
+                );
+            }
+        }
+    }
+
+    fn used_ring(ram: &GuestRam) -> [u8; 256] {
+        let mut bytes = [0; 256];
+        ram.read(USED, &mut bytes).unwrap();
+        bytes
+    }
+
     #[test]
     fn what_is_completed_together_is_seen_together() {
         let (mut queue, ram, _) = queue();

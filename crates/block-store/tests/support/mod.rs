@@ -18,7 +18,7 @@ use std::time::Duration;
 use alveole_block_store::{
     BlockStore, Completion, Engine, OpenOptions, Operation, Request, StoreQueue, io_uring_available,
 };
-use alveole_guest_memory::{GuestBuffers, GuestRam, MemoryPlan};
+use alveole_guest_memory::{GuestBuffers, GuestRam, MemoryPlan, PAGE_SIZE};
 
 /// Says that `test` is skipped, where people and tools look.
 pub(crate) fn skip(test: &str, reason: &str) {
@@ -224,6 +224,8 @@ impl Rig {
         let len = self.model.len() as u64;
         let buffers = self.buffers(len, 0);
         let addr = 0;
+        // A snapshot must hold what disks have written into RAM.
+        self.ram.track_writes();
         self.queues[0].submit(Request {
             tag: 0,
             operation: Operation::Read,
@@ -234,6 +236,9 @@ impl Rig {
         let mut done = Vec::new();
         self.queues[0].drain(&mut done);
         assert!(done[0].result.is_ok(), "{:?}", done[0].result);
+        let written = self.ram.take_written();
+        let pages = std::iter::once(0..len.div_ceil(PAGE_SIZE));
+        assert!(written.runs().eq(pages), "pages a read wrote");
         let mut all = vec![0; len as usize];
         self.ram.read(addr, &mut all).unwrap();
         self.next_addr = 0;

@@ -154,13 +154,20 @@ impl BuildError {
     #[must_use]
     pub fn blames_description(&self) -> bool {
         match self {
-            Self::Memory(MapError::MoreThanHost { .. })
+            Self::Memory(
+                MapError::MoreThanHost { .. }
+                | MapError::Maps(_)
+                | MapError::NoPlainFile { .. }
+                | MapError::ShortFile { .. },
+            )
             | Self::Boot(_)
             | Self::TooManyCpus { .. }
             | Self::CpuTemplate(_)
             | Self::CpuConfig(_)
             | Self::TooManyDevices => true,
-            Self::Memory(MapError::Refused { .. } | MapError::Ranges(_))
+            Self::Memory(
+                MapError::Refused { .. } | MapError::Ranges(_) | MapError::Layer { .. },
+            )
             | Self::Tables(_)
             | Self::Acpi(_)
             | Self::Partition(_)
