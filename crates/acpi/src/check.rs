@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::{AcpiError, Board, DeviceNode, ECAM_BUS_BYTES, MAX_CPUS, PciRoot, dsdt};
+use crate::{AcpiError, Board, DeviceNode, ECAM_BUS_BYTES, Generation, MAX_CPUS, PciRoot, dsdt};
 
 pub(crate) fn check(board: &Board) -> Result<(), AcpiError> {
     let cpus = board.cpu_apic_ids.len();
@@ -12,6 +12,10 @@ pub(crate) fn check(board: &Board) -> Result<(), AcpiError> {
     let mut ids = HashSet::new();
     if let Some(twice) = board.cpu_apic_ids.iter().find(|id| !ids.insert(**id)) {
         return Err(AcpiError::SameApicId(*twice));
+    }
+    let Generation { guest_addr, gsi } = board.generation;
+    if !guest_addr.is_multiple_of(8) || gsi == board.power_button_gsi {
+        return Err(AcpiError::BadGeneration { guest_addr, gsi });
     }
     if let Some(pci) = &board.pci {
         check_pci(pci)?;

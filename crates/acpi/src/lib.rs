@@ -37,6 +37,8 @@ pub struct Board {
     pub power: PowerRegisters,
     /// Interrupt of the power button, edge-triggered.
     pub power_button_gsi: u32,
+    /// How the guest learns that it goes on as another machine.
+    pub generation: Generation,
     /// The PCI bus, if there is one.
     pub pci: Option<PciRoot>,
     /// Devices that the guest cannot find by itself.
@@ -58,6 +60,15 @@ pub struct PciRoot {
 
 /// Bytes of configuration window for each bus (PCI Express Base 5.0, 7.2.2).
 pub const ECAM_BUS_BYTES: u64 = 1 << 20;
+
+/// A generation id (Microsoft, "Virtual Machine Generation ID", 2012).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Generation {
+    /// Where its 16 bytes lie: a multiple of 8, in memory that the guest does not use.
+    pub guest_addr: u64,
+    /// The interrupt that says that they are new ones: edge-triggered, nobody else's.
+    pub gsi: u32,
+}
 
 /// One-byte ports for sleep (ACPI 6.5, 4.8.3.7) and reset (4.8.3.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,6 +160,16 @@ pub enum AcpiError {
         name: String,
         /// The id.
         hid: &'static str,
+    },
+    /// A generation id that no guest would find, or hear of.
+    #[error(
+        "cannot describe the generation id at {guest_addr:#x}, interrupt {gsi}: give an address that is a multiple of 8, behind the tables or before them, and an interrupt that is not the power button's"
+    )]
+    BadGeneration {
+        /// Where it was to lie.
+        guest_addr: u64,
+        /// Its interrupt.
+        gsi: u32,
     },
     /// A bus whose configuration window or whose windows for BARs cannot be.
     #[error(

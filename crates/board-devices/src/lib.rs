@@ -1,4 +1,4 @@
-//! Small fixed hardware: power and reset ports, keyboard controller, boot timer, panic port, power button.
+//! Small fixed hardware: power and reset ports, keyboard controller, boot timer, panic port, power button, generation id.
 //!
 //! Each is a few bytes of state behind one-byte registers. What the guest asks goes back with the
 //! access as [`Outcome::Asks`](alveole_io_bus::Outcome::Asks); nothing here acts on it, waits, or
@@ -10,6 +10,7 @@
 //! Deliberately does not know: buses, the machine's lifecycle, interrupt numbers, ACPI tables.
 
 mod boot_timer;
+mod generation;
 mod keyboard;
 mod keyboard_controller;
 mod panic_port;
@@ -20,6 +21,7 @@ mod power_ports;
 mod tests;
 
 pub use boot_timer::{BOOT_TIMER_GUEST_ADDR, BOOT_TIMER_MAGIC, BOOT_TIMER_SIZE_BYTES, BootTimer};
+pub use generation::{GENERATION_ID_BYTES, GenerationError, GenerationId};
 pub use keyboard_controller::{
     KEYBOARD_COMMAND_OFFSET, KEYBOARD_DATA_OFFSET, KEYBOARD_FIRST_PORT, KEYBOARD_PORTS,
     KeyboardController, Keys, Pressed,

@@ -1,5 +1,6 @@
 use std::sync::{Arc, Mutex};
 
+use alveole_guest_memory::{GuestRam, MemoryPlan};
 use alveole_interrupts::IrqLine;
 use alveole_io_bus::{BusDevice, MachineRequest, Outcome};
 use proptest::prelude::*;
@@ -355,4 +356,40 @@ proptest! {
         }
         prop_assert!(left <= 1 + 3 + 16, "{left} bytes");
     }
+}
+
+#[test]
+fn a_generation_id_is_written_where_it_lies_and_told_by_an_edge() {
+    const AT: u64 = 0xf_0000;
+    let ram = GuestRam::map(&MemoryPlan::around_hole(64 << 20).unwrap()).unwrap();
+    let line = IrqLine::new().unwrap();
+    let generation = GenerationId::new(line.clone(), AT);
+    let around = || {
+        let mut bytes = [0; 48];
+        ram.read(AT - 16, &mut bytes).unwrap();
+        bytes
+    };
+    let mut seen = vec![around()];
+    for _ in 0..3 {
+        generation.renew(&ram).unwrap();
+        seen.push(around());
+    }
+    for (index, bytes) in seen.iter().enumerate() {
+        assert_eq!((&bytes[..16], &bytes[32..]), (&[0; 16][..], &[0; 16][..]));
+        assert!(
+            seen[..index].iter().all(|before| before != bytes),
+            "an id that was there before"
+        );
+    }
+    assert_eq!(
+        line.take_edges(),
+        0,
+        "a guest that stands still is told later"
+    );
+    generation.announce();
+    assert_eq!(line.take_edges(), 1);
+
+    let nowhere = GenerationId::new(line, 1 << 40);
+    let error = nowhere.renew(&ram).unwrap_err().to_string();
+    assert!(error.contains("0x10000000000"), "{error}");
 }
