@@ -5,7 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use alveole_agent_protocol::{AGENT_PORT, Answer, Exit, Metrics, Process, Request, Shutdown};
+use alveole_agent_protocol::{
+    AGENT_PORT, Answer, Exit, MAX_HOOKS_MS, Metrics, Process, Renewal, Renewed, Request, Shutdown,
+};
 
 use crate::AgentError;
 use crate::session::Session;
@@ -145,6 +147,31 @@ impl Guest {
     /// The agent does not answer, or cannot.
     pub fn set_clock(&self, unix_ns: u64) -> Result<(), AgentError> {
         self.done(&Request::SetClock { unix_ns })
+    }
+
+    /// Makes the guest somebody else, and says what became of it, part by part; none of it is proved. Its hooks have their time besides the
+    /// patience for the agent.
+    ///
+    /// # Errors
+    ///
+    /// The agent does not answer, or is too old to know what this is ([`Refusal::UNKNOWN_REQUEST`]).
+    ///
+    /// [`Refusal::UNKNOWN_REQUEST`]: alveole_agent_protocol::Refusal::UNKNOWN_REQUEST
+    pub fn renew(&self, renewal: &Renewal) -> Result<Renewed, AgentError> {
+        let hooks = renewal.hooks_ms.unwrap_or(0).min(MAX_HOOKS_MS);
+        let patient = Self {
+            patience: self.patience + Duration::from_millis(hooks.into()),
+            ..self.clone()
+        };
+        match patient
+            .session()?
+            .ask(&Request::Renew(Box::new(renewal.clone())))?
+        {
+            Answer::Renewed(renewed) => Ok(*renewed),
+            _ => Err(AgentError::Unexpected {
+                what: "another answer than what became of a renewal",
+            }),
+        }
     }
 
     /// Sends a signal to a process that a session runs.
