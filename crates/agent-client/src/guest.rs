@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use alveole_agent_protocol::{
     AGENT_PORT, Answer, Exit, MAX_HOOKS_MS, Metrics, Process, Renewal, Renewed, Request, Shutdown,
@@ -150,7 +150,7 @@ impl Guest {
     }
 
     /// Makes the guest somebody else, and says what became of it, part by part; none of it is proved. Its hooks have their time besides the
-    /// patience for the agent.
+    /// patience for the agent. To `unix_ns`, which is the time of the call, what it takes to reach the agent is added.
     ///
     /// # Errors
     ///
@@ -163,10 +163,13 @@ impl Guest {
             patience: self.patience + Duration::from_millis(hooks.into()),
             ..self.clone()
         };
-        match patient
-            .session()?
-            .ask(&Request::Renew(Box::new(renewal.clone())))?
-        {
+        let begun = Instant::now();
+        let session = patient.session()?;
+        let mut renewal = renewal.clone();
+        // A guest that has just been restored may take a while to its first answer.
+        let passed_ns = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        renewal.unix_ns = renewal.unix_ns.map(|ns| ns.saturating_add(passed_ns));
+        match session.ask(&Request::Renew(Box::new(renewal)))? {
             Answer::Renewed(renewed) => Ok(*renewed),
             _ => Err(AgentError::Unexpected {
                 what: "another answer than what became of a renewal",
