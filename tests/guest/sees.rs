@@ -160,6 +160,10 @@ fn a_guest_finds_its_devices_without_help() {
         acpi.contains(&"ALVE0001 for VM_GEN_COUNTER:VMGENCTR:"),
         "no generation id: {acpi:?}"
     );
+    assert!(
+        acpi.contains(&"AMZNC10C for VMCLOCK:"),
+        "no VMClock: {acpi:?}"
+    );
     let lines = said("inspect: line ");
     for line in ["5-edge ACPI:Ged", "3-edge ACPI:Ged"] {
         assert!(lines.contains(&line), "no {line}: {lines:?}");

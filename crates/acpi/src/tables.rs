@@ -10,7 +10,8 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
 use crate::{
-    AcpiError, Board, DeviceNode, Generation, KEYBOARD_CONTROLLER_HID, MAX_SIZE_BYTES, Tables, dsdt,
+    AcpiError, Board, DeviceNode, Generation, KEYBOARD_CONTROLLER_HID, MAX_SIZE_BYTES, Tables,
+    VM_CLOCK_BYTES, dsdt,
 };
 
 const OEM: [u8; 6] = *b"ALVEOL";
@@ -58,11 +59,15 @@ pub(crate) fn lay_out(board: &Board, at: u64) -> Result<Tables, AcpiError> {
         return Err(AcpiError::Place { at, size_bytes });
     }
 
-    let Generation { guest_addr, gsi } = board.generation;
-    if guest_addr.saturating_add(GENERATION_ID_BYTES) > at
-        && end.is_some_and(|end| guest_addr < end)
-    {
-        return Err(AcpiError::BadGeneration { guest_addr, gsi });
+    let Generation {
+        id_addr,
+        clock_addr,
+        gsi: _,
+    } = board.generation;
+    for (start, length) in [(id_addr, GENERATION_ID_BYTES), (clock_addr, VM_CLOCK_BYTES)] {
+        if start.saturating_add(length) > at && end.is_some_and(|end| start < end) {
+            return Err(AcpiError::BadGeneration(board.generation));
+        }
     }
 
     let addr = |offset: usize| at + offset as u64;

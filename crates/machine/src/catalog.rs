@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use alveole_acpi::{DeviceNode, KEYBOARD_CONTROLLER_HID, PciRoot, PowerRegisters};
 use alveole_board_devices::{
-    BOOT_TIMER_SIZE_BYTES, BootTimer, GenerationId, KEYBOARD_COMMAND_OFFSET, KEYBOARD_PORTS,
+    BOOT_TIMER_SIZE_BYTES, BootTimer, Generation, KEYBOARD_COMMAND_OFFSET, KEYBOARD_PORTS,
     KeyboardController, Keys, PANIC_PORTS, POWER_PORTS, PanicPort, PowerButton, PowerPorts,
     RESET_OFFSET, RESET_VALUE, SLEEP_CONTROL_OFFSET, SLEEP_STATUS_OFFSET,
 };
@@ -40,7 +40,7 @@ pub(crate) struct Devices {
     pub(crate) nodes: Vec<DeviceNode>,
     pub(crate) power_button: PowerButton,
     pub(crate) keys: Keys,
-    pub(crate) generation: GenerationId,
+    pub(crate) generation: Generation,
     pub(crate) console: ConsoleHandle,
     pub(crate) console_worker: ConsoleWorker,
     /// The event loops that host workers.
@@ -80,7 +80,7 @@ pub(crate) fn place(
     let power_button = PowerButton::new(partition.irq_line(layout::POWER_BUTTON_GSI)?);
 
     let line = partition.irq_line(layout::GENERATION_GSI)?;
-    let generation = GenerationId::new(line, layout::GENERATION_ID_ADDR);
+    let generation = Generation::new(line, layout::GENERATION_ID_ADDR, layout::VM_CLOCK_ADDR);
 
     let keyboard = KeyboardController::new(partition.irq_line(layout::KEYBOARD_GSI)?);
     let keyboard = Arc::new(Mutex::new(keyboard));

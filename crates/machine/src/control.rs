@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use alveole_board_devices::{GenerationId, Keys, PowerButton};
+use alveole_board_devices::{Generation, Keys, PowerButton};
 use alveole_counters::Registry;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{CpuPosition, Partition};
@@ -93,7 +93,7 @@ pub struct Machine {
     pub(crate) console: ConsoleHandle,
     pub(crate) power_button: PowerButton,
     pub(crate) keys: Keys,
-    pub(crate) generation: GenerationId,
+    pub(crate) generation: Generation,
     /// What the devices add to the system calls of threads.
     pub(crate) sandbox: Vec<&'static str>,
     pub(crate) disks: Vec<BlkHandle>,
@@ -131,7 +131,7 @@ impl Machine {
 
     /// What tells the guest that it goes on as another machine.
     #[must_use]
-    pub fn generation(&self) -> &GenerationId {
+    pub fn generation(&self) -> &Generation {
         &self.generation
     }
 

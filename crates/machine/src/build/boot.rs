@@ -36,7 +36,8 @@ impl WithDevices {
             power: catalog::power_registers(),
             power_button_gsi: layout::POWER_BUTTON_GSI,
             generation: alveole_acpi::Generation {
-                guest_addr: layout::GENERATION_ID_ADDR,
+                id_addr: layout::GENERATION_ID_ADDR,
+                clock_addr: layout::VM_CLOCK_ADDR,
                 gsi: layout::GENERATION_GSI,
             },
             pci: devices.pci.take(),

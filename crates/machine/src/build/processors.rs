@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use alveole_board_devices::{GenerationId, Keys, PowerButton};
+use alveole_board_devices::{Generation, Keys, PowerButton};
 use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{InitialState, Partition};
@@ -25,7 +25,7 @@ pub(super) struct WithProcessors {
     pub(super) partition: Box<dyn Partition>,
     pub(super) power_button: PowerButton,
     pub(super) keys: Keys,
-    pub(super) generation: GenerationId,
+    pub(super) generation: Generation,
     pub(super) console: ConsoleHandle,
     pub(super) console_worker: ConsoleWorker,
     pub(super) threads: Threads,
