@@ -13,8 +13,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use alveole_agent_client::{AgentError, Guest, Session, Streams};
 use alveole_agent_protocol::{
-    Answer, CopyIn, CopyOut, Exit, Mount, Process, READY_PORT, Request, Setup, Shutdown,
-    ShutdownHow, Source, WindowSize,
+    Answer, CopyIn, CopyOut, Exit, Mount, Process, READY_PORT, Renewal, RenewedInterface, Request,
+    Setup, Shutdown, ShutdownHow, Source, WindowSize,
 };
 use alveole_guest_kernel::{KernelStore, Source as KernelSource};
 use serde_json::json;
@@ -22,6 +22,7 @@ use tempfile::TempDir;
 
 use crate::harness::images::{bytes, ext4, output, path, root_files, tool};
 use crate::harness::{End, Running, Vm, patience};
+use crate::network;
 
 const SECONDS: u64 = 60;
 
@@ -454,6 +455,106 @@ fn a_root_that_is_not_to_be_changed_is_not() {
         ready.said("hostname; echo y >/mnt/y; cat /mnt/y; stat -c %a /mnt"),
         "web1\ny\n700"
     );
+    ready.end();
+}
+
+/// Its root is one that is only read, which does not keep the agent from saying there who the guest is.
+#[test]
+fn a_guest_becomes_somebody_else() {
+    let images = TempDir::new().unwrap();
+    let Some(root) = root_disk(images.path()) else {
+        return;
+    };
+    if network::tap(1500).is_none() {
+        return;
+    }
+    let device = json!({"guest_mac": network::MAC});
+    let Some(machine) = Machine::start(|vm, _| with_root(vm, &root).tap("tap0", device)) else {
+        return;
+    };
+    let asked = Setup {
+        read_only: true,
+        // Far from the host's, as of a guest that was stopped long ago.
+        unix_ns: Some(1_000_000_000_000_000_000),
+        network: vec![format!(
+            "alveole.net={},ip=10.77.0.2/24,dns=10.77.0.1",
+            network::MAC
+        )],
+        ..setup()
+    };
+    let ready = machine.set_up(asked).unwrap();
+    assert!(ready.said("cat /etc/hosts").contains("10.77.0.2\tweb1"));
+    let now = || {
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap()
+            .as_nanos()
+    };
+    let renewal = Renewal {
+        entropy: vec![0x5a; 64],
+        unix_ns: Some(u64::try_from(now()).unwrap()),
+        hostname: Some("web2".into()),
+        machine_id: Some("00112233445566778899aabbccddeeff".into()),
+        interfaces: vec![RenewedInterface {
+            is: network::MAC.into(),
+            becomes: "alveole.net=02:77:00:00:00:09,ip=10.77.0.9/24,ip=fd77::9/64,gw=10.77.0.1,dns=10.77.0.7".into(),
+        }],
+        hooks_ms: Some(1000),
+    };
+    let renewed = ready.guest.renew(&renewal).unwrap();
+    assert_eq!(renewed.failures(), Vec::<String>::new());
+    let parts: Vec<_> = renewed.parts.iter().map(|p| p.part.as_str()).collect();
+    assert_eq!(
+        parts,
+        [
+            "entropy",
+            "clock",
+            "hostname",
+            "machine-id",
+            "network",
+            "hooks"
+        ]
+    );
+    assert!(
+        renewed.parts.iter().all(|p| p.remark.is_none()),
+        "{renewed:?}"
+    );
+
+    // The clock, within what asking it takes.
+    let off_s = renewed.clock_off_ns.unwrap() / 1_000_000_000;
+    let was_off_s = 1_000_000_000 - i64::try_from(now() / 1_000_000_000).unwrap();
+    assert!((off_s - was_off_s).abs() <= 60, "{off_s} of {was_off_s}");
+    let before_s = now() / 1_000_000_000;
+    let theirs: u128 = ready.said("date +%s").parse().unwrap();
+    let after_s = now() / 1_000_000_000;
+    assert!(
+        (before_s - 1..=after_s + 1).contains(&theirs),
+        "{before_s} {theirs} {after_s}"
+    );
+
+    assert_eq!(
+        ready.said("hostname; cat /etc/hostname /etc/machine-id /etc/resolv.conf"),
+        "web2\nweb2\n00112233445566778899aabbccddeeff\nnameserver 10.77.0.7"
+    );
+    assert_eq!(
+        ready.said("cat /etc/hosts"),
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n10.77.0.9\tweb2\n10.9.8.7\tdb"
+    );
+    let (exit, said) = ready.sh("echo x >/x");
+    assert!(
+        exit != Exit::Code(0) && said.contains("Read-only"),
+        "{said}"
+    );
+    assert_eq!(
+        ready.said("cat /sys/class/net/eth0/address; ip -4 -o addr show dev eth0 | sed 's/.*inet \\([^ ]*\\).*/\\1/'"),
+        "02:77:00:00:00:09\n10.77.0.9/24"
+    );
+    // Its neighbour reaches it there.
+    for address in ["10.77.0.9", "fd77::9"] {
+        output("ping", &["-c1", "-W10", address]);
+        let known = output("ip", &["neigh", "show", "dev", "tap0"]);
+        assert!(known.contains("02:77:00:00:00:09"), "{known}");
+    }
     ready.end();
 }
 

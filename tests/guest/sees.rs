@@ -155,6 +155,19 @@ fn a_guest_finds_its_devices_without_help() {
     );
     let acpi = said("inspect: acpi ");
     assert!(acpi.contains(&"PNP0C0C"), "no power button: {acpi:?}");
+    // Both names by which drivers look for it, as the kernel has understood them.
+    assert!(
+        acpi.contains(&"ALVE0001 for VM_GEN_COUNTER:VMGENCTR:"),
+        "no generation id: {acpi:?}"
+    );
+    assert!(
+        acpi.contains(&"AMZNC10C for VMCLOCK:"),
+        "no VMClock: {acpi:?}"
+    );
+    let lines = said("inspect: line ");
+    for line in ["5-edge ACPI:Ged", "3-edge ACPI:Ged"] {
+        assert!(lines.contains(&line), "no {line}: {lines:?}");
+    }
     let clocks = said("inspect: clocksources ");
     let clocks: Vec<_> = clocks.iter().flat_map(|l| l.split(' ')).collect();
     assert!(

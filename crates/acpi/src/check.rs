@@ -2,7 +2,9 @@
 
 use std::collections::HashSet;
 
-use crate::{AcpiError, Board, DeviceNode, ECAM_BUS_BYTES, MAX_CPUS, PciRoot, dsdt};
+use crate::{
+    AcpiError, Board, DeviceNode, ECAM_BUS_BYTES, MAX_CPUS, PciRoot, VM_CLOCK_BYTES, dsdt,
+};
 
 pub(crate) fn check(board: &Board) -> Result<(), AcpiError> {
     let cpus = board.cpu_apic_ids.len();
@@ -12,6 +14,13 @@ pub(crate) fn check(board: &Board) -> Result<(), AcpiError> {
     let mut ids = HashSet::new();
     if let Some(twice) = board.cpu_apic_ids.iter().find(|id| !ids.insert(**id)) {
         return Err(AcpiError::SameApicId(*twice));
+    }
+    let generation = board.generation;
+    if !generation.id_addr.is_multiple_of(8)
+        || !generation.clock_addr.is_multiple_of(VM_CLOCK_BYTES)
+        || generation.gsi == board.power_button_gsi
+    {
+        return Err(AcpiError::BadGeneration(generation));
     }
     if let Some(pci) = &board.pci {
         check_pci(pci)?;

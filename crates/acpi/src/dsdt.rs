@@ -4,7 +4,9 @@
 //! \_S5                 off
 //! \_SB.CPUS.C000 ...   processors (ACPI0007, 8.4), in a container (ACPI0010)
 //! \_SB.PWRB            power button, control method (4.8.2.2.1.2)
-//! \_SB.GED_            turns the button's interrupt into a notification (5.6.9)
+//! \_SB.VGEN            generation id (VM_Gen_Counter): where it lies
+//! \_SB.VCLK            VMClock: where it lies
+//! \_SB.GED_            turns the interrupts of button and generation into notifications (5.6.9)
 //! \_SB.PCI0            root of the PCI bus (PNP0A08), if there is one
 //! \_SB.ECAM            its configuration window, taken (PNP0C02)
 //! \_SB.<node>          every device of the board
@@ -16,21 +18,39 @@ use acpi_tables::aml::{
     Method, Name, Notify, Package, Path, ResourceTemplate, Scope,
 };
 
-use crate::{Board, DeviceNode, ECAM_BUS_BYTES, PciRoot, SLEEP_TYPE_OFF};
+use crate::{Board, DeviceNode, ECAM_BUS_BYTES, PciRoot, SLEEP_TYPE_OFF, VM_CLOCK_BYTES};
 
 /// Names below `\_SB` that no device of the board may have.
-pub(crate) const OWN_NAMES: [[u8; 4]; 5] = [*b"CPUS", *b"PWRB", *b"GED_", *b"PCI0", *b"ECAM"];
+pub(crate) const OWN_NAMES: [[u8; 4]; 7] = [
+    *b"CPUS", *b"PWRB", *b"VGEN", *b"VCLK", *b"GED_", *b"PCI0", *b"ECAM",
+];
 /// The root of the PCI bus.
 pub(crate) const PCI_NAME: &str = "PCI0";
 
 /// `Notify` value of a power button that was pressed (ACPI 6.5, table 5.166).
 const BUTTON_PRESSED: u8 = 0x80;
+/// `Notify` value of a generation id that is a new one (Microsoft, "Virtual Machine Generation ID"), and of a VMClock.
+const GENERATION_CHANGED: u8 = 0x80;
+/// Of a generation id: this monitor's own name for it, and by what drivers find it. The first of these is Microsoft's
+/// and too long for ACPI (6.1.2); the second is the one of Hyper-V that is not.
+const GENERATION_HID: &str = "ALVE0001";
+const GENERATION_CIDS: [&str; 2] = ["VM_Gen_Counter", "VMGENCTR"];
+/// Of a VMClock: the name that its driver in Linux looks for, and the one that is nobody's own.
+const CLOCK_HID: &str = "AMZNC10C";
+const CLOCK_CID: &str = "VMCLOCK";
 
 /// The AML behind the table's header.
 pub(crate) fn aml(board: &Board) -> Vec<u8> {
     let mut system_bus = Vec::new();
     processors(&board.cpu_apic_ids).to_aml_bytes(&mut system_bus);
-    power_button(board.power_button_gsi, &mut system_bus);
+    Device::new("PWRB".into(), vec![&hid("PNP0C0C"), &uid(0)]).to_aml_bytes(&mut system_bus);
+    generation_id(board.generation.id_addr, &mut system_bus);
+    clock(board.generation.clock_addr, &mut system_bus);
+    let events: [(u32, &[&str], u8); 2] = [
+        (board.power_button_gsi, &["PWRB"], BUTTON_PRESSED),
+        (board.generation.gsi, &["VGEN", "VCLK"], GENERATION_CHANGED),
+    ];
+    event_device(events, &mut system_bus);
     if let Some(pci) = &board.pci {
         pci_root(pci, &mut system_bus);
     }
@@ -65,15 +85,53 @@ fn processors(apic_ids: &[u32]) -> Raw {
     Raw(bytes)
 }
 
-fn power_button(gsi: u32, into: &mut Vec<u8>) {
-    Device::new("PWRB".into(), vec![&hid("PNP0C0C"), &uid(0)]).to_aml_bytes(into);
-    let line = interrupt(gsi);
-    let lines = resources(vec![&line]);
-    let button = Path::new("PWRB");
-    let press = Notify::new(&button, &BUTTON_PRESSED);
-    let is_button = Equal::new(&Arg(0), &gsi);
-    let on_button = If::new(&is_button, vec![&press]);
-    let event = Method::new("_EVT".into(), 1, true, vec![&on_button]);
+fn generation_id(guest_addr: u64, into: &mut Vec<u8>) {
+    let [first, second] = GENERATION_CIDS;
+    let compatible = Name::new("_CID".into(), &Package::new(vec![&first, &second]));
+    let described = Name::new("_DDN".into(), &first);
+    let low = guest_addr & u64::from(u32::MAX);
+    let high = guest_addr >> 32;
+    let addr = Name::new("ADDR".into(), &Package::new(vec![&low, &high]));
+    Device::new(
+        "VGEN".into(),
+        vec![
+            &hid(GENERATION_HID),
+            &compatible,
+            &described,
+            &uid(0),
+            &addr,
+        ],
+    )
+    .to_aml_bytes(into);
+}
+
+fn clock(guest_addr: u64, into: &mut Vec<u8>) {
+    let compatible = Name::new("_CID".into(), &CLOCK_CID);
+    let described = Name::new("_DDN".into(), &CLOCK_CID);
+    let page = memory_range(guest_addr, VM_CLOCK_BYTES);
+    let page = resources(vec![page.as_ref()]);
+    Device::new(
+        "VCLK".into(),
+        vec![&hid(CLOCK_HID), &compatible, &described, &uid(0), &page],
+    )
+    .to_aml_bytes(into);
+}
+
+/// The generic event device: an interrupt, the devices that it is about, and what they are notified of.
+fn event_device(events: [(u32, &[&str], u8); 2], into: &mut Vec<u8>) {
+    let lines = events.map(|(gsi, ..)| interrupt(gsi));
+    let lines = resources(lines.iter().map(|line| line as &dyn Aml).collect());
+    let mut body = Vec::new();
+    for (gsi, devices, value) in events {
+        let mut notify = Vec::new();
+        for device in devices {
+            Notify::new(&Path::new(device), &value).to_aml_bytes(&mut notify);
+        }
+        let is_it = Equal::new(&Arg(0), &gsi);
+        If::new(&is_it, vec![&Raw(notify)]).to_aml_bytes(&mut body);
+    }
+    let body = Raw(body);
+    let event = Method::new("_EVT".into(), 1, true, vec![&body]);
     Device::new(
         "GED_".into(),
         vec![&hid("ACPI0013"), &uid(0), &lines, &event],

@@ -26,6 +26,9 @@ pub const MAX_SIZE_BYTES: usize = 64 << 10;
 /// Most processors that can be described; more would not fit in [`MAX_SIZE_BYTES`].
 pub const MAX_CPUS: usize = 1024;
 
+/// Bytes of a VMClock: a page, as programs map it.
+pub const VM_CLOCK_BYTES: u64 = 4096;
+
 /// What the tables describe.
 #[derive(Debug, Clone)]
 pub struct Board {
@@ -37,6 +40,8 @@ pub struct Board {
     pub power: PowerRegisters,
     /// Interrupt of the power button, edge-triggered.
     pub power_button_gsi: u32,
+    /// How the guest learns that it goes on as another machine.
+    pub generation: Generation,
     /// The PCI bus, if there is one.
     pub pci: Option<PciRoot>,
     /// Devices that the guest cannot find by itself.
@@ -58,6 +63,17 @@ pub struct PciRoot {
 
 /// Bytes of configuration window for each bus (PCI Express Base 5.0, 7.2.2).
 pub const ECAM_BUS_BYTES: u64 = 1 << 20;
+
+/// A generation id (Microsoft, "Virtual Machine Generation ID", 2012), and a VMClock (Linux include/uapi/linux/vmclock-abi.h).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Generation {
+    /// Where the id's 16 bytes lie: a multiple of 8, in memory that the guest does not use.
+    pub id_addr: u64,
+    /// Where the VMClock's page of [`VM_CLOCK_BYTES`] lies: a multiple of that, in memory that the guest does not use.
+    pub clock_addr: u64,
+    /// The interrupt that says that both are new ones: edge-triggered, nobody else's.
+    pub gsi: u32,
+}
 
 /// One-byte ports for sleep (ACPI 6.5, 4.8.3.7) and reset (4.8.3.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,6 +166,12 @@ pub enum AcpiError {
         /// The id.
         hid: &'static str,
     },
+    /// A generation id or a VMClock that no guest would find, or hear of.
+    #[error(
+        "cannot describe the generation id at {:#x} and the VMClock at {:#x}, interrupt {}: give addresses that are multiples of 8 and of \
+         {VM_CLOCK_BYTES}, behind the tables or before them, and an interrupt that is not the power button's", .0.id_addr, .0.clock_addr, .0.gsi
+    )]
+    BadGeneration(Generation),
     /// A bus whose configuration window or whose windows for BARs cannot be.
     #[error(
         "cannot describe the PCI bus: {buses} buses at {ecam_addr:#x}; give 1 to 256 buses on a multiple of {ECAM_BUS_BYTES:#x}, and a window for BARs"

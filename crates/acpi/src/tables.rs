@@ -9,7 +9,10 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
-use crate::{AcpiError, Board, DeviceNode, KEYBOARD_CONTROLLER_HID, MAX_SIZE_BYTES, Tables, dsdt};
+use crate::{
+    AcpiError, Board, DeviceNode, Generation, KEYBOARD_CONTROLLER_HID, MAX_SIZE_BYTES, Tables,
+    VM_CLOCK_BYTES, dsdt,
+};
 
 const OEM: [u8; 6] = *b"ALVEOL";
 const OEM_TABLE: [u8; 8] = *b"ALVEOLE ";
@@ -19,6 +22,8 @@ const OEM_REVISION: u32 = 1;
 const HEADER_LEN: u32 = 36;
 /// Every table starts on such a boundary; the RSDP must (5.2.5.1).
 const ALIGN: usize = 16;
+/// Length of a generation id.
+const GENERATION_ID_BYTES: u64 = 16;
 /// The legacy area, in which the tables must lie, ends here.
 const PLACE_END: u64 = 1 << 20;
 
@@ -52,6 +57,17 @@ pub(crate) fn lay_out(board: &Board, at: u64) -> Result<Tables, AcpiError> {
     let end = at.checked_add(size_bytes as u64);
     if !at.is_multiple_of(ALIGN as u64) || end.is_none_or(|end| end > PLACE_END) {
         return Err(AcpiError::Place { at, size_bytes });
+    }
+
+    let Generation {
+        id_addr,
+        clock_addr,
+        gsi: _,
+    } = board.generation;
+    for (start, length) in [(id_addr, GENERATION_ID_BYTES), (clock_addr, VM_CLOCK_BYTES)] {
+        if start.saturating_add(length) > at && end.is_some_and(|end| start < end) {
+            return Err(AcpiError::BadGeneration(board.generation));
+        }
     }
 
     let addr = |offset: usize| at + offset as u64;

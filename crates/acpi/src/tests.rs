@@ -20,6 +20,11 @@ pub(crate) fn board(cpus: u32) -> Board {
             reset_value: 1,
         },
         power_button_gsi: 5,
+        generation: Generation {
+            id_addr: 0xf_0000,
+            clock_addr: 0xf_1000,
+            gsi: 3,
+        },
         pci: None,
         nodes: vec![
             node(b"COM1", "PNP0501", vec![(0x3f8, 8)], vec![], Some(4)),
@@ -223,7 +228,7 @@ fn madt_names_every_processor_once_in_the_form_its_id_needs() {
 #[test]
 fn a_board_that_cannot_be_described_is_refused_by_name() {
     type Change = fn(&mut Board);
-    let cases: [(Change, &str); 9] = [
+    let cases: [(Change, &str); 16] = [
         (|b| b.cpu_apic_ids.clear(), "0 processors"),
         (|b| b.cpu_apic_ids = (0..1025).collect(), "1025 processors"),
         (|b| b.cpu_apic_ids = vec![3, 3], "local APIC id 3"),
@@ -234,6 +239,14 @@ fn a_board_that_cannot_be_described_is_refused_by_name() {
             "\"COM1\" (QEMU0001): the name is taken",
         ),
         (|b| b.nodes[1].name = *b"PWRB", "the name is taken"),
+        (|b| b.nodes[1].name = *b"VGEN", "the name is taken"),
+        (|b| b.generation.gsi = 5, "interrupt 5"),
+        (|b| b.generation.id_addr += 4, "at 0xf0004"),
+        // The last bytes of it, in the RSDP.
+        (|b| b.generation.id_addr = AT - 8, "at 0xdfff8"),
+        (|b| b.generation.clock_addr = AT, "VMClock at 0xe0000"),
+        (|b| b.generation.clock_addr += 8, "VMClock at 0xf1008"),
+        (|b| b.nodes[1].name = *b"VCLK", "the name is taken"),
         (|b| b.nodes[0].hid = "pnp0501", "\"pnp0501\""),
         (
             |b| b.nodes[0].ports = vec![(0xfff9, 8)],
@@ -316,6 +329,14 @@ fn the_aml_reads_back_as_what_was_meant() {
         "Name (_HID, \"ACPI0013\"",
         "Method (_EVT, 1, Serialized)",
         "If ((Arg0 == 0x05)) { Notify (PWRB, 0x80)",
+        "If ((Arg0 == 0x03)) { Notify (VGEN, 0x80) // Status Change Notify (VCLK, 0x80)",
+        "Device (VCLK) { Name (_HID, \"AMZNC10C\")",
+        "Name (_CID, \"VMCLOCK\")",
+        "Memory32Fixed (ReadWrite, 0x000F1000, // Address Base 0x00001000,",
+        "Device (VGEN) { Name (_HID, \"ALVE0001\")",
+        "Name (_CID, Package (0x02) // _CID: Compatible ID { \"VM_Gen_Counter\", \"VMGENCTR\" })",
+        "Name (_DDN, \"VM_Gen_Counter\")",
+        "Name (ADDR, Package (0x02) { 0x000F0000, Zero })",
         "Name (_HID, \"PNP0C0C\"",
         "IO (Decode16, 0x03F8, // Range Minimum 0x03F8, // Range Maximum 0x01, // Alignment 0x08,",
         "Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive, ,, ) { 0x00000004, }",

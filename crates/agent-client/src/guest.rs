@@ -3,9 +3,11 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use alveole_agent_protocol::{AGENT_PORT, Answer, Exit, Metrics, Process, Request, Shutdown};
+use alveole_agent_protocol::{
+    AGENT_PORT, Answer, Exit, MAX_HOOKS_MS, Metrics, Process, Renewal, Renewed, Request, Shutdown,
+};
 
 use crate::AgentError;
 use crate::session::Session;
@@ -145,6 +147,34 @@ impl Guest {
     /// The agent does not answer, or cannot.
     pub fn set_clock(&self, unix_ns: u64) -> Result<(), AgentError> {
         self.done(&Request::SetClock { unix_ns })
+    }
+
+    /// Makes the guest somebody else, and says what became of it, part by part; none of it is proved. Its hooks have their time besides the
+    /// patience for the agent. To `unix_ns`, which is the time of the call, what it takes to reach the agent is added.
+    ///
+    /// # Errors
+    ///
+    /// The agent does not answer, or is too old to know what this is ([`Refusal::UNKNOWN_REQUEST`]).
+    ///
+    /// [`Refusal::UNKNOWN_REQUEST`]: alveole_agent_protocol::Refusal::UNKNOWN_REQUEST
+    pub fn renew(&self, renewal: &Renewal) -> Result<Renewed, AgentError> {
+        let hooks = renewal.hooks_ms.unwrap_or(0).min(MAX_HOOKS_MS);
+        let patient = Self {
+            patience: self.patience + Duration::from_millis(hooks.into()),
+            ..self.clone()
+        };
+        let begun = Instant::now();
+        let session = patient.session()?;
+        let mut renewal = renewal.clone();
+        // A guest that has just been restored may take a while to its first answer.
+        let passed_ns = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        renewal.unix_ns = renewal.unix_ns.map(|ns| ns.saturating_add(passed_ns));
+        match session.ask(&Request::Renew(Box::new(renewal)))? {
+            Answer::Renewed(renewed) => Ok(*renewed),
+            _ => Err(AgentError::Unexpected {
+                what: "another answer than what became of a renewal",
+            }),
+        }
     }
 
     /// Sends a signal to a process that a session runs.

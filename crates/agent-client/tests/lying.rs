@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use alveole_agent_client::{AgentError, Guest, Streams};
 use alveole_agent_protocol::{
-    Answer, Exit, Frame, Hello, MAX_DATA_BYTES, Process, Refusal, Stream, WINDOW_BYTES, to_json,
+    Answer, Exit, Frame, Hello, MAX_DATA_BYTES, Process, Refusal, Renewal, Stream, WINDOW_BYTES,
+    to_json,
 };
 use tempfile::TempDir;
 
@@ -115,6 +116,42 @@ fn a_monitor_or_agent_that_does_not_answer() {
         .metrics()
         .unwrap_err();
     assert!(matches!(error, AgentError::Connect { .. }), "{error}");
+}
+
+/// Whoever makes a guest somebody else must know whether it has become that.
+#[test]
+fn an_agent_that_does_not_become_somebody_else() {
+    let answers = |answer: Option<Answer>| {
+        Liar::new(move |mut connection| {
+            let mut all = b"OK 1024\n".to_vec();
+            all.extend(message(&Hello::ours()));
+            all.extend(answer.iter().flat_map(message));
+            let _ = connection.write_all(&all);
+            thread::sleep(Duration::from_secs(2));
+        })
+    };
+    let renewal = Renewal {
+        hooks_ms: Some(300),
+        ..Renewal::default()
+    };
+    // An older one.
+    let unknown = Answer::Refused(Refusal {
+        code: Refusal::UNKNOWN_REQUEST.into(),
+        text: "this agent does not understand it\x1b[2J".into(),
+    });
+    let error = answers(Some(unknown)).guest().renew(&renewal).unwrap_err();
+    assert!(
+        matches!(&error, AgentError::Refused(r) if r.code == Refusal::UNKNOWN_REQUEST),
+        "{error}"
+    );
+    assert!(!error.to_string().contains('\x1b'), "{error}");
+    let error = answers(Some(Answer::Done)).guest().renew(&renewal);
+    assert!(matches!(error, Err(AgentError::Unexpected { .. })));
+    // Its patience, and the hooks' time.
+    let begun = Instant::now();
+    let error = answers(None).guest().renew(&renewal).unwrap_err();
+    assert!(error.to_string().contains("within 0.8 s"), "{error}");
+    assert!(begun.elapsed() >= Duration::from_millis(800));
 }
 
 #[test]

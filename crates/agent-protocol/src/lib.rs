@@ -23,8 +23,10 @@ pub use frame::{
 };
 pub use message::{
     Answer, Changes, Control, CopyIn, CopyOut, DeviceMetrics, Exit, FileSystemMetrics, Hello,
-    MemoryMetrics, MessageError, Metrics, Mount, NetworkMetrics, Pressure, Process, ProcessMetrics,
-    Refusal, Request, Setup, Shutdown, ShutdownHow, Source, Volume, WindowSize, from_json, to_json,
+    HookRun, MAX_ENTROPY_BYTES, MAX_HOOKS_MS, MemoryMetrics, MessageError, Metrics, Mount,
+    NetworkMetrics, Pressure, Process, ProcessMetrics, Refusal, Renewal, Renewed, RenewedInterface,
+    RenewedPart, Request, Setup, Shutdown, ShutdownHow, Source, Volume, WindowSize, from_json,
+    to_json,
 };
 
 /// The version of this protocol. It grows when a session of the version before would misunderstand one of this; new

@@ -72,6 +72,9 @@ pub enum Request {
         /// Nanoseconds since 1970.
         unix_ns: u64,
     },
+    /// Become somebody else, as a copy of a guest, or one that goes on from an earlier moment, must. Answer: [`Answer::Renewed`],
+    /// also where some of it failed.
+    Renew(Box<Renewal>),
     /// Send a signal to a process that a session runs, by the number that [`Answer::Started`] gave. Answer: [`Answer::Done`].
     Signal {
         /// The process.
@@ -110,6 +113,8 @@ pub enum Answer {
     Done,
     /// How the guest does.
     Metrics(Box<Metrics>),
+    /// What became of a renewal.
+    Renewed(Box<Renewed>),
 }
 
 /// How a process has ended.
@@ -158,11 +163,16 @@ impl Refusal {
     /// The text for people: a guest's text may hold anything.
     #[must_use]
     pub fn shown(&self) -> String {
-        let chars = self.text.chars().take(Self::MAX_SHOWN_CHARS);
-        chars
-            .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-            .collect()
+        shown(&self.text)
     }
+}
+
+/// A text of the other side, for people.
+fn shown(text: &str) -> String {
+    let chars = text.chars().take(Refusal::MAX_SHOWN_CHARS);
+    chars
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
 }
 
 /// What the guest is to be.
@@ -293,6 +303,99 @@ pub struct CopyOut {
 pub struct Changes {
     /// The disk that has them is held still meanwhile: whoever wants to write to it waits.
     pub freeze: bool,
+}
+
+/// The most random bytes of a [`Renewal`]: twice what the kernel's pool holds.
+pub const MAX_ENTROPY_BYTES: usize = 512;
+/// The longest that the hooks of a [`Renewal`] may take, together.
+pub const MAX_HOOKS_MS: u32 = 600_000;
+
+/// What a guest is to be from now on. What is not said stays as it is; the parts are done in this order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Renewal {
+    /// Random bytes, at most [`MAX_ENTROPY_BYTES`], from which, with what it has, the kernel seeds its random numbers anew.
+    pub entropy: Vec<u8>,
+    /// Nanoseconds since 1970: the clock is set to it, by a step.
+    pub unix_ns: Option<u64>,
+    /// Its name: at most 64 letters, digits, `-` and `.`; also in `/etc/hostname` and `/etc/hosts`.
+    pub hostname: Option<String>,
+    /// 32 hexadecimal digits, not all of them zero, for `/etc/machine-id` (machine-id(5)) and its copy for D-Bus.
+    pub machine_id: Option<String>,
+    /// Its network devices.
+    pub interfaces: Vec<RenewedInterface>,
+    /// Run the executables of the guest's `/etc/alveole/renew.d`, in the order of their names: so long they have together, in milliseconds,
+    /// at most [`MAX_HOOKS_MS`].
+    pub hooks_ms: Option<u32>,
+}
+
+/// A network device, and what it is to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RenewedInterface {
+    /// The hardware address that it has, or its name.
+    pub is: String,
+    /// Its hardware address, addresses, default routes, resolvers and MTU from now on, in one word as in [`Setup::network`].
+    pub becomes: String,
+}
+
+/// What became of a [`Renewal`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Renewed {
+    /// Each part that was asked for, in the order in which they were done.
+    pub parts: Vec<RenewedPart>,
+    /// How far the clock was off: its time less the host's, in nanoseconds.
+    pub clock_off_ns: Option<i64>,
+    /// The hooks that were run, in order.
+    pub hooks: Vec<HookRun>,
+}
+
+/// One part of a [`Renewal`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RenewedPart {
+    /// `entropy`, `clock`, `hostname`, `machine-id`, `network` or `hooks`.
+    pub part: String,
+    /// Why it was not done, or not all of it.
+    pub failed: Option<String>,
+    /// What else is to be said of it, such as what was left alone.
+    pub remark: Option<String>,
+}
+
+/// How a hook ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookRun {
+    /// Its file name.
+    pub name: String,
+    /// Its exit; none: its time was over, and it was killed with all that it had started in its session.
+    pub exit: Option<Exit>,
+    /// The first of what it wrote, output and errors.
+    #[serde(default)]
+    pub output: String,
+}
+
+impl Renewed {
+    /// What went wrong, a line for each part and hook, for people: a guest's text may hold anything.
+    #[must_use]
+    pub fn failures(&self) -> Vec<String> {
+        let parts = self.parts.iter().filter_map(|part| {
+            let why = part.failed.as_deref()?;
+            Some(shown(&format!("{}: {why}", part.part)))
+        });
+        let hooks = self.hooks.iter().filter_map(|hook| {
+            let how = match hook.exit {
+                Some(Exit::Code(0)) => return None,
+                Some(exit) => format!("ended with status {}", exit.status()),
+                None => "was not done in time".into(),
+            };
+            let said = hook.output.trim();
+            Some(shown(&format!("hook '{}' {how}: {said}", hook.name)))
+        });
+        parts.chain(hooks).take(Self::MAX_SHOWN_FAILURES).collect()
+    }
+
+    /// A guest may have a thousand hooks, and say of each that it failed.
+    const MAX_SHOWN_FAILURES: usize = 32;
 }
 
 /// How to end.
@@ -523,6 +626,67 @@ mod tests {
             text: "\x1b[2Jgone\r\n".into(),
         };
         assert_eq!(refusal.shown(), "\u{fffd}[2Jgone\u{fffd}\u{fffd}");
+    }
+
+    #[test]
+    fn a_renewal_goes_there_and_back_and_says_what_failed() {
+        let renewal = Renewal {
+            entropy: vec![7; MAX_ENTROPY_BYTES],
+            unix_ns: Some(u64::MAX),
+            hostname: Some("web2".into()),
+            machine_id: Some("0123456789abcdef0123456789abcdef".into()),
+            interfaces: vec![RenewedInterface {
+                is: "eth0".into(),
+                becomes: "alveole.net=02:00:00:00:00:02".into(),
+            }],
+            hooks_ms: Some(1000),
+        };
+        let request = Request::Renew(Box::new(renewal));
+        let json = to_json(&request).unwrap();
+        assert_eq!(from_json::<Request>(&json, "request").unwrap(), request);
+        // Of an older host, and of a newer one.
+        for json in [r#"{"renew":{}}"#, r#"{"renew":{"colour":"blue"}}"#] {
+            let request = from_json::<Request>(json.as_bytes(), "request").unwrap();
+            assert_eq!(request, Request::Renew(Box::default()));
+        }
+
+        let part = |part: &str, failed: Option<&str>| RenewedPart {
+            part: part.into(),
+            failed: failed.map(Into::into),
+            remark: None,
+        };
+        let hook = |name: &str, exit| HookRun {
+            name: name.into(),
+            exit,
+            output: "no\u{1b}[2J\n".into(),
+        };
+        let renewed = Renewed {
+            parts: vec![part("entropy", None), part("clock", Some("not\nallowed"))],
+            clock_off_ns: Some(-5),
+            hooks: vec![
+                hook("10-good", Some(Exit::Code(0))),
+                hook("20-bad", Some(Exit::Signal(9))),
+                hook("30-slow", None),
+            ],
+        };
+        let json = to_json(&Answer::Renewed(Box::new(renewed.clone()))).unwrap();
+        let Answer::Renewed(back) = from_json(&json, "answer").unwrap() else {
+            panic!("another answer");
+        };
+        assert_eq!(*back, renewed);
+        assert_eq!(
+            back.failures(),
+            [
+                "clock: not\u{fffd}allowed",
+                "hook '20-bad' ended with status 137: no\u{fffd}[2J",
+                "hook '30-slow' was not done in time: no\u{fffd}[2J",
+            ]
+        );
+        let many = Renewed {
+            hooks: vec![hook("x", None); 100_000],
+            ..Renewed::default()
+        };
+        assert_eq!(many.failures().len(), Renewed::MAX_SHOWN_FAILURES);
     }
 
     #[test]

@@ -1,16 +1,17 @@
 //! The guest's first process, from the kernel's first jump to the first session.
 
-use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use alveole_agent_protocol::{READY_PORT, Setup, ShutdownHow};
 use alveole_network::guest_config::{self, DeviceConfig};
 use vsock::{VMADDR_CID_HOST, VsockStream};
 
+use crate::names::Names;
 use crate::session::{Shared, set_clock};
 use crate::{mount, serve, shutdown};
 
@@ -102,63 +103,15 @@ pub(crate) fn set_up(setup: &Setup, shared: &Shared) -> Result<(), String> {
         .collect::<Result<Vec<DeviceConfig>, _>>()
         .map_err(|e| e.to_string())?;
     guest_config::apply(&devices).map_err(|e| e.to_string())?;
-    if !setup.hostname.is_empty() {
-        rustix::system::sethostname(setup.hostname.as_bytes())
-            .map_err(|e| format!("cannot set the host name '{}': {e}", setup.hostname))?;
-    }
     for (name, value) in &setup.sysctl {
         let path = format!("/proc/sys/{}", name.replace('.', "/"));
         fs::write(&path, value).map_err(|e| format!("cannot set '{name}' to '{value}': {e}"))?;
     }
-    let files = [
-        ("/etc/hostname", format!("{}\n", setup.hostname)),
-        ("/etc/hosts", hosts(setup, &devices)),
-        ("/etc/resolv.conf", resolvers(&devices)),
-    ];
-    for (path, text) in files {
-        // What is said to be there is not changed.
-        let mut targets = setup.volumes.iter().map(|v| &v.mount.target);
-        if targets.any(|target| std::path::Path::new(path).starts_with(target)) {
-            continue;
-        }
-        write_whole(path, &text).map_err(|e| format!("cannot write '{path}': {e}"))?;
+    let names = Names::of(setup, devices);
+    names.write()?;
+    if mount::is_sealed(setup) {
+        mount::seal_root()?;
     }
-    mount::seal(setup)
-}
-
-/// Writes a file that may be a link to nowhere in the image, as `/etc/resolv.conf` often is.
-fn write_whole(path: &str, text: &str) -> std::io::Result<()> {
-    if fs::symlink_metadata(path).is_ok_and(|m| m.is_symlink()) {
-        fs::remove_file(path)?;
-    }
-    if let Some(folder) = std::path::Path::new(path).parent() {
-        fs::create_dir_all(folder)?;
-    }
-    fs::write(path, text)
-}
-
-fn hosts(setup: &Setup, devices: &[DeviceConfig]) -> String {
-    let mut text =
-        String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
-    let own = devices.iter().flat_map(|d| &d.addresses).next();
-    let _ = match own {
-        Some(address) => writeln!(text, "{}\t{}", address.addr(), setup.hostname),
-        None => writeln!(text, "127.0.1.1\t{}", setup.hostname),
-    };
-    for (address, name) in &setup.hosts {
-        let _ = writeln!(text, "{address}\t{name}");
-    }
-    text
-}
-
-fn resolvers(devices: &[DeviceConfig]) -> String {
-    let mut text = String::new();
-    for resolver in devices.iter().flat_map(|d| &d.dns) {
-        let _ = writeln!(text, "nameserver {resolver}");
-    }
-    let domains: Vec<_> = devices.iter().filter_map(|d| d.search.as_deref()).collect();
-    if !domains.is_empty() {
-        let _ = writeln!(text, "search {}", domains.join(" "));
-    }
-    text
+    *shared.names.lock().unwrap_or_else(PoisonError::into_inner) = names;
+    Ok(())
 }

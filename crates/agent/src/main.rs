@@ -5,15 +5,19 @@
 
 mod changes;
 mod copy;
+#[expect(unsafe_code, reason = "ioctls that no library has")]
+mod entropy;
 #[expect(unsafe_code, reason = "an ioctl that no library has")]
 mod freeze;
 mod init;
 mod metrics;
 mod modprobe;
 mod mount;
+mod names;
 #[expect(unsafe_code, reason = "what runs between fork and exec")]
 mod process;
 mod reaper;
+mod renew;
 mod serve;
 mod session;
 mod shutdown;

@@ -171,14 +171,26 @@ pub(crate) fn root(setup: &Setup) -> Result<Hidden, String> {
     Ok(hidden)
 }
 
-/// What of the root is not to be changed from now on, after all in it is in its place.
-pub(crate) fn seal(setup: &Setup) -> Result<(), String> {
-    if !setup.read_only || setup.root.is_none() {
-        return Ok(());
-    }
+/// Whether the root is not to be changed, once all in it is in its place.
+pub(crate) fn is_sealed(setup: &Setup) -> bool {
+    setup.read_only && setup.root.is_some()
+}
+
+/// Nothing of the root is changed from now on.
+pub(crate) fn seal_root() -> Result<(), String> {
     rustix::mount::mount_remount("/", MountFlags::RDONLY, "").map_err(|e| {
         format!(
             "cannot make the root one that is only read: {}",
+            io::Error::from(e)
+        )
+    })
+}
+
+/// The root of a guest can be changed for a moment, by this program.
+pub(crate) fn unseal_root() -> Result<(), String> {
+    rustix::mount::mount_remount("/", MountFlags::empty(), "").map_err(|e| {
+        format!(
+            "cannot make the root one that can be written: {}",
             io::Error::from(e)
         )
     })

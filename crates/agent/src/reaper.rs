@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use alveole_agent_protocol::Exit;
 use nix::errno::Errno;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 /// The processes of sessions that have not ended.
 #[derive(Default)]
@@ -70,6 +70,15 @@ impl Reaper {
             return Err(io::ErrorKind::NotFound.into());
         }
         Ok(kill_process(pid, signal)?)
+    }
+
+    /// Kills a process of a session that leads a group (all that are started here do), and all of its group. As safe as [`Self::signal`].
+    pub(crate) fn kill_group(&self, leader: Pid) -> io::Result<()> {
+        let state = self.state();
+        if !state.waiting.contains_key(&leader.as_raw_nonzero().get()) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(kill_process_group(leader, Signal::KILL)?)
     }
 
     /// Takes ends from the kernel for ever.

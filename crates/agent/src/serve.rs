@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ pub(crate) fn shared() -> Result<Arc<Shared>, String> {
     let shared = Arc::new(Shared {
         reaper: Reaper::default(),
         hidden: OnceLock::new(),
+        names: Mutex::default(),
     });
     let reaping = Arc::clone(&shared);
     thread::Builder::new()

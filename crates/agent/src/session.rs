@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use alveole_agent_protocol::{
@@ -17,9 +17,10 @@ use rustix::process::{Pid, Signal};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::mount::Hidden;
+use crate::names::Names;
 use crate::process::{self, Running};
 use crate::reaper::Reaper;
-use crate::{changes, copy, init, metrics, shutdown as ending};
+use crate::{changes, copy, init, metrics, renew, shutdown as ending};
 
 /// How long a client may take to say what it wants, and to take what it was last told.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -31,6 +32,7 @@ const MAX_UNSENT_BYTES: usize = 128 << 10;
 pub(crate) struct Shared {
     pub(crate) reaper: Reaper,
     pub(crate) hidden: OnceLock<Hidden>,
+    pub(crate) names: Mutex<Names>,
 }
 
 /// Why a session ended before its end.
@@ -89,6 +91,10 @@ pub(crate) fn serve(connection: OwnedFd, shared: &Arc<Shared>, first: bool) -> R
         }
         Ok(Request::Metrics) => Answer::Metrics(Box::new(metrics::gather())),
         Ok(Request::SetClock { unix_ns }) => done(set_clock(unix_ns)),
+        Ok(Request::Renew(renewal)) => match renew::renew(&renewal, shared) {
+            Ok(renewed) => Answer::Renewed(Box::new(renewed)),
+            Err(text) => failed(text),
+        },
         Ok(Request::Signal { pid, signal }) => signal_process(shared, pid, signal),
         Ok(Request::Shutdown(request)) => {
             link.say(&Answer::Done)?;

@@ -3,115 +3,22 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
+mod served;
+
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::path::Path;
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use alveole_agent_client::{AgentError, Controls, Guest, Session, Streams};
+use alveole_agent_client::{AgentError, Controls, Streams};
 use alveole_agent_protocol::{
     CopyIn, CopyOut, Exit, Frame, Process, Refusal, Request, Stream, WindowSize,
 };
-
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// An agent that ends with its test.
-struct Agent {
-    child: Child,
-    folder: tempfile::TempDir,
-}
-
-impl Agent {
-    fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let socket = folder.path().join("agent");
-        let child = Command::new(env!("CARGO_BIN_EXE_alveole-agent"))
-            .arg("serve")
-            .arg(&socket)
-            .spawn()
-            .unwrap();
-        let until = Instant::now() + PATIENCE;
-        while UnixStream::connect(&socket).is_err() {
-            assert!(Instant::now() < until, "no agent");
-            thread::sleep(Duration::from_millis(2));
-        }
-        Self { child, folder }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.folder.path().join("agent")
-    }
-
-    fn guest(&self) -> Guest {
-        Guest::direct(&self.socket(), PATIENCE)
-    }
-
-    fn session(&self) -> Session {
-        self.guest().session().unwrap()
-    }
-
-    /// Runs a script to its end; gives its exit, output and errors.
-    #[track_caller]
-    fn sh(&self, script: &str) -> (Exit, String, String) {
-        self.run(&sh(script), None).unwrap()
-    }
-
-    fn run(
-        &self,
-        process: &Process,
-        input: Option<Box<dyn Read + Send>>,
-    ) -> Result<(Exit, String, String), AgentError> {
-        let (output, errors) = (Kept::default(), Kept::default());
-        let streams = Streams {
-            input,
-            output: Some(Box::new(output.clone())),
-            errors: Some(Box::new(errors.clone())),
-        };
-        let exit = self.guest().run(process, streams, |_, _| {})?;
-        Ok((exit, output.text(), errors.text()))
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn sh(script: &str) -> Process {
-    Process {
-        args: ["sh", "-c", script].map(str::to_owned).into(),
-        ..Process::default()
-    }
-}
-
-/// What is written, kept.
-#[derive(Clone, Default)]
-struct Kept(Arc<Mutex<Vec<u8>>>);
-
-impl Kept {
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
-    }
-}
-
-impl Write for Kept {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
+use served::{Agent, Kept, PATIENCE, sh};
 
 #[test]
 fn exits_streams_and_environment_are_exact() {

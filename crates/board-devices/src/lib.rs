@@ -1,4 +1,5 @@
-//! Small fixed hardware: power and reset ports, keyboard controller, boot timer, panic port, power button.
+//! Small fixed hardware: power and reset ports, keyboard controller, boot timer, panic port, power button, generation id,
+//! VMClock.
 //!
 //! Each is a few bytes of state behind one-byte registers. What the guest asks goes back with the
 //! access as [`Outcome::Asks`](alveole_io_bus::Outcome::Asks); nothing here acts on it, waits, or
@@ -10,16 +11,19 @@
 //! Deliberately does not know: buses, the machine's lifecycle, interrupt numbers, ACPI tables.
 
 mod boot_timer;
+mod generation;
 mod keyboard;
 mod keyboard_controller;
 mod panic_port;
 mod power_button;
 mod power_ports;
+mod vm_clock;
 
 #[cfg(test)]
 mod tests;
 
 pub use boot_timer::{BOOT_TIMER_GUEST_ADDR, BOOT_TIMER_MAGIC, BOOT_TIMER_SIZE_BYTES, BootTimer};
+pub use generation::{GENERATION_ID_BYTES, Generation, GenerationError};
 pub use keyboard_controller::{
     KEYBOARD_COMMAND_OFFSET, KEYBOARD_DATA_OFFSET, KEYBOARD_FIRST_PORT, KEYBOARD_PORTS,
     KeyboardController, Keys, Pressed,
@@ -30,3 +34,4 @@ pub use power_ports::{
     POWER_PORTS, PowerPorts, RESET_OFFSET, RESET_VALUE, SLEEP_CONTROL_OFFSET, SLEEP_STATUS_OFFSET,
     SLEEP_TYPE_OFF,
 };
+pub use vm_clock::VM_CLOCK_BYTES;

@@ -1,5 +1,6 @@
 use std::sync::{Arc, Mutex};
 
+use alveole_guest_memory::{GuestRam, MemoryPlan};
 use alveole_interrupts::IrqLine;
 use alveole_io_bus::{BusDevice, MachineRequest, Outcome};
 use proptest::prelude::*;
@@ -355,4 +356,76 @@ proptest! {
         }
         prop_assert!(left <= 1 + 3 + 16, "{left} bytes");
     }
+}
+
+#[test]
+fn a_generation_id_is_written_where_it_lies_and_told_by_an_edge() {
+    const AT: u64 = 0xf_0000;
+    const CLOCK: u64 = 0xf_1000;
+    let ram = GuestRam::map(&MemoryPlan::around_hole(64 << 20).unwrap()).unwrap();
+    let line = IrqLine::new().unwrap();
+    let generation = Generation::new(line.clone(), AT, CLOCK);
+    let around = || {
+        let mut bytes = [0; 48];
+        ram.read(AT - 16, &mut bytes).unwrap();
+        bytes
+    };
+    let mut seen = vec![around()];
+    for _ in 0..3 {
+        generation.renew(&ram).unwrap();
+        seen.push(around());
+    }
+    for (index, bytes) in seen.iter().enumerate() {
+        assert_eq!((&bytes[..16], &bytes[32..]), (&[0; 16][..], &[0; 16][..]));
+        assert!(
+            seen[..index].iter().all(|before| before != bytes),
+            "an id that was there before"
+        );
+    }
+    assert_eq!(
+        line.take_edges(),
+        0,
+        "a guest that stands still is told later"
+    );
+    generation.announce();
+    assert_eq!(line.take_edges(), 1);
+
+    let nowhere = Generation::new(line, 1 << 40, CLOCK);
+    let error = nowhere.renew(&ram).unwrap_err().to_string();
+    assert!(error.contains("0x10000000000"), "{error}");
+}
+
+/// Offsets and values are those of Linux's vmclock-abi.h.
+#[test]
+fn a_vm_clock_says_that_the_machine_is_another_one() {
+    const CLOCK: u64 = 0xf_1000;
+    let ram = GuestRam::map(&MemoryPlan::around_hole(64 << 20).unwrap()).unwrap();
+    let generation = Generation::new(IrqLine::new().unwrap(), 0xf_0000, CLOCK);
+    let renewed = || {
+        generation.renew(&ram).unwrap();
+        let mut page = [0; VM_CLOCK_BYTES as usize];
+        ram.read(CLOCK, &mut page).unwrap();
+        page
+    };
+    let number = |page: &[u8], at: usize, size: usize| {
+        let bytes = page[at..at + size].iter().rev();
+        bytes.fold(0_u64, |n, b| n << 8 | u64::from(*b))
+    };
+    let first = renewed();
+    assert_eq!(&first[..4], b"VCLK");
+    assert_eq!((number(&first, 4, 4), number(&first, 8, 2)), (4096, 1));
+    assert_eq!((first[10], first[34]), (0xff, 0), "no counter, no status");
+    assert_eq!(number(&first, 24, 8), 1 << 8 | 1 << 9);
+    assert_eq!(number(&first, 12, 4), 2);
+    assert!(first[112..].iter().all(|b| *b == 0));
+    let marks = |page: &[u8]| (number(page, 16, 8), number(page, 104, 8));
+    let second = renewed();
+    assert_eq!(number(&second, 12, 4), 4);
+    assert_ne!(marks(&first).0, marks(&second).0);
+    assert_ne!(marks(&first).1, marks(&second).1);
+    // Whatever the guest has written there.
+    ram.write(CLOCK, &[0xff; 112]).unwrap();
+    let third = renewed();
+    assert_eq!((&third[..4], number(&third, 12, 4)), (&b"VCLK"[..], 0));
+    assert_eq!(number(&third, 24, 8), 1 << 8 | 1 << 9);
 }

@@ -180,49 +180,13 @@ mod tests {
     use std::os::unix::net::UnixListener;
     use std::thread;
 
-    use alveole_agent_protocol::Process;
-
     use super::*;
-    use crate::{Record, Restart, Vms};
-
-    fn vm(dir: &std::path::Path) -> Vm {
-        let record = Record {
-            version: Record::VERSION,
-            id: "0123456789ab".into(),
-            image: "x".into(),
-            image_id: String::new(),
-            created_ms: 1,
-            root_disk: "/x".into(),
-            kernel: "k".into(),
-            cpus: 1,
-            memory_mib: 64,
-            disk_bytes: None,
-            read_only: true,
-            hostname: "x".into(),
-            network: Vec::new(),
-            process: Process {
-                args: vec!["true".into()],
-                ..Process::default()
-            },
-            stop_signal: 15,
-            labels: Default::default(),
-            restart: Restart::No,
-            remove: false,
-            limits: Default::default(),
-            volumes: Vec::new(),
-            shm_bytes: None,
-            published_free: Vec::new(),
-        };
-        let vms = Vms::new(&dir.join("vms"), &dir.join("run"));
-        let vm = vms.create("web", &record).unwrap();
-        std::fs::create_dir_all(vm.run_folder()).unwrap();
-        vm
-    }
+    use crate::folder::test_vm;
 
     /// Serves one connection with these bytes, in pieces, and keeps it open.
     fn answered(answer: &'static [u8], piece: usize) -> Result<String, InstanceError> {
         let dir = tempfile::tempdir().unwrap();
-        let vm = vm(dir.path());
+        let vm = test_vm(dir.path());
         let listener = UnixListener::bind(vm.socket("api")).unwrap();
         thread::scope(|scope| {
             let server = scope.spawn(move || {
@@ -283,7 +247,7 @@ mod tests {
     #[test]
     fn a_monitor_that_is_not_there_or_takes_nobody_is_told_at_once() {
         let dir = tempfile::tempdir().unwrap();
-        let vm = vm(dir.path());
+        let vm = test_vm(dir.path());
         let api = MonitorApi::new(&vm, Duration::from_secs(60));
         let gone = api.get("/").unwrap_err();
         assert!(matches!(gone, InstanceError::DoesNotRun(_)), "{gone}");

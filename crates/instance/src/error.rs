@@ -84,6 +84,26 @@ pub enum InstanceError {
         /// Why not.
         why: String,
     },
+    /// A copy that has other devices than what it is a copy of.
+    #[error(
+        "the copy is to have {now} network interfaces, and what it is a copy of has {was}: give it as many, in the same order"
+    )]
+    OtherDevices {
+        /// Those of the guest as it was set up.
+        was: usize,
+        /// Those of the copy.
+        now: usize,
+    },
+    /// A copy that runs, and has the identity of what it is a copy of.
+    #[error(
+        "the VM '{name}' has not become a VM of its own: {why}; it may have names and addresses of the one that it is a copy of: end it (alveole kill {name})"
+    )]
+    NotRenewed {
+        /// The VM.
+        name: String,
+        /// Why not.
+        why: String,
+    },
     /// The keeper, or the agent, says no.
     #[error(transparent)]
     Agent(#[from] AgentError),

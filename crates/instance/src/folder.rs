@@ -478,3 +478,49 @@ pub(crate) fn now_ms() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
+
+/// Nanoseconds since 1970.
+pub(crate) fn now_ns() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// A VM that nobody keeps, with a folder for its sockets.
+#[cfg(test)]
+pub(crate) fn test_vm(dir: &Path) -> Vm {
+    use alveole_agent_protocol::Process;
+
+    use crate::Restart;
+
+    let record = Record {
+        version: Record::VERSION,
+        id: "0123456789ab".into(),
+        image: "x".into(),
+        image_id: String::new(),
+        created_ms: 1,
+        root_disk: "/x".into(),
+        kernel: "k".into(),
+        cpus: 1,
+        memory_mib: 64,
+        disk_bytes: None,
+        read_only: true,
+        hostname: "x".into(),
+        network: Vec::new(),
+        process: Process {
+            args: vec!["true".into()],
+            ..Process::default()
+        },
+        stop_signal: 15,
+        labels: Default::default(),
+        restart: Restart::No,
+        remove: false,
+        limits: Default::default(),
+        volumes: Vec::new(),
+        shm_bytes: None,
+        published_free: Vec::new(),
+    };
+    let vms = Vms::new(&dir.join("vms"), &dir.join("run"));
+    let vm = vms.create("web", &record).unwrap();
+    fs::create_dir_all(vm.run_folder()).unwrap();
+    vm
+}

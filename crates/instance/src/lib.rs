@@ -12,6 +12,7 @@ mod ask;
 mod error;
 mod events;
 mod folder;
+mod identity;
 mod keeper;
 mod log;
 #[expect(unsafe_code, reason = "what runs between fork and exec")]
@@ -26,6 +27,7 @@ pub use ask::{Ask, Attach, ask, attach};
 pub use error::InstanceError;
 pub use events::{Event, EventReader, Happened};
 pub use folder::{KeeperLock, Vm, Vms};
+pub use identity::{Identity, renew};
 pub use keeper::{Machine, Purpose, Told, keep};
 pub use log::{LogEntry, LogReader};
 pub use record::{Content, Ended, Limits, Phase, Placed, Record, Restart, State};

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex};
 
 use alveole_acpi::{DeviceNode, KEYBOARD_CONTROLLER_HID, PciRoot, PowerRegisters};
 use alveole_board_devices::{
-    BOOT_TIMER_SIZE_BYTES, BootTimer, KEYBOARD_COMMAND_OFFSET, KEYBOARD_PORTS, KeyboardController,
-    Keys, PANIC_PORTS, POWER_PORTS, PanicPort, PowerButton, PowerPorts, RESET_OFFSET, RESET_VALUE,
-    SLEEP_CONTROL_OFFSET, SLEEP_STATUS_OFFSET,
+    BOOT_TIMER_SIZE_BYTES, BootTimer, Generation, KEYBOARD_COMMAND_OFFSET, KEYBOARD_PORTS,
+    KeyboardController, Keys, PANIC_PORTS, POWER_PORTS, PanicPort, PowerButton, PowerPorts,
+    RESET_OFFSET, RESET_VALUE, SLEEP_CONTROL_OFFSET, SLEEP_STATUS_OFFSET,
 };
 use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
@@ -40,6 +40,7 @@ pub(crate) struct Devices {
     pub(crate) nodes: Vec<DeviceNode>,
     pub(crate) power_button: PowerButton,
     pub(crate) keys: Keys,
+    pub(crate) generation: Generation,
     pub(crate) console: ConsoleHandle,
     pub(crate) console_worker: ConsoleWorker,
     /// The event loops that host workers.
@@ -77,6 +78,9 @@ pub(crate) fn place(
     let serial_line = partition.irq_line(layout::SERIAL_GSI)?;
     let (uart, console_worker, console) = console.into_parts(serial_line);
     let power_button = PowerButton::new(partition.irq_line(layout::POWER_BUTTON_GSI)?);
+
+    let line = partition.irq_line(layout::GENERATION_GSI)?;
+    let generation = Generation::new(line, layout::GENERATION_ID_ADDR, layout::VM_CLOCK_ADDR);
 
     let keyboard = KeyboardController::new(partition.irq_line(layout::KEYBOARD_GSI)?);
     let keyboard = Arc::new(Mutex::new(keyboard));
@@ -154,6 +158,7 @@ pub(crate) fn place(
         nodes,
         power_button,
         keys,
+        generation,
         console,
         console_worker,
         threads,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use alveole_board_devices::{Keys, PowerButton};
+use alveole_board_devices::{Generation, Keys, PowerButton};
 use alveole_counters::Registry;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{CpuPosition, Partition};
@@ -93,6 +93,7 @@ pub struct Machine {
     pub(crate) console: ConsoleHandle,
     pub(crate) power_button: PowerButton,
     pub(crate) keys: Keys,
+    pub(crate) generation: Generation,
     /// What the devices add to the system calls of threads.
     pub(crate) sandbox: Vec<&'static str>,
     pub(crate) disks: Vec<BlkHandle>,
@@ -126,6 +127,12 @@ impl Machine {
     #[must_use]
     pub fn counters(&self) -> &Arc<Registry> {
         &self.registry
+    }
+
+    /// What tells the guest that it goes on as another machine.
+    #[must_use]
+    pub fn generation(&self) -> &Generation {
+        &self.generation
     }
 
     /// The owner's handles on the disks, in the order in which the guest finds them.

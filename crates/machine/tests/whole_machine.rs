@@ -24,6 +24,7 @@ const PANIC: u16 = 0x505;
 const POWER: u16 = 0x600;
 const RESET: u16 = 0x602;
 const KEYBOARD: u16 = 0x64;
+const GENERATION_ID: u64 = 0xf_0000;
 const BOOT_TIMER: u64 = 0xc000_0000;
 
 fn power_off() -> Step {
@@ -110,7 +111,45 @@ fn a_guest_finds_its_tables_its_features_and_its_first_state() {
 
     let mut lines: Vec<u32> = partition.lines().into_iter().map(|(gsi, _)| gsi).collect();
     lines.sort_unstable();
-    assert_eq!(lines, [1, 4, 5], "keyboard, serial port and power button");
+    assert_eq!(
+        lines,
+        [1, 3, 4, 5],
+        "keyboard, generation id, serial port and power button"
+    );
+}
+
+#[test]
+fn every_machine_has_a_generation_id_of_its_own_and_is_told_of_a_new_one() {
+    let partition = FakePartition::new(Vec::new());
+    let id = |partition: &FakePartition| {
+        let mut id = [0; 16];
+        partition
+            .ram()
+            .unwrap()
+            .read(GENERATION_ID, &mut id)
+            .unwrap();
+        id
+    };
+    let dir = TempDir::new().unwrap();
+    let built = |partition: &FakePartition| {
+        machine_with(&dir, 1, partition.clone(), &Mailbox::new().0, |_| {}).unwrap()
+    };
+    let machine = built(&partition);
+    let first = id(&partition);
+    assert_ne!(first, [0; 16]);
+    let other = FakePartition::new(Vec::new());
+    drop(built(&other));
+    assert_ne!(id(&other), first);
+
+    machine
+        .generation()
+        .renew(&partition.ram().unwrap())
+        .unwrap();
+    assert_ne!(id(&partition), first);
+    machine.generation().announce();
+    let lines = partition.lines();
+    let (_, line) = lines.iter().find(|(gsi, _)| *gsi == 3).unwrap();
+    assert_eq!(line.take_edges(), 1);
 }
 
 /// A machine of `cpus` processors whose description has this `cpu-config`.

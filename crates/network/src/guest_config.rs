@@ -124,23 +124,101 @@ pub fn apply(devices: &[DeviceConfig]) -> Result<(), Error> {
     let mut led_out = [false; 2];
     for device in devices {
         let name = kernel.named(device.mac)?;
-        // A kernel without IPv6 has no such settings.
-        for setting in ["accept_ra", "accept_dad"] {
-            let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{setting}"), "0");
+        configure(&mut kernel, &name, device, &mut led_out)?;
+    }
+    Ok(())
+}
+
+/// What a device of a guest is, and what it is to be from now on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The hardware address that it has, or its name.
+    pub is: String,
+    /// What it is to be.
+    pub becomes: DeviceConfig,
+}
+
+impl Change {
+    /// The hardware address by which the device is meant, where it is not meant by its name.
+    #[must_use]
+    pub fn mac(&self) -> Option<Mac> {
+        self.is.parse().ok()
+    }
+}
+
+/// Makes devices others than they were: other hardware addresses, and none of the addresses and routes from before. The neighbours are told, by
+/// an ARP request and an unsolicited neighbour advertisement, which the kernel sends as a device comes up. Connections by the old
+/// addresses are dead from then on. As [`apply`], for the guest that this runs in; a change that was made before is made again.
+///
+/// # Errors
+///
+/// A device that is not there: nothing was changed then. Or what the kernel says: the devices after it are down then, as
+/// what they were may be somebody else's by now.
+pub fn renew(changes: &[Change]) -> Result<(), Error> {
+    let mut kernel = Kernel::open()?;
+    // All are found before one of them has an address that another one had.
+    let mut names = Vec::new();
+    for change in changes {
+        names.push(find(&mut kernel, change)?);
+    }
+    for (name, change) in names.iter().zip(changes) {
+        kernel.down(name)?;
+        kernel.set_mac(name, change.becomes.mac)?;
+        for address in kernel.addresses_of(name)? {
+            kernel.remove_address(name, &address)?;
         }
-        if let Some(mtu) = device.mtu {
-            kernel.set_mtu(&name, mtu)?;
+    }
+    let mut led_out = [false; 2];
+    // A device that stays as it is may be the one that leads out.
+    for family in kernel.default_routes()? {
+        led_out[usize::from(family)] = true;
+    }
+    for (name, change) in names.iter().zip(changes) {
+        for setting in ["ipv4/conf/{}/arp_notify", "ipv6/conf/{}/ndisc_notify"] {
+            let path = format!("/proc/sys/net/{}", setting.replace("{}", name));
+            let _ = std::fs::write(path, "1");
         }
-        kernel.up(&name)?;
-        for address in &device.addresses {
-            kernel.add_address(&name, address)?;
-        }
-        for gateway in &device.gateways {
-            // Of several networks the first leads out.
-            let led_out = &mut led_out[usize::from(gateway.is_ipv6())];
-            if !std::mem::replace(led_out, true) {
-                kernel.add_default_route(&name, *gateway)?;
-            }
+        configure(&mut kernel, name, &change.becomes, &mut led_out)?;
+    }
+    Ok(())
+}
+
+fn find(kernel: &mut Kernel, change: &Change) -> Result<String, Error> {
+    let Some(mac) = change.mac() else {
+        kernel.exists(&change.is)?;
+        return Ok(change.is.clone());
+    };
+    match kernel.named(mac) {
+        Ok(name) => Ok(name),
+        // It is that already.
+        Err(e) => kernel.named(change.becomes.mac).map_err(|_| e),
+    }
+}
+
+/// `led_out`: whether there is a default route already, for IPv4 and for IPv6.
+fn configure(
+    kernel: &mut Kernel,
+    name: &str,
+    device: &DeviceConfig,
+    led_out: &mut [bool; 2],
+) -> Result<(), Error> {
+    // A kernel without IPv6 has no such settings.
+    for setting in ["accept_ra", "accept_dad"] {
+        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{setting}"), "0");
+    }
+    if let Some(mtu) = device.mtu {
+        kernel.set_mtu(name, mtu)?;
+    }
+    // Before it is up: the kernel tells the neighbours of those that a device has as it comes up.
+    for address in &device.addresses {
+        kernel.add_address(name, address)?;
+    }
+    kernel.up(name)?;
+    for gateway in &device.gateways {
+        // Of several networks the first leads out.
+        let led_out = &mut led_out[usize::from(gateway.is_ipv6())];
+        if !std::mem::replace(led_out, true) {
+            kernel.add_default_route(name, *gateway)?;
         }
     }
     Ok(())

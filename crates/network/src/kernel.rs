@@ -447,6 +447,95 @@ impl Kernel {
 
 /// What a guest does for itself.
 impl Kernel {
+    /// Whether there is an interface of this name; the error says that there is none.
+    pub(crate) fn exists(&mut self, link: &str) -> Result<(), Error> {
+        self.index(&format!("look for the network device {link}"), link)
+            .map(drop)
+    }
+
+    pub(crate) fn down(&mut self, link: &str) -> Result<(), Error> {
+        let act = format!("take {link} down");
+        let mut message = LinkMessage::default();
+        message.header.index = self.index(&act, link)?;
+        message.header.change_mask = LinkFlags::Up;
+        self.change(&act, &RouteNetlinkMessage::SetLink(message), 0)
+    }
+
+    /// Gives an interface, which must be down, another hardware address.
+    pub(crate) fn set_mac(&mut self, link: &str, mac: Mac) -> Result<(), Error> {
+        self.set(
+            &format!("give {link} the hardware address {mac}"),
+            link,
+            vec![LinkAttribute::Address(mac.bytes().to_vec())],
+            false,
+        )
+    }
+
+    /// The addresses of an interface, without those that it has by itself.
+    pub(crate) fn addresses_of(&mut self, link: &str) -> Result<Vec<IpNet>, Error> {
+        let act = format!("ask the kernel for the addresses of {link}");
+        let index = self.index(&act, link)?;
+        let all = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        let answers = self
+            .ask(&all, NLM_F_DUMP)
+            .map_err(|e| Error::kernel(act, e))?;
+        Ok(answers
+            .into_iter()
+            .filter_map(|answer| match answer {
+                RouteNetlinkMessage::NewAddress(message) if message.header.index == index => {
+                    address(&message)
+                }
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// Takes an address from an interface; one that is gone, as others go with the first of their network, is no error.
+    pub(crate) fn remove_address(&mut self, link: &str, address: &IpNet) -> Result<(), Error> {
+        let act = format!("take the address {address} from {link}");
+        let mut message = AddressMessage::default();
+        message.header.index = self.index(&act, link)?;
+        message.header.prefix_len = address.prefix_len();
+        message.header.family = match address {
+            IpNet::V4(_) => AddressFamily::Inet,
+            IpNet::V6(_) => AddressFamily::Inet6,
+        };
+        message.attributes = vec![AddressAttribute::Local(address.addr())];
+        match self.change(&act, &RouteNetlinkMessage::DelAddress(message), 0) {
+            Err(Error::Kernel { source, .. })
+                if source.raw_os_error() == Some(libc::EADDRNOTAVAIL) =>
+            {
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
+    /// Of each default route, whether it is one of IPv6.
+    pub(crate) fn default_routes(&mut self) -> Result<Vec<bool>, Error> {
+        let act = "ask the kernel for its routes";
+        let mut found = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut message = RouteMessage::default();
+            message.header.address_family = family;
+            let routes = self
+                .ask(&RouteNetlinkMessage::GetRoute(message), NLM_F_DUMP)
+                .map_err(|e| Error::kernel(act, e))?;
+            for route in routes {
+                let RouteNetlinkMessage::NewRoute(route) = route else {
+                    continue;
+                };
+                let leads_out = route.header.table == RouteHeader::RT_TABLE_MAIN
+                    && route.header.kind == RouteType::Unicast
+                    && route.header.destination_prefix_length == 0;
+                if leads_out {
+                    found.push(family == AddressFamily::Inet6);
+                }
+            }
+        }
+        Ok(found)
+    }
+
     /// The interface with this hardware address.
     pub(crate) fn named(&mut self, mac: Mac) -> Result<String, Error> {
         let act = "look for the network devices";

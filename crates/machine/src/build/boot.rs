@@ -35,12 +35,18 @@ impl WithDevices {
             io_apic_addr: layout::IO_APIC_ADDR,
             power: catalog::power_registers(),
             power_button_gsi: layout::POWER_BUTTON_GSI,
+            generation: alveole_acpi::Generation {
+                id_addr: layout::GENERATION_ID_ADDR,
+                clock_addr: layout::VM_CLOCK_ADDR,
+                gsi: layout::GENERATION_GSI,
+            },
             pci: devices.pci.take(),
             nodes: std::mem::take(&mut devices.nodes),
         };
         let tables = alveole_acpi::build(&board, layout::ACPI_ADDR)?;
         ram.write(tables.load_addr, &tables.bytes)?;
         ram.write(layout::RESTART_ADDR, &catalog::restart_code())?;
+        devices.generation.renew(&ram)?;
         if let Some(table) = alveole_acpi::mp_table(&board) {
             ram.write(alveole_acpi::MP_TABLE_ADDR, &table)?;
         }

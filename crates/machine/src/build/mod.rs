@@ -77,6 +77,9 @@ pub enum BuildError {
     /// The tables could not be written to guest memory.
     #[error("cannot write the machine's tables: {0}")]
     Tables(#[from] alveole_guest_memory::AccessError),
+    /// The guest's generation id.
+    #[error(transparent)]
+    Generation(#[from] alveole_board_devices::GenerationError),
     /// The machine's own description to the guest.
     #[error(transparent)]
     Acpi(#[from] alveole_acpi::AcpiError),
@@ -169,6 +172,7 @@ impl BuildError {
                 MapError::Refused { .. } | MapError::Ranges(_) | MapError::Layer { .. },
             )
             | Self::Tables(_)
+            | Self::Generation(_)
             | Self::Acpi(_)
             | Self::Partition(_)
             | Self::Bus(_)

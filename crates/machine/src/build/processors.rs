@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use alveole_board_devices::{Keys, PowerButton};
+use alveole_board_devices::{Generation, Keys, PowerButton};
 use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::{InitialState, Partition};
@@ -25,6 +25,7 @@ pub(super) struct WithProcessors {
     pub(super) partition: Box<dyn Partition>,
     pub(super) power_button: PowerButton,
     pub(super) keys: Keys,
+    pub(super) generation: Generation,
     pub(super) console: ConsoleHandle,
     pub(super) console_worker: ConsoleWorker,
     pub(super) threads: Threads,
@@ -54,6 +55,7 @@ impl WithBoot {
             memory,
             power_button,
             keys,
+            generation,
             console,
             console_worker,
             threads,
@@ -116,6 +118,7 @@ impl WithBoot {
             partition,
             power_button,
             keys,
+            generation,
             console,
             console_worker,
             threads,

@@ -31,6 +31,7 @@ impl WithProcessors {
             console: self.console,
             power_button: self.power_button,
             keys: self.keys,
+            generation: self.generation,
             sandbox: self.sandbox,
             disks: self.disks,
             interfaces: self.interfaces,
