@@ -25,6 +25,7 @@ const LAYERS: [&[&str]; 6] = [
         "agent-protocol",
         "egress-rules",
         "erofs",
+        "saved-state",
     ],
     &[
         "hypervisor",

@@ -3,6 +3,8 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 /// What a keyboard's own buffer holds. Ctrl-Alt-Del fits once and not twice.
 const BUFFER_BYTES: usize = 16;
 
@@ -43,7 +45,40 @@ pub(crate) struct Keyboard {
     unfinished: Option<u8>,
 }
 
+/// The saved state of a keyboard: a part of its controller's, which has the version.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct KeyboardStateV1 {
+    answers: Vec<u8>,
+    scan_codes: Vec<u8>,
+    unfinished: Option<u8>,
+}
+
 impl Keyboard {
+    pub(crate) fn save(&self) -> KeyboardStateV1 {
+        // Exhaustive, so that a new field has to decide whether it is saved.
+        let Self {
+            answers,
+            scan_codes,
+            unfinished,
+        } = self;
+        KeyboardStateV1 {
+            answers: answers.iter().copied().collect(),
+            scan_codes: scan_codes.iter().copied().collect(),
+            unfinished: *unfinished,
+        }
+    }
+
+    /// None: it says more than a keyboard's buffer holds.
+    pub(crate) fn restored(state: KeyboardStateV1) -> Option<Self> {
+        let fits = state.answers.len() <= BUFFER_BYTES && state.scan_codes.len() <= BUFFER_BYTES;
+        fits.then(|| Self {
+            answers: state.answers.into(),
+            scan_codes: state.scan_codes.into(),
+            unfinished: state.unfinished,
+        })
+    }
+
     /// Takes one byte from the driver. `translated`: the controller makes set 1 of what comes back.
     pub(crate) fn take(&mut self, byte: u8, translated: bool) {
         self.answers.clear();

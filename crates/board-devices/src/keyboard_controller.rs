@@ -9,8 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use alveole_interrupts::IrqLine;
 use alveole_io_bus::{BusDevice, MachineRequest, Outcome};
+use alveole_saved_state::{RestoreError, SavedState, Saves};
+use serde::{Deserialize, Serialize};
 
-use crate::keyboard::Keyboard;
+use crate::keyboard::{Keyboard, KeyboardStateV1};
 
 /// First port of the range.
 pub const KEYBOARD_FIRST_PORT: u64 = 0x60;
@@ -188,6 +190,52 @@ impl BusDevice for KeyboardController {
             (KEYBOARD_DATA_OFFSET, &[byte]) => self.take_data(byte),
             _ => Outcome::Refused,
         }
+    }
+}
+
+const KIND: &str = "keyboard";
+const VERSION: u32 = 1;
+
+/// The saved state. Not used by logic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ControllerStateV1 {
+    keyboard: KeyboardStateV1,
+    control: u8,
+    answer: Option<u8>,
+    unfinished: Option<u8>,
+}
+
+impl Saves for KeyboardController {
+    fn save(&self) -> SavedState {
+        // Exhaustive, so that a new field has to decide whether it is saved.
+        let Self {
+            line: _,
+            keyboard,
+            control,
+            answer,
+            unfinished,
+        } = self;
+        let state = ControllerStateV1 {
+            keyboard: keyboard.save(),
+            control: *control,
+            answer: *answer,
+            unfinished: *unfinished,
+        };
+        SavedState::pack(KIND, VERSION, &state)
+    }
+
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError> {
+        let state: ControllerStateV1 = saved.unpack(KIND, VERSION)?;
+        let keyboard = Keyboard::restored(state.keyboard);
+        self.keyboard = keyboard.ok_or_else(|| RestoreError::Invalid {
+            kind: KIND.into(),
+            why: "its keyboard has more to say than its buffer holds".into(),
+        })?;
+        self.control = state.control;
+        self.answer = state.answer;
+        self.unfinished = state.unfinished;
+        Ok(())
     }
 }
 

@@ -5,6 +5,8 @@
 //! [`SLEEP_TYPE_OFF`].
 
 use alveole_io_bus::{BusDevice, MachineRequest, Outcome};
+use alveole_saved_state::{RestoreError, SavedState, Saves};
+use serde::{Deserialize, Serialize};
 
 /// One-byte ports that the device takes.
 pub const POWER_PORTS: u64 = 3;
@@ -83,5 +85,48 @@ impl BusDevice for PowerPorts {
             RESET_OFFSET => Outcome::Done,
             _ => Outcome::Refused,
         }
+    }
+}
+
+const KIND: &str = "power";
+const VERSION: u32 = 1;
+
+/// The saved state. Not used by logic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PowerStateV1 {
+    sleep_type: u8,
+    woke: bool,
+}
+
+impl Saves for PowerPorts {
+    fn save(&self) -> SavedState {
+        // Exhaustive, so that a new field has to decide whether it is saved.
+        let Self {
+            sleep_type_bits,
+            woke,
+        } = self;
+        let state = PowerStateV1 {
+            sleep_type: sleep_type_bits >> SLP_TYP_SHIFT,
+            woke: *woke,
+        };
+        SavedState::pack(KIND, VERSION, &state)
+    }
+
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError> {
+        let state: PowerStateV1 = saved.unpack(KIND, VERSION)?;
+        let most = SLP_TYP_MASK >> SLP_TYP_SHIFT;
+        if state.sleep_type > most {
+            return Err(RestoreError::Invalid {
+                kind: KIND.into(),
+                why: format!(
+                    "sleep type {}, of which {most} is the last",
+                    state.sleep_type
+                ),
+            });
+        }
+        self.sleep_type_bits = state.sleep_type << SLP_TYP_SHIFT;
+        self.woke = state.woke;
+        Ok(())
     }
 }

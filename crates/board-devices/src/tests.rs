@@ -3,6 +3,7 @@ use std::sync::{Arc, Mutex};
 use alveole_guest_memory::{GuestRam, MemoryPlan};
 use alveole_interrupts::IrqLine;
 use alveole_io_bus::{BusDevice, MachineRequest, Outcome};
+use alveole_saved_state::Saves;
 use proptest::prelude::*;
 
 use super::*;
@@ -299,6 +300,40 @@ fn a_press_is_one_edge() {
     let button = PowerButton::new(line.clone());
     button.press();
     assert_eq!(line.take_edges(), 1);
+}
+
+#[test]
+fn a_controller_goes_on_from_the_middle_of_a_command() {
+    let (mut device, _) = keyboard();
+    assert_eq!(
+        device.write(KEYBOARD_COMMAND_OFFSET, &[0x60]),
+        Outcome::Done
+    );
+    let saved = device.save();
+    let (mut other, line) = keyboard();
+    other.restore(&saved).unwrap();
+    // The parameter of the command: interrupts on. Then an answer of the keyboard comes with one.
+    assert_eq!(other.write(KEYBOARD_DATA_OFFSET, &[0x45]), Outcome::Done);
+    assert_eq!(other.write(KEYBOARD_DATA_OFFSET, &[0xee]), Outcome::Done);
+    assert_eq!(line.take_edges(), 1);
+    let saved = other.save();
+    let (mut third, _) = keyboard();
+    third.restore(&saved).unwrap();
+    assert_eq!(read(&mut third, KEYBOARD_DATA_OFFSET), 0xee);
+    assert!(third.restore(&PowerPorts::new().save()).is_err());
+}
+
+#[test]
+fn power_ports_keep_what_was_chosen() {
+    let mut ports = PowerPorts::new();
+    assert_eq!(
+        ports.write(SLEEP_CONTROL_OFFSET, &[3 << 2 | 1 << 5]),
+        Outcome::Done
+    );
+    let mut others = PowerPorts::new();
+    others.restore(&ports.save()).unwrap();
+    assert_eq!(read(&mut others, SLEEP_CONTROL_OFFSET), 3 << 2);
+    assert_eq!(read(&mut others, SLEEP_STATUS_OFFSET), 0x80);
 }
 
 proptest! {

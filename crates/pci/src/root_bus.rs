@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use alveole_io_bus::{BusDevice, Outcome};
+use alveole_saved_state::{RestoreError, SavedState, Saves};
 
-use crate::{ConfigSpace, Ids, PciError};
+use crate::{ConfigSpace, ConfigSpaceStateV1, Ids, PciError};
 
 /// Length of the configuration window of one bus (PCI Express Base 5.0, 7.2.2).
 pub const ECAM_BYTES: u64 = 1 << 20;
@@ -45,6 +46,7 @@ pub type SharedFunction = Arc<Mutex<dyn Function>>;
 /// Bus 0 of segment 0, to be placed as [`ECAM_BYTES`] on the bus for memory accesses. All devices have one
 /// function.
 pub struct RootBus {
+    bridge: Arc<Mutex<ConfigSpace>>,
     devices: Vec<Option<SharedFunction>>,
 }
 
@@ -58,10 +60,10 @@ impl RootBus {
     /// A bus with a host bridge at 00:00.0.
     #[must_use]
     pub fn new() -> Self {
-        let bridge: SharedFunction = Arc::new(Mutex::new(ConfigSpace::new(&HOST_BRIDGE)));
-        let mut devices = vec![Some(bridge)];
+        let bridge = Arc::new(Mutex::new(ConfigSpace::new(&HOST_BRIDGE)));
+        let mut devices = vec![Some(bridge.clone() as SharedFunction)];
         devices.resize_with(usize::from(DEVICES), || None);
-        Self { devices }
+        Self { bridge, devices }
     }
 
     /// Puts a function at 00:`device`.0.
@@ -90,6 +92,28 @@ impl RootBus {
         // An access that would reach into the next function is nobody's.
         let end = usize::from(register).checked_add(len)?;
         (end <= 0x1000).then_some((function, register))
+    }
+}
+
+const KIND: &str = "pci-host";
+const VERSION: u32 = 1;
+
+/// The host bridge. Functions are saved by whoever shares them.
+impl Saves for RootBus {
+    fn save(&self) -> SavedState {
+        // Exhaustive, so that a new field has to decide whether it is saved.
+        let Self { bridge, devices: _ } = self;
+        let bridge = bridge.lock().unwrap_or_else(PoisonError::into_inner);
+        SavedState::pack(KIND, VERSION, &bridge.save())
+    }
+
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError> {
+        let state: ConfigSpaceStateV1 = saved.unpack(KIND, VERSION)?;
+        let mut bridge = self.bridge.lock().unwrap_or_else(PoisonError::into_inner);
+        bridge.restore(&state).map_err(|e| RestoreError::Invalid {
+            kind: KIND.into(),
+            why: e.to_string(),
+        })
     }
 }
 

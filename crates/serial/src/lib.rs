@@ -17,6 +17,7 @@ mod log_limit;
 mod out_queue;
 mod panic_line;
 mod port;
+mod state;
 mod sys;
 mod uart;
 mod worker;

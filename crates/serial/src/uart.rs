@@ -7,13 +7,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use alveole_interrupts::IrqLine;
 use alveole_io_bus::{BusDevice, Outcome};
+use alveole_saved_state::{RestoreError, SavedState, Saves};
 use vm_superio::Trigger;
-use vm_superio::serial::{Serial, SerialEvents};
+use vm_superio::serial::{Serial, SerialEvents, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::SerialCounters;
 use crate::out_queue::OutQueue;
 use crate::panic_line::{LineWatch, PanicLine};
+use crate::state::{KIND, UartStateV1, VERSION};
 
 /// Ports that a 16550 takes.
 pub const UART_PORTS: u64 = 8;
@@ -68,11 +70,49 @@ impl BusDevice for Uart {
     }
 }
 
+impl Saves for Uart {
+    fn save(&self) -> SavedState {
+        let state = UartStateV1::of(self.registers.lock().state());
+        SavedState::pack(KIND, VERSION, &state)
+    }
+
+    fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError> {
+        let state: UartStateV1 = saved.unpack(KIND, VERSION)?;
+        self.registers.restore(&state.registers())
+    }
+}
+
 type Inner = Serial<Edge, RxBell, Output>;
 
 /// The registers, shared by the bus and the worker that brings input.
 #[derive(Clone)]
-pub(crate) struct Registers(Arc<Mutex<Inner>>);
+pub(crate) struct Registers {
+    serial: Arc<Mutex<Inner>>,
+    wires: Wires,
+}
+
+/// What the registers are connected to.
+#[derive(Clone)]
+struct Wires {
+    irq: IrqLine,
+    queue: Arc<OutQueue>,
+    bell: Arc<EventFd>,
+    panic_line: PanicLine,
+}
+
+impl Wires {
+    fn parts(&self) -> (Edge, RxBell, Output) {
+        let bell = RxBell {
+            wanted: AtomicBool::new(false),
+            bell: self.bell.clone(),
+        };
+        let output = Output {
+            queue: self.queue.clone(),
+            lines: LineWatch::new(self.panic_line.clone()),
+        };
+        (Edge(self.irq.clone()), bell, output)
+    }
+}
 
 impl Registers {
     pub(crate) fn new(
@@ -81,19 +121,33 @@ impl Registers {
         bell: Arc<EventFd>,
         panic_line: PanicLine,
     ) -> Self {
-        let bell = RxBell {
-            wanted: AtomicBool::new(false),
-            bell,
-        };
-        let output = Output {
+        let wires = Wires {
+            irq,
             queue,
-            lines: LineWatch::new(panic_line),
-        };
-        Self(Arc::new(Mutex::new(Serial::with_events(
-            Edge(irq),
             bell,
-            output,
-        ))))
+            panic_line,
+        };
+        let (edge, bell, output) = wires.parts();
+        let serial = Serial::with_events(edge, bell, output);
+        Self {
+            serial: Arc::new(Mutex::new(serial)),
+            wires,
+        }
+    }
+
+    /// Registers as they were saved. An interrupt that was raised is raised again: to a guest it is one that it need not have
+    /// taken yet.
+    fn restore(&self, state: &SerialState) -> Result<(), RestoreError> {
+        let (edge, bell, output) = self.wires.parts();
+        let serial = Serial::from_state(state, edge, bell, output);
+        *self.lock() = serial.map_err(|_| RestoreError::Invalid {
+            kind: KIND.into(),
+            why: format!(
+                "{} bytes of input, where its FIFO holds 64",
+                state.in_buffer.len()
+            ),
+        })?;
+        Ok(())
     }
 
     /// Gives the guest as many of `bytes` as its FIFO takes; how many. When some are left, the bell
@@ -110,7 +164,7 @@ impl Registers {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

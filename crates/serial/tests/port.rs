@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use alveole_event_loop::{EventLoop, LoopHandle, WorkerId};
 use alveole_interrupts::IrqLine;
 use alveole_io_bus::{BusDevice, Outcome};
+use alveole_saved_state::Saves;
 use alveole_serial::*;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -416,4 +417,33 @@ mod property {
             prop_assert_eq!(uart.write(u64::MAX, &[0]), Outcome::Refused);
         }
     }
+}
+
+#[test]
+fn registers_and_unread_input_go_on_in_another_port() {
+    let open = || {
+        let console = Console::open(&ConsoleTarget::None, Box::new(|_| {})).unwrap();
+        console.into_parts(IrqLine::new().unwrap())
+    };
+    let (mut uart, _worker, _handle) = open();
+    // Loop-back: what is sent is received.
+    for (port, byte) in [(7, 0x5a), (1, 0x01), (4, 0x10), (0, b'x'), (0, b'y')] {
+        assert_eq!(uart.write(port, &[byte]), Outcome::Done);
+    }
+    let (mut other, _other_worker, _other_handle) = open();
+    other.restore(&uart.save()).unwrap();
+    let mut read = |port| {
+        let mut byte = [0];
+        assert_eq!(other.read(port, &mut byte), Outcome::Done);
+        byte[0]
+    };
+    assert_eq!((read(7), read(1), read(4)), (0x5a, 0x01, 0x10));
+    assert_eq!((read(0), read(0)), (b'x', b'y'));
+    let mut hostile = uart.save();
+    hostile.bytes = String::from_utf8(hostile.bytes)
+        .unwrap()
+        .replace("\"input\":[", &format!("\"input\":[{}", "1,".repeat(65)))
+        .into_bytes();
+    let why = uart.restore(&hostile).unwrap_err().to_string();
+    assert!(why.contains("FIFO"), "{why}");
 }

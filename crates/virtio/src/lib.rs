@@ -38,14 +38,15 @@ mod state;
 pub mod testing;
 mod transport_core;
 
+pub use alveole_saved_state::{RestoreError, SavedState};
 pub use busy_wait::BusyWait;
 pub use chain::{Chain, MAX_CHAIN_SEGMENTS, Segment};
 pub use device::{Identity, QueueWorker, StartError, StartKit, VirtioDevice};
 pub use hosting::Hosting;
 pub use queue::{BrokenRing, LiveQueue, Progress, RingParts};
 pub use signals::{ConfigIrq, MAX_TROUBLE_LINES, RouteWatch, Signals, Wires};
-pub use state::{QueueStateV1, SavedState, TransportStateV1};
-pub use transport_core::{QueuePart, RestoreError, TransportControl, TransportCore};
+pub use state::{QueueStateV1, TransportStateV1};
+pub use transport_core::{QueuePart, TransportControl, TransportCore};
 
 /// Largest queue, in descriptors (section 2.7: a power of two, at most 32768). Abused by nobody, but every
 /// request in flight holds memory of ours.

@@ -1,59 +1,7 @@
-//! Saved states: the form that all of them have, and the core's own. Not used by logic.
+//! Saved states of the core. Not used by logic.
 
-use serde::de::DeserializeOwned;
+use alveole_saved_state::SavedState;
 use serde::{Deserialize, Serialize};
-
-use crate::RestoreError;
-
-/// The state of a device or a transport as bytes that name their kind and version. May come from a hostile
-/// file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SavedState {
-    /// What this is a state of.
-    pub kind: String,
-    /// Version of its form.
-    pub version: u32,
-    /// The state itself.
-    pub bytes: Vec<u8>,
-}
-
-impl SavedState {
-    /// A state of this kind and version. `state` is a plain structure of numbers, texts and lists.
-    #[must_use]
-    pub fn pack(kind: &str, version: u32, state: &impl Serialize) -> Self {
-        Self {
-            kind: kind.to_owned(),
-            version,
-            // Such structures have nothing that could fail; no bytes at all would be refused by unpack.
-            bytes: serde_json::to_vec(state).unwrap_or_default(),
-        }
-    }
-
-    /// What was packed.
-    ///
-    /// # Errors
-    /// It is of another kind or version, or no such structure.
-    pub fn unpack<T: DeserializeOwned>(&self, kind: &str, version: u32) -> Result<T, RestoreError> {
-        if self.kind != kind {
-            return Err(RestoreError::Kind {
-                wanted: kind.to_owned(),
-                found: self.kind.clone(),
-            });
-        }
-        if self.version != version {
-            return Err(RestoreError::Version {
-                kind: kind.to_owned(),
-                found: self.version,
-                known: version,
-            });
-        }
-        serde_json::from_slice(&self.bytes).map_err(|e| RestoreError::Invalid {
-            kind: kind.to_owned(),
-            why: e.to_string(),
-        })
-    }
-}
 
 /// What the core keeps of a device, and the device's own state. A part of a transport's state, which has the
 /// version.

@@ -8,7 +8,7 @@ use alveole_guest_memory::GuestRam;
 use alveole_interrupts::Doorbell;
 use virtio_queue::{Queue, QueueState};
 
-pub use saving::{RestoreError, TransportControl};
+pub use saving::TransportControl;
 
 use crate::hosting::Hosted;
 use crate::{

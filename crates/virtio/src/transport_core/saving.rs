@@ -1,7 +1,7 @@
 //! The core's state, out and in.
 
 use crate::transport_core::{QueueSlot, TransportCore};
-use crate::{QueueStateV1, SavedState, TransportStateV1, features, status};
+use crate::{QueueStateV1, RestoreError, SavedState, TransportStateV1, features, status};
 
 /// What the owner of a machine does with a device on its transport, whichever that is: the one way by which a
 /// device is stopped, saved, restored and started again behind its driver's back. The processors are paused.
@@ -22,40 +22,6 @@ pub trait TransportControl: Send {
     /// The state is of another kind or version, or not one that this device can have here. The device is then
     /// of no more use.
     fn restore(&mut self, saved: &SavedState) -> Result<(), RestoreError>;
-}
-
-/// Why a saved state was refused.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum RestoreError {
-    /// The state is of another device.
-    #[error("the saved state is of a {found}, not of a {wanted}")]
-    Kind {
-        /// What the device is.
-        wanted: String,
-        /// What the state says.
-        found: String,
-    },
-    /// The state is of a version that this program does not know.
-    #[error("the saved state of {kind} has version {found}; this program knows up to {known}")]
-    Version {
-        /// The kind of device.
-        kind: String,
-        /// What the state says.
-        found: u32,
-        /// What is known.
-        known: u32,
-    },
-    /// A value that no device of this kind can have.
-    #[error("the saved state of {kind} is not valid: {why}")]
-    Invalid {
-        /// The kind of device.
-        kind: String,
-        /// What is wrong.
-        why: String,
-    },
-    /// The device is being served.
-    #[error("a device takes a saved state over only before its driver has started it")]
-    Running,
 }
 
 impl TransportCore {
