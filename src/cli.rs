@@ -123,24 +123,14 @@ impl Default for Args {
     }
 }
 
-/// Firecracker's options whose function does not exist here, and what to do without it.
-const NOT_BUILT: &[(&str, &str)] = &[
-    (
-        "snapshot-version",
-        "snapshots are not built yet; leave the option out",
-    ),
-    (
-        "describe-snapshot",
-        "snapshots are not built yet; leave the option out",
-    ),
-];
-
 /// What to do.
 #[derive(Debug)]
 pub(crate) enum Request {
     Run(Box<Args>),
     Help,
     Version,
+    SnapshotVersion,
+    DescribeSnapshot(PathBuf),
 }
 
 /// Longest `--id`, as Firecracker has it.
@@ -167,9 +157,6 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             return Err(format!("--{name} is given twice; give it once"));
         }
         seen.push(name.clone());
-        if let Some((_, why)) = NOT_BUILT.iter().find(|(known, _)| *known == name) {
-            return Err(format!("--{name} cannot be had: {why}"));
-        }
         let mut text = || -> Result<String, String> {
             let value = parser.value().map_err(|e| e.to_string())?;
             value
@@ -179,6 +166,8 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
         match name.as_str() {
             "help" => return Ok(Request::Help),
             "version" => return Ok(Request::Version),
+            "snapshot-version" => return Ok(Request::SnapshotVersion),
+            "describe-snapshot" => return Ok(Request::DescribeSnapshot(text()?.into())),
             "no-api" => args.no_api = true,
             "no-seccomp" => args.no_seccomp = true,
             "seccomp-filter" => args.seccomp_filter = Some(text()?.into()),

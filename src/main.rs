@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use alveole_api_server::{ApiSocket, ApiThread, SendRequest};
 use alveole_event_loop::Worker;
-use alveole_machine::{Bulletin, End, Event, Files, Mailbox};
+use alveole_machine::{Bulletin, End, Event, Files, Mailbox, SNAPSHOT_VERSION, Snapshot};
 use alveole_thread_sandbox::ExtraFilters;
 use alveole_vm_control::{Answer, Command};
 use cli::{Args, Request};
@@ -34,6 +34,11 @@ fn main() -> ExitCode {
     match cli::parse(std::env::args_os().skip(1)) {
         Ok(Request::Help) => print(cli::HELP),
         Ok(Request::Version) => print(concat!("alveole-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
+        Ok(Request::SnapshotVersion) => print(&format!("v{SNAPSHOT_VERSION}\n")),
+        Ok(Request::DescribeSnapshot(path)) => match describe(&path) {
+            Ok(text) => print(&text),
+            Err(failure) => exit::failed(&failure),
+        },
         Ok(Request::Run(args)) => match run(&args, started) {
             // Not before everything is put away: it may die here.
             Ok(end) => exit::ended(&end),
@@ -86,11 +91,8 @@ fn run(args: &Args, started: Instant) -> Result<End, Failure> {
         }
     };
     if api.is_some() {
-        let mut files = None;
-        if !machine.disks().is_empty() {
-            files = Some(Files::start(&mailbox).map_err(|e| host(&e))?);
-        }
-        machine.answer_clients(session.desk(), files);
+        let files = Files::start(&mailbox).map_err(|e| host(&e))?;
+        machine.answer_clients(session.desk(), Some(files));
     }
     let end = machine.run(&events, METRICS_PERIOD, &mut |machine| {
         session.tick(machine)
@@ -121,6 +123,12 @@ fn serve(
     let failed = move |why| failures.send(Event::LoopEnded(why));
     ApiThread::start(socket, args.max_body_bytes, send, workers, failed)
         .map_err(|e| Failure::Host(e.to_string()))
+}
+
+/// The version of the form that the snapshot at `path` is written in, and who wrote it.
+fn describe(path: &Path) -> Result<String, Failure> {
+    let described = Snapshot::describe(path).map_err(|e| Failure::Config(e.to_string()))?;
+    Ok(format!("{described}\n"))
 }
 
 /// Has every thread that is confined from now on confined by the filters at `path`, too. Firecracker's exit code for wrong ones is 1.

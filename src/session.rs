@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use alveole_event_loop::Worker;
 use alveole_hypervisor_kvm::KvmPartition;
 use alveole_machine::{
-    Bulletin, Desk, End, Event, HostResources, Identity, Machine, Mailbox, Options,
+    Bulletin, Desk, End, Event, HostResources, Identity, Machine, Mailbox, Options, Snapshot,
 };
 use alveole_mmds::Metadata;
 use alveole_serial::{Console, ConsoleTarget};
-use alveole_vm_config::{Logger, Metrics, VmConfig};
+use alveole_vm_config::{Logger, Metrics, SnapshotLoad, VmConfig};
 use alveole_vm_control::{Answer, Command, Refusal, Request, State, permit};
 
 use crate::cli::{self, Args};
@@ -152,21 +152,7 @@ impl<'a> Session<'a> {
             return Err(Failure::Host(self.all_wrong(std::iter::empty())));
         }
         let partition = KvmPartition::new().map_err(|e| host(&e))?;
-        let target = self.console_target();
-        let options = Options {
-            boot_timer: self.args.boot_timer,
-            end_with_terminal: matches!(target, ConsoleTarget::Terminal),
-            placement: self.args.placement,
-            disk_threads: self.args.disk_threads,
-            transport: self.args.transport,
-            on_sigterm: self.args.on_sigterm,
-        };
-        let to_control = self.mailbox.clone();
-        let console = Console::open(
-            &target,
-            Box::new(move |e| to_control.send(Event::Console(e))),
-        )
-        .map_err(|e| host(&e))?;
+        let (console, options) = self.console()?;
         alveole_machine::build(
             &valid,
             resources,
@@ -180,6 +166,23 @@ impl<'a> Session<'a> {
             true => Failure::Config(e.to_string()),
             false => host(&e),
         })
+    }
+
+    /// The console, open, and what the command line says of the machine.
+    fn console(&self) -> Result<(Console, Options), Failure> {
+        let target = self.console_target();
+        let options = Options {
+            boot_timer: self.args.boot_timer,
+            end_with_terminal: matches!(target, ConsoleTarget::Terminal),
+            placement: self.args.placement,
+            disk_threads: self.args.disk_threads,
+            transport: self.args.transport,
+            on_sigterm: self.args.on_sigterm,
+        };
+        let to_control = self.mailbox.clone();
+        let on_event = Box::new(move |e| to_control.send(Event::Console(e)));
+        let console = Console::open(&target, on_event);
+        Ok((console.map_err(|e| Failure::Host(e.to_string()))?, options))
     }
 
     /// The command line wins over the description; neither: the terminal.
@@ -209,7 +212,14 @@ impl<'a> Session<'a> {
                 }
                 Ok(Event::LoopEnded(why)) => return Err(Failure::Host(why)),
                 // There is no machine that could say anything.
-                Ok(Event::Vcpu(_) | Event::Console(_) | Event::Opened(_)) => {}
+                Ok(
+                    Event::Vcpu(_)
+                    | Event::Console(_)
+                    | Event::Opened(_)
+                    | Event::Ahead
+                    | Event::Captured
+                    | Event::Taken(_),
+                ) => {}
                 Err(_) => return Err(Failure::Host("the API is gone".into())),
             }
         }
@@ -220,6 +230,7 @@ impl<'a> Session<'a> {
         let Request { command, reply } = request;
         let state = State::NotStarted;
         let permitted = permit(state, &command);
+        let what = format!("cannot {command}");
         let outcome = match (permitted, command) {
             (Err(refusal), _) => Err(refusal),
             (Ok(()), Command::Start) => {
@@ -232,6 +243,22 @@ impl<'a> Session<'a> {
                         return Some(machine);
                     }
                     Err(why) => Err(Refusal::Failed(format!("cannot start the guest: {why}"))),
+                }
+            }
+            (Ok(()), Command::LoadSnapshot(load)) => {
+                self.begun = (Instant::now(), "LoadSnapshot");
+                self.told = true;
+                match self.load(&load) {
+                    Ok(machine) => {
+                        self.desk.post(if load.resume_vm {
+                            State::Running
+                        } else {
+                            State::Paused
+                        });
+                        reply.send(Ok(Answer::Done));
+                        return Some(machine);
+                    }
+                    Err(why) => Err(Refusal::Failed(format!("{what}: {why}"))),
                 }
             }
             (Ok(()), Command::PutLogger(wanted)) => self.set_logger(wanted),
@@ -248,6 +275,34 @@ impl<'a> Session<'a> {
             return Err("there is nothing to boot yet; PUT /boot-source first".into());
         }
         self.build(Vec::new()).map_err(Failure::into_text)
+    }
+
+    /// The machine of a snapshot, whose description becomes ours.
+    fn load(&mut self, load: &SnapshotLoad) -> Result<Machine, String> {
+        if !self.desk.is_blank() {
+            return Err("something of a machine has been said already, and a snapshot says all of it; load it into a new process, before anything but log and metrics".into());
+        }
+        let snapshot = Snapshot::open(load).map_err(|e| e.to_string())?;
+        let valid = alveole_machine::validate(snapshot.config()).map_err(|broken| {
+            let all: Vec<_> = broken.iter().map(ToString::to_string).collect();
+            all.join("; ")
+        })?;
+        let resources = HostResources::open_devices(&valid, self.desk.metadata());
+        let resources = resources.map_err(|e| e.to_string())?;
+        let partition = KvmPartition::new().map_err(|e| e.to_string())?;
+        self.desk.set_restored(snapshot.config().clone());
+        let (console, options) = self.console().map_err(Failure::into_text)?;
+        alveole_machine::restore(
+            &valid,
+            resources,
+            console,
+            Box::new(partition),
+            Vec::new(),
+            &self.mailbox,
+            options,
+            snapshot,
+        )
+        .map_err(|e| e.to_string())
     }
 
     fn set_logger(&mut self, wanted: Logger) -> Result<Answer, Refusal> {

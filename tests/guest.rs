@@ -53,6 +53,8 @@ mod podman;
 mod sandbox;
 #[path = "guest/sees.rs"]
 mod sees;
+#[path = "guest/snapshots.rs"]
+mod snapshots;
 #[path = "guest/space.rs"]
 mod space;
 #[path = "guest/terminal.rs"]

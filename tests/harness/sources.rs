@@ -17,6 +17,8 @@ pub(crate) struct Source {
     pub(crate) initrd: PathBuf,
     /// What this kernel wants on every command line.
     pub(crate) words: String,
+    /// What its processors must say of themselves, and be saved with.
+    pub(crate) cpu_config: Option<serde_json::Value>,
 }
 
 /// A file named by an environment variable.
@@ -56,6 +58,7 @@ pub(crate) fn stock(variable: &str) -> Result<Source, String> {
         kernel: named(variable)?,
         initrd: named("ALVEOLE_TEST_INITRD")?,
         words: String::new(),
+        cpu_config: None,
     })
 }
 
@@ -75,7 +78,14 @@ pub(crate) fn any() -> Result<Source, String> {
         kernel,
         initrd: named("ALVEOLE_TEST_INITRD")?,
         words: std::env::var("ALVEOLE_NATIVE_CMDLINE").unwrap_or_default(),
+        cpu_config: cpu_config(),
     })
+}
+
+fn cpu_config() -> Option<serde_json::Value> {
+    let path = named("ALVEOLE_NATIVE_CPU_CONFIG").ok()?;
+    let text = std::fs::read(&path).unwrap();
+    Some(serde_json::from_slice(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
 }
 
 /// Says loudly that the calling test does not run, and why; `tools/test` counts these lines.

@@ -47,6 +47,11 @@ pub(crate) struct Vm {
     by_alveole: Option<Vec<String>>,
     takes_commands: bool,
     by_api: bool,
+    /// The snapshot that is loaded instead.
+    loads: Option<serde_json::Value>,
+    tracks_dirty_pages: bool,
+    /// Nothing is described or started: tests do that.
+    is_bare: bool,
 }
 
 impl Vm {
@@ -88,6 +93,9 @@ impl Vm {
                 by_alveole: None,
                 takes_commands: false,
                 by_api: false,
+                loads: None,
+                tracks_dirty_pages: false,
+                is_bare: false,
             }),
             Err(why) => {
                 skip(&why);
@@ -231,6 +239,25 @@ impl Vm {
         self
     }
 
+    /// Pages that it writes are noted, for diff snapshots.
+    pub(crate) fn tracks_dirty_pages(mut self) -> Self {
+        self.tracks_dirty_pages = true;
+        self
+    }
+
+    /// A monitor that waits for a client's first word.
+    pub(crate) fn nothing_yet(mut self) -> Self {
+        self.is_bare = true;
+        self.by_api()
+    }
+
+    /// Has it go on from a snapshot, which a client of the API loads with this body. Nothing else that was said counts, but
+    /// its console and options.
+    pub(crate) fn loads(mut self, body: serde_json::Value) -> Self {
+        self.loads = Some(body);
+        self.by_api()
+    }
+
     /// Starts it.
     pub(crate) fn boot(self) -> Running {
         let dir = tempfile::Builder::new()
@@ -253,8 +280,13 @@ impl Vm {
         // It holds the sides of the terminal that the child was given.
         drop(command);
 
-        if self.by_api {
-            self.describe_and_start(dir.path());
+        match &self.loads {
+            Some(body) => {
+                let mut client = Client::at(&dir.path().join("api"));
+                client.done("PUT", "/snapshot/load", body.clone());
+            }
+            None if self.by_api && !self.is_bare => self.describe_and_start(dir.path()),
+            None => {}
         }
         let (output, errors) = (Output::default(), Output::default());
         let errors_reader = Reader::start(child.stderr.take().unwrap(), errors.clone());
@@ -335,7 +367,11 @@ impl Vm {
                 "initrd_path": initrd,
                 "boot_args": self.kernel_words(),
             },
-            "machine-config": { "vcpu_count": self.cpus, "mem_size_mib": self.memory_mib },
+            "machine-config": {
+                "vcpu_count": self.cpus,
+                "mem_size_mib": self.memory_mib,
+                "track_dirty_pages": self.tracks_dirty_pages,
+            },
             "drives": self.drives,
             "network-interfaces": self.interfaces,
         });
@@ -345,7 +381,7 @@ impl Vm {
         if let Some(path) = &self.vsock {
             description["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
         }
-        if let Some(cpu_config) = &self.cpu_config {
+        if let Some(cpu_config) = self.cpu_config.as_ref().or(self.source.cpu_config.as_ref()) {
             description["cpu-config"] = cpu_config.clone();
         }
         if let Some(metadata) = &self.metadata {

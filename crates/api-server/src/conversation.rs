@@ -297,6 +297,7 @@ fn body_of(answer: &Answer) -> (&'static str, String) {
         Answer::Config(config) => json(config),
         Answer::MachineConfig(config) => json(config),
         Answer::Metadata(value) => json(value),
+        Answer::Snapshot(taken) => json(taken),
     };
     (JSON, text)
 }

@@ -31,7 +31,6 @@ const NAME: &str = "{id}";
 const BALLOON: &str = "the balloon device is";
 const PMEM: &str = "persistent memory devices are";
 const HOTPLUG: &str = "memory hotplug is";
-const SNAPSHOTS: &str = "snapshots are";
 const UNPLUG: &str = "taking devices out of a running guest is";
 
 const ROUTES: &[(&str, &str, Take)] = {
@@ -94,8 +93,16 @@ const ROUTES: &[(&str, &str, Take)] = {
         ("GET", "/hotplug/memory", NotBuilt(HOTPLUG)),
         ("PUT", "/hotplug/memory", NotBuilt(HOTPLUG)),
         ("PATCH", "/hotplug/memory", NotBuilt(HOTPLUG)),
-        ("PUT", "/snapshot/create", NotBuilt(SNAPSHOTS)),
-        ("PUT", "/snapshot/load", NotBuilt(SNAPSHOTS)),
+        (
+            "PUT",
+            "/snapshot/create",
+            Body(|b| of(b, Command::CreateSnapshot)),
+        ),
+        (
+            "PUT",
+            "/snapshot/load",
+            Body(|b| of(b, |load| Command::LoadSnapshot(Box::new(load)))),
+        ),
     ]
 };
 
@@ -342,6 +349,12 @@ mod tests {
             ("PUT", "/mmds", r#"{"a":1}"#),
             ("PATCH", "/mmds", r#"{"a":null}"#),
             ("PUT", "/mmds/config", r#"{"network_interfaces":[]}"#),
+            (
+                "PUT",
+                "/snapshot/create",
+                r#"{"snapshot_path":"s","mem_file_path":"m"}"#,
+            ),
+            ("PUT", "/snapshot/load", r#"{"snapshot_path":"s"}"#),
         ]
         .into_iter()
         .map(|(method, path, body)| {
@@ -351,7 +364,7 @@ mod tests {
         .collect();
         // All there are, and `/` twice by another spelling.
         let kinds: std::collections::HashSet<_> = made.iter().map(std::mem::discriminant).collect();
-        assert_eq!((made.len(), kinds.len()), (29, 28));
+        assert_eq!((made.len(), kinds.len()), (31, 30));
     }
 
     #[test]

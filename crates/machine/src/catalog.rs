@@ -17,6 +17,7 @@ use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::Partition;
 use alveole_io_bus::{BusBuilder, BusDevice, SharedDevice};
+use alveole_saved_state::Saves;
 use alveole_serial::{Console, ConsoleHandle, ConsoleWorker, UART_PORTS};
 use alveole_virtio_blk::BlkHandle;
 use alveole_virtio_net::NetHandle;
@@ -63,7 +64,12 @@ pub(crate) struct Devices {
     pub(crate) pci: Option<PciRoot>,
     /// The owner's handles on virtio devices behind their transports, in the order of their places.
     pub(crate) transports: Vec<SharedTransport>,
+    /// Other parts that have a state.
+    pub(crate) parts: Vec<SharedPart>,
 }
+
+/// The owner's handle on a part that has a state.
+pub(crate) type SharedPart = Arc<Mutex<dyn Saves>>;
 
 /// Places every device.
 pub(crate) fn place(
@@ -86,18 +92,21 @@ pub(crate) fn place(
     let keyboard = Arc::new(Mutex::new(keyboard));
     let keys = Keys::of(&keyboard);
 
+    let uart = Arc::new(Mutex::new(uart));
+    let power = Arc::new(Mutex::new(PowerPorts::new()));
+
     let port = u64::from;
     ports.place(
         "serial",
         port(layout::SERIAL_PORT),
         UART_PORTS,
-        shared(uart),
+        uart.clone(),
     )?;
     ports.place(
         "keyboard",
         port(layout::KEYBOARD_PORT),
         KEYBOARD_PORTS,
-        keyboard,
+        keyboard.clone(),
     )?;
     ports.place(
         "panic-port",
@@ -109,7 +118,7 @@ pub(crate) fn place(
         "power",
         port(layout::POWER_PORT),
         POWER_PORTS,
-        shared(PowerPorts::new()),
+        power.clone(),
     )?;
     if options.boot_timer {
         let timer = shared(BootTimer::new());
@@ -152,6 +161,8 @@ pub(crate) fn place(
     let placed = virtio.place(partition, ram, &mut threads, &mut memory, options)?;
     nodes.extend(placed.nodes);
     sandbox.extend(placed.sandbox);
+    let mut parts: Vec<SharedPart> = vec![uart, keyboard, power];
+    parts.extend(placed.host_bridge);
     Ok(Devices {
         ports,
         memory,
@@ -171,6 +182,7 @@ pub(crate) fn place(
         cmdline_without_acpi: placed.cmdline_without_acpi,
         pci: placed.pci,
         transports: placed.transports,
+        parts,
     })
 }
 

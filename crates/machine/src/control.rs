@@ -26,8 +26,9 @@ use alveole_virtio_vsock::VsockHandle;
 use alveole_vm_control::Request;
 
 use crate::build::{OnSigterm, Options};
-use crate::catalog::{Running, SharedTransport};
+use crate::catalog::{Running, SharedPart, SharedTransport};
 use crate::lifecycle::{Change, Lifecycle, next};
+use crate::snapshot::{Taken, Tracking};
 use crate::{Desk, End, Files, Opened};
 
 /// Of this architecture.
@@ -54,6 +55,12 @@ pub enum Event {
     Request(Request),
     /// What a client wants to be put into a drive is open, or cannot be opened.
     Opened(Box<Opened>),
+    /// Memory of a live snapshot has been written while the guest runs: another round can begin.
+    Ahead,
+    /// The memory of a snapshot is captured: the guest may go on.
+    Captured,
+    /// A snapshot is written, or cannot be.
+    Taken(Box<Taken>),
 }
 
 /// What is called now and then while the guest runs; the reason where it could not do its work.
@@ -101,6 +108,11 @@ pub struct Machine {
     pub(crate) vsock: Option<VsockHandle>,
     /// Virtio devices behind their transports, in the order of their places.
     pub(crate) transports: Vec<SharedTransport>,
+    /// Other parts that have a state.
+    pub(crate) parts: Vec<SharedPart>,
+    pub(crate) tracking: Tracking,
+    /// A machine that is paused when it is built is to run at once.
+    pub(crate) goes_on: bool,
     /// What clients have said and are told; none: nobody can ask.
     pub(crate) desk: Option<Desk>,
     /// The thread that opens files for clients.
@@ -118,8 +130,8 @@ pub struct Machine {
     pub(crate) panicked: Option<(Instant, u32, CpuPosition)>,
     pub(crate) asked_to_stop: bool,
     /// After the processors: they go first when the machine is dropped, then what they run on.
-    pub(crate) _partition: Box<dyn Partition>,
-    pub(crate) _ram: GuestRam,
+    pub(crate) partition: Box<dyn Partition>,
+    pub(crate) ram: GuestRam,
 }
 
 impl Machine {
@@ -187,15 +199,31 @@ impl Machine {
     }
 
     fn drive(&mut self, events: &Receiver<Event>, period: Duration, tick: &mut Tick<'_>) -> End {
-        if let Err(why) = self.change(Change::Start) {
-            return End::HostError(why.into());
+        match self.state {
+            Lifecycle::Paused => {
+                // Its processors hear of it as soon as they run.
+                self.generation.announce();
+                if self.goes_on {
+                    self.resume();
+                }
+            }
+            _ => {
+                if let Err(why) = self.change(Change::Start) {
+                    return End::HostError(why.into());
+                }
+                for vcpu in &self.vcpus {
+                    vcpu.order(Order::Run);
+                }
+                log::info!("the guest runs");
+            }
         }
-        for vcpu in &self.vcpus {
-            vcpu.order(Order::Run);
-        }
-        log::info!("the guest runs");
         let mut next_tick = Instant::now() + period;
         loop {
+            if std::mem::take(&mut self.tracking.ahead_waits)
+                && let Some(end) = self.go_on_ahead(events, tick)
+            {
+                return end;
+            }
             if let Some(request) = self.deferred.pop_front() {
                 if let Some(end) = self.handle_request(request, events, tick) {
                     return end;
@@ -232,7 +260,7 @@ impl Machine {
         }
     }
 
-    fn handle(
+    pub(crate) fn handle(
         &mut self,
         event: Event,
         events: &Receiver<Event>,
@@ -253,6 +281,13 @@ impl Machine {
             Event::Request(request) => self.handle_request(request, events, tick),
             Event::Opened(opened) => {
                 self.put_in(*opened);
+                None
+            }
+            // It was waited for, or nobody waits any more.
+            Event::Captured => None,
+            Event::Ahead => self.go_on_ahead(events, tick),
+            Event::Taken(taken) => {
+                self.snapshot_taken(*taken);
                 None
             }
         }
@@ -281,6 +316,7 @@ impl Machine {
     fn handle_report(&mut self, report: Report) -> Option<End> {
         let cpu = report.cpu;
         match report.kind {
+            // It is waited for where it was ordered.
             ReportKind::Paused | ReportKind::Saved(_) => None,
             ReportKind::NoSandbox(why) => Some(End::HostError(why)),
             ReportKind::Asked(MachineRequest::Booted, _) => {

@@ -196,7 +196,9 @@ impl Desk {
             | Command::FlushMetrics
             | Command::PatchDrive(_)
             | Command::SetLink { .. }
-            | Command::PatchNetworkInterface(_) => {
+            | Command::PatchNetworkInterface(_)
+            | Command::CreateSnapshot(_)
+            | Command::LoadSnapshot(_) => {
                 return Err(Refusal::Failed(format!(
                     "cannot {what}: this is a bug of the monitor, please report it"
                 )));
@@ -337,6 +339,37 @@ impl Desk {
             merge(&mut interface.tx_rate_limiter, limiter);
         }
         Ok(())
+    }
+
+    /// Program and version, as snapshots name them.
+    pub(crate) fn writer(&self) -> String {
+        let Identity {
+            app_name, version, ..
+        } = &*self.bulletin.identity;
+        format!("{app_name} {version}")
+    }
+
+    /// Whether nothing has been said of the machine yet: where log and counters go does not count.
+    #[must_use]
+    pub fn is_blank(&self) -> bool {
+        let said = VmConfig {
+            logger: None,
+            metrics: None,
+            ..self.config.clone()
+        };
+        said == VmConfig::default()
+    }
+
+    /// Takes over the description of a snapshot. Where log and counters go stays.
+    pub fn set_restored(&mut self, config: VmConfig) {
+        let VmConfig {
+            logger, metrics, ..
+        } = std::mem::take(&mut self.config);
+        self.config = VmConfig {
+            logger,
+            metrics,
+            ..config
+        };
     }
 
     /// Takes over what [`Self::changed_drive`] gave.

@@ -1,19 +1,21 @@
-//! The thread that opens files for a running machine: what a client of the API puts into a drive.
+//! The thread that opens files for a running machine: what a client of the API puts into a drive, and the files of snapshots.
 //!
 //! No other thread can open any, and control must not wait for a file that lies on the other side of a network. So
 //! control hands a job over and goes on; what was opened comes back as an event, and control only swaps it in. The
-//! thread sees no byte of the guest, and exists only where there is somebody to ask and a drive to ask for.
+//! thread makes nothing of any byte of the guest, and exists only where there is somebody to ask.
 
 use std::io;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use alveole_block_store::OpenError;
+use alveole_guest_memory::{GuestRam, PageSet};
 use alveole_thread_sandbox::Role;
 use alveole_virtio_blk::{BlkHandle, Medium};
-use alveole_vm_config::DriveUpdate;
+use alveole_vm_config::{DriveUpdate, SnapshotCreate};
 use alveole_vm_control::Reply;
 
+use crate::snapshot::{self, Ahead, SnapshotJob, Taken};
 use crate::validate::ValidDrive;
 use crate::{Event, Mailbox};
 
@@ -50,8 +52,18 @@ impl std::fmt::Debug for Opened {
     }
 }
 
+/// What the thread is asked for.
+enum Work {
+    Open(Box<Job>),
+    Snapshot(Box<SnapshotJob>),
+    /// Makes the files of a live snapshot.
+    Prepare(Box<(SnapshotCreate, GuestRam)>),
+    /// Writes pages of the live snapshot that was prepared.
+    Ahead(PageSet),
+}
+
 /// Control's end of the thread. It ends with it; nobody waits for that, as a file may never open.
-pub struct Files(Sender<Job>);
+pub struct Files(Sender<Work>);
 
 /// Why there is no such thread.
 #[derive(Debug, thiserror::Error)]
@@ -77,16 +89,58 @@ impl Files {
 
     /// Hands a job over. One that cannot be done is dropped, and so answered.
     pub(crate) fn open(&self, job: Job) {
-        let _ = self.0.send(job);
+        let _ = self.0.send(Work::Open(Box::new(job)));
+    }
+
+    /// Hands a snapshot over, which is told of by [`Event::Captured`], if the guest is to go on before it is written, and
+    /// [`Event::Taken`].
+    pub(crate) fn snapshot(&self, job: SnapshotJob) {
+        let _ = self.0.send(Work::Snapshot(Box::new(job)));
+    }
+
+    /// Has the files of a live snapshot made: [`Event::Ahead`] tells of it, [`Event::Taken`] that it cannot be done.
+    pub(crate) fn prepare(&self, create: SnapshotCreate, ram: GuestRam) {
+        let _ = self.0.send(Work::Prepare(Box::new((create, ram))));
+    }
+
+    /// Has pages of it written: the same events tell.
+    pub(crate) fn ahead(&self, pages: PageSet) {
+        let _ = self.0.send(Work::Ahead(pages));
     }
 }
 
-fn live(jobs: &Receiver<Job>, mailbox: &Mailbox) {
+fn live(jobs: &Receiver<Work>, mailbox: &Mailbox) {
     if let Err(e) = alveole_thread_sandbox::enter(Role::Files, NAME) {
         mailbox.send(Event::LoopEnded(e.to_string()));
         return;
     }
-    for job in jobs {
+    let mut ahead = None;
+    for work in jobs {
+        let job = match work {
+            Work::Open(job) => *job,
+            Work::Snapshot(job) => {
+                let taken = snapshot::take(*job, ahead.take(), || mailbox.send(Event::Captured));
+                mailbox.send(Event::Taken(Box::new(taken)));
+                continue;
+            }
+            Work::Prepare(what) => {
+                let (create, ram) = *what;
+                let begun = Ahead::begin(&create, &ram).map(|begun| ahead = Some(begun));
+                mailbox.send(told(begun));
+                continue;
+            }
+            Work::Ahead(pages) => {
+                let written = match &mut ahead {
+                    Some(ahead) => ahead.write(&pages),
+                    None => Err("no live snapshot was begun".into()),
+                };
+                if written.is_err() {
+                    ahead = None;
+                }
+                mailbox.send(told(written));
+                continue;
+            }
+        };
         let medium = open(&job);
         let Job {
             disk,
@@ -100,6 +154,14 @@ fn live(jobs: &Receiver<Job>, mailbox: &Mailbox) {
             reply,
             medium,
         })));
+    }
+}
+
+/// What becomes of a live snapshot.
+fn told(outcome: Result<(), String>) -> Event {
+    match outcome {
+        Ok(()) => Event::Ahead,
+        Err(why) => Event::Taken(Box::new(Taken::failed(why))),
     }
 }
 

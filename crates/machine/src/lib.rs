@@ -16,16 +16,20 @@ mod files;
 mod layout;
 mod lifecycle;
 mod resources;
+mod snapshot;
 mod validate;
 
 pub use alveole_virtio_blk::BlkHandle;
-pub use build::{BuildError, DiskThreads, OnSigterm, Options, Placement, Transport, build};
+pub use build::{
+    BuildError, DiskThreads, OnSigterm, Options, Placement, Transport, build, restore,
+};
 pub use control::{Event, Machine, Mailbox, Milestones, Tick};
 pub use desk::{Bulletin, Desk, Identity};
 pub use end::End;
 pub use files::{Files, FilesError, Opened};
 pub use lifecycle::{Change, Lifecycle, next};
 pub use resources::{HostResources, ResourceError};
+pub use snapshot::{LoadError, SNAPSHOT_VERSION, Snapshot, Taken};
 pub use validate::{
     Invalid, MAX_CPUS, MAX_DRIVES, MAX_QUEUES, MIN_MEMORY_MIB, NotForHost, SERIAL_BYTES,
     ValidConfig, validate,

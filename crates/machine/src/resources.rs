@@ -9,6 +9,7 @@ use alveole_mmds::Metadata;
 use alveole_vm_config::BootSource;
 
 use crate::ValidConfig;
+use crate::build::BuildError;
 use crate::catalog::{VirtioDevices, try_drive, try_interface};
 
 /// The process is out of file descriptors.
@@ -16,7 +17,8 @@ const EMFILE: i32 = 24;
 
 /// The open files of one machine.
 pub struct HostResources {
-    boot: BootFiles,
+    /// Nothing: the machine is restored, and goes on where it was.
+    boot: Option<BootFiles>,
     virtio: VirtioDevices,
 }
 
@@ -93,7 +95,24 @@ impl HostResources {
     /// A file is missing, not readable, or not a file; a disk cannot be used as it is described.
     pub fn open(config: &ValidConfig, metadata: &Arc<Metadata>) -> Result<Self, ResourceError> {
         Ok(Self {
-            boot: BootFiles::open(&config.kernel_path, config.initrd_path.as_deref())?,
+            boot: Some(BootFiles::open(
+                &config.kernel_path,
+                config.initrd_path.as_deref(),
+            )?),
+            virtio: VirtioDevices::open(config, metadata)?,
+        })
+    }
+
+    /// Opens what the devices of `config` need, and nothing to boot: for a machine that is restored.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_devices(
+        config: &ValidConfig,
+        metadata: &Arc<Metadata>,
+    ) -> Result<Self, ResourceError> {
+        Ok(Self {
+            boot: None,
             virtio: VirtioDevices::open(config, metadata)?,
         })
     }
@@ -119,8 +138,13 @@ impl HostResources {
         all
     }
 
-    pub(crate) fn into_parts(self) -> (BootFiles, VirtioDevices) {
-        (self.boot, self.virtio)
+    pub(crate) fn into_parts(self) -> Result<(BootFiles, VirtioDevices), BuildError> {
+        let boot = self.boot.ok_or(BuildError::NothingToBoot)?;
+        Ok((boot, self.virtio))
+    }
+
+    pub(crate) fn into_devices(self) -> VirtioDevices {
+        self.virtio
     }
 }
 

@@ -44,6 +44,8 @@ pub struct ValidConfig {
     pub(crate) cpu_template: CpuTemplate,
     pub(crate) cpu_config: ValidCpuConfig,
     pub(crate) memory: MemoryPlan,
+    /// Whether written pages are noted.
+    pub(crate) track_dirty_pages: bool,
     pub(crate) kernel_path: PathBuf,
     pub(crate) initrd_path: Option<PathBuf>,
     pub(crate) cmdline: String,
@@ -386,6 +388,7 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
             cpu_template,
             cpu_config,
             memory,
+            track_dirty_pages: config.machine_config.track_dirty_pages,
             kernel_path: boot.kernel_image_path.clone(),
             initrd_path: boot.initrd_path.clone(),
             cmdline: boot

@@ -60,7 +60,7 @@ pub(crate) const NEVER: &[&str] = &[
 ];
 
 /// What of these the thread that opens files for a running machine may have, and nobody else: a client of the API puts
-/// another image into a drive, or saves the guest. That thread sees no byte of a guest, and exists only where there is somebody to ask.
+/// another image into a drive, or saves the guest. That thread makes nothing of any byte of a guest, and exists only where there is somebody to ask.
 pub(crate) const ONLY_FILES: &[&str] = &["openat", "io_uring_setup", "clone"];
 
 /// A process that saves guest memory while the guest goes on, under the same filter: nothing else may be made. These

@@ -12,6 +12,7 @@ mod error;
 mod object;
 mod read;
 mod requests;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -24,6 +25,10 @@ pub use error::{ConfigError, Problem, Problems};
 pub use requests::{
     Action, Body, DriveUpdate, LinkState, MachineConfigUpdate, MmdsConfig, MmdsVersion,
     NetworkInterfaceUpdate, StateChange,
+};
+pub use snapshots::{
+    DriveOverride, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotCreate, SnapshotLoad,
+    SnapshotType, VsockOverride,
 };
 pub use types::{
     BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Egress, EgressDefault,

@@ -50,7 +50,7 @@ pub(crate) fn machine_config(section: &mut Object<'_>) -> MachineConfig {
         vcpu_count: section.required("vcpu_count"),
         mem_size_mib: section.required("mem_size_mib"),
         smt: smt(section).unwrap_or_default(),
-        track_dirty_pages: track_dirty_pages(section).unwrap_or_default(),
+        track_dirty_pages: section.optional("track_dirty_pages").unwrap_or_default(),
         cpu_template: template(section),
         huge_pages: huge_pages(section).unwrap_or_default(),
     }
@@ -59,11 +59,6 @@ pub(crate) fn machine_config(section: &mut Object<'_>) -> MachineConfig {
 pub(crate) fn smt(section: &mut Object<'_>) -> Option<bool> {
     let what = "the guest sees one thread per core; threads that share a core are";
     only_false(section, "smt", what)
-}
-
-pub(crate) fn track_dirty_pages(section: &mut Object<'_>) -> Option<bool> {
-    let what = "diff snapshots, for which pages are tracked, are";
-    only_false(section, "track_dirty_pages", what)
 }
 
 /// A switch of Firecracker's that cannot be switched on here. `what` says what is not built.

@@ -12,6 +12,7 @@ use crate::cpu::{self, CpuConfig};
 use crate::error::ConfigError;
 use crate::object::{self, Leaf, Object};
 use crate::read;
+use crate::snapshots::{self, SnapshotCreate, SnapshotLoad};
 use crate::types::{
     BootSource, CpuTemplate, Drive, Entropy, HugePages, Logger, MachineConfig, Metrics,
     NetworkInterface, RateLimiter, Serial, Vsock,
@@ -55,6 +56,8 @@ bodies! {
     CpuConfig: cpu::cpu_config,
     Action: action,
     StateChange: state_change,
+    SnapshotCreate: snapshots::create,
+    SnapshotLoad: snapshots::load,
 }
 
 /// Changes processors and memory before the guest is started; what is absent stays.
@@ -66,7 +69,7 @@ pub struct MachineConfigUpdate {
     pub mem_size_mib: Option<u64>,
     /// Whether the guest sees two threads per core. Only `false` is built.
     pub smt: Option<bool>,
-    /// Whether pages the guest writes are remembered for diff snapshots. Only `false` is built.
+    /// Whether pages the guest writes are remembered for diff snapshots.
     pub track_dirty_pages: Option<bool>,
     /// Which CPU features are hidden from the guest.
     pub cpu_template: Option<CpuTemplate>,
@@ -175,7 +178,7 @@ fn machine_config_update(body: &mut Object<'_>) -> MachineConfigUpdate {
         vcpu_count: body.optional("vcpu_count"),
         mem_size_mib: body.optional("mem_size_mib"),
         smt: read::smt(body),
-        track_dirty_pages: read::track_dirty_pages(body),
+        track_dirty_pages: body.optional("track_dirty_pages"),
         cpu_template: read::template(body),
         huge_pages: read::huge_pages(body),
     }

@@ -274,11 +274,6 @@ fn each_wrong_value_has_its_message() {
              threads that share a core are not built yet; set it to false",
         ),
         (
-            machine("\"track_dirty_pages\": true"),
-            "4:26: \"machine-config.track_dirty_pages\": true cannot be had: diff snapshots, for \
-             which pages are tracked, are not built yet; set it to false",
-        ),
-        (
             machine("\"cpu_template\": \"V1N1\""),
             "4:21: \"machine-config.cpu_template\": \"V1N1\" cannot be had: it is for aarch64, and this is \
              x86-64; leave it out",

@@ -63,7 +63,7 @@ pub struct MachineConfig {
     pub mem_size_mib: u64,
     /// Whether the guest sees two threads per core. Only `false` is built.
     pub smt: bool,
-    /// Whether pages the guest writes are remembered for diff snapshots. Only `false` is built.
+    /// Whether pages the guest writes are remembered for diff snapshots.
     pub track_dirty_pages: bool,
     /// Which CPU features are hidden from the guest, by a name; nothing said: those that have been said before, if any.
     #[serde(skip_serializing_if = "Option::is_none")]

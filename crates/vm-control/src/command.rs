@@ -4,7 +4,8 @@ use std::fmt;
 
 use alveole_vm_config::{
     BootSource, CpuConfig, Drive, DriveUpdate, Entropy, Logger, MachineConfig, MachineConfigUpdate,
-    Metrics, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, VmConfig, Vsock,
+    Metrics, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate,
+    SnapshotLoad, VmConfig, Vsock,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -80,6 +81,11 @@ pub enum Command {
     },
     /// Changes a network interface of a running guest.
     PatchNetworkInterface(NetworkInterfaceUpdate),
+
+    /// Takes a snapshot of the guest.
+    CreateSnapshot(SnapshotCreate),
+    /// Builds the machine that a snapshot is of, in its state.
+    LoadSnapshot(Box<SnapshotLoad>),
 }
 
 impl fmt::Display for Command {
@@ -120,6 +126,12 @@ impl fmt::Display for Command {
             Self::PatchNetworkInterface(update) => {
                 return write!(f, "change network interface {:?}", update.iface_id);
             }
+            Self::CreateSnapshot(create) => {
+                return write!(f, "take snapshot {:?}", create.snapshot_path);
+            }
+            Self::LoadSnapshot(load) => {
+                return write!(f, "load snapshot {:?}", load.snapshot_path);
+            }
         };
         f.write_str(act)
     }
@@ -140,6 +152,8 @@ pub enum Answer {
     MachineConfig(MachineConfig),
     /// The data of the metadata service.
     Metadata(Value),
+    /// A snapshot was taken while the guest went on.
+    Snapshot(SnapshotTaken),
     /// Text that is no JSON.
     Text {
         /// What it is: a media type.
@@ -147,6 +161,15 @@ pub enum Answer {
         /// The text.
         text: String,
     },
+}
+
+/// What came of a live snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct SnapshotTaken {
+    /// How long the guest stood still, in microseconds.
+    pub stood_still_us: u64,
+    /// Bytes of guest memory that are in the memory file; pages of zeros are not.
+    pub memory_bytes: u64,
 }
 
 /// What runs here.

@@ -10,6 +10,6 @@ mod command;
 mod reply;
 mod rules;
 
-pub use command::{Answer, Command, InstanceInfo, Refusal};
+pub use command::{Answer, Command, InstanceInfo, Refusal, SnapshotTaken};
 pub use reply::{Reply, Request};
 pub use rules::{State, permit};

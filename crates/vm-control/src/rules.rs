@@ -41,6 +41,7 @@ impl Serialize for State {
 enum When {
     BeforeStart,
     AfterStart,
+    WhilePaused,
     Always,
 }
 
@@ -66,7 +67,9 @@ fn when(command: &Command) -> When {
         | Command::PutLogger(_)
         | Command::PutMetrics(_)
         | Command::PutMetadataConfig(_)
+        | Command::LoadSnapshot(_)
         | Command::Start => When::BeforeStart,
+        Command::CreateSnapshot(create) if !create.live => When::WhilePaused,
         // Who pauses a paused machine has what was wanted; so has who resumes a running one.
         Command::Pause
         | Command::Resume
@@ -74,6 +77,7 @@ fn when(command: &Command) -> When {
         | Command::FlushMetrics
         | Command::PatchDrive(_)
         | Command::SetLink { .. }
+        | Command::CreateSnapshot(_)
         | Command::PatchNetworkInterface(_) => When::AfterStart,
     }
 }
@@ -85,14 +89,18 @@ fn when(command: &Command) -> When {
 pub fn permit(state: State, command: &Command) -> Result<(), Refusal> {
     let why = match (state, when(command)) {
         (State::Ended, _) => "the machine has ended; start this program anew",
-        (State::NotStarted, When::AfterStart) => {
+        (State::NotStarted, When::AfterStart | When::WhilePaused) => {
             "the guest has not been started yet; PUT /actions {\"action_type\": \"InstanceStart\"} starts it"
         }
         (State::Running | State::Paused, When::BeforeStart) => {
             "the guest has been started already, and this can only be done before; start another machine for it"
         }
+        (State::Running, When::WhilePaused) => {
+            "the guest runs; PATCH /vm {\"state\": \"Paused\"} pauses it, or ask for it with \"live\": true"
+        }
         (State::NotStarted, When::BeforeStart | When::Always)
-        | (State::Running | State::Paused, When::AfterStart | When::Always) => return Ok(()),
+        | (State::Running, When::AfterStart | When::Always)
+        | (State::Paused, When::AfterStart | When::WhilePaused | When::Always) => return Ok(()),
     };
     Err(Refusal::State {
         act: command.to_string(),
@@ -107,12 +115,18 @@ mod tests {
     use State::{Ended, NotStarted, Paused, Running};
     use alveole_vm_config::{
         DriveUpdate, MachineConfigUpdate, Metrics, MmdsConfig, NetworkInterfaceUpdate,
+        SnapshotCreate,
     };
     use serde_json::Value;
 
     /// Each command, and whether it may be carried out before the start, while running and while paused.
     fn table() -> Vec<(Command, [bool; 3])> {
         let (before, after, always) = ([true, false, false], [false, true, true], [true; 3]);
+        let paused = [false, false, true];
+        let live = SnapshotCreate {
+            live: true,
+            ..SnapshotCreate::default()
+        };
         let mmds = MmdsConfig {
             version: Default::default(),
             network_interfaces: Vec::new(),
@@ -163,6 +177,9 @@ mod tests {
                 C::PatchNetworkInterface(NetworkInterfaceUpdate::default()),
                 after,
             ),
+            (C::CreateSnapshot(SnapshotCreate::default()), paused),
+            (C::CreateSnapshot(live), after),
+            (C::LoadSnapshot(Box::default()), before),
         ]
     }
 
@@ -194,10 +211,10 @@ mod tests {
             .map(|(c, _)| std::mem::discriminant(c))
             .collect();
         // Grows with the enum: `when` does not compile without the new one, and this counts its arms.
-        assert_eq!(kinds.len(), 28);
+        assert_eq!(kinds.len(), 30);
         let texts: std::collections::HashSet<_> =
             table().iter().map(|(c, _)| c.to_string()).collect();
-        assert_eq!(texts.len(), 28, "two commands are told in the same words");
+        assert_eq!(texts.len(), 30, "two commands are told in the same words");
     }
 
     #[test]

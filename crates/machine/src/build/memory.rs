@@ -3,8 +3,9 @@
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::Partition;
 
-use crate::ValidConfig;
 use crate::build::BuildError;
+use crate::snapshot::RangeV1;
+use crate::{Snapshot, ValidConfig};
 
 /// RAM is mapped.
 pub(super) struct WithMemory {
@@ -20,6 +21,29 @@ pub(super) struct WithPartition {
 pub(super) fn plan_memory(config: &ValidConfig) -> Result<WithMemory, BuildError> {
     Ok(WithMemory {
         ram: GuestRam::map(&config.memory)?,
+    })
+}
+
+/// The RAM of a snapshot.
+pub(super) fn map_snapshot(
+    config: &ValidConfig,
+    snapshot: &Snapshot,
+) -> Result<WithMemory, BuildError> {
+    let ranges = config
+        .memory
+        .ranges()
+        .iter()
+        .map(|range| RangeV1::from(*range));
+    if !ranges.eq(snapshot.ranges.iter().copied()) {
+        return Err(BuildError::OtherMemory);
+    }
+    let layers: Vec<_> = snapshot
+        .layers
+        .iter()
+        .map(|(f, layer)| (f, &layer.map))
+        .collect();
+    Ok(WithMemory {
+        ram: GuestRam::map_snapshot(&config.memory, &layers)?,
     })
 }
 

@@ -11,13 +11,16 @@ use alveole_event_loop::{EventLoopError, Worker};
 use alveole_guest_memory::MapError;
 use alveole_hypervisor::{MsrRefusal, Partition, PartitionError};
 use alveole_io_bus::BusError;
+use alveole_saved_state::{FormatError, RestoreError};
 use alveole_serial::Console;
+use alveole_vcpu::cpuid::Missing;
 use alveole_vcpu::template::NoSuchLeaf;
 
 pub use alveole_boot_loader::Placement;
 
+use crate::lifecycle::Lifecycle;
 use crate::validate::NotForHost;
-use crate::{HostResources, Machine, Mailbox, ValidConfig};
+use crate::{HostResources, Machine, Mailbox, Snapshot, ValidConfig};
 
 /// What a machine is to do beyond its description.
 #[derive(Debug, Clone, Copy, Default)]
@@ -83,6 +86,9 @@ pub enum BuildError {
     /// The machine's own description to the guest.
     #[error(transparent)]
     Acpi(#[from] alveole_acpi::AcpiError),
+    /// Nothing to boot was opened: a mistake in this program.
+    #[error("there is nothing to boot: this is a bug of the monitor, please report it")]
+    NothingToBoot,
     /// Kernel, initrd or command line.
     #[error(transparent)]
     Boot(#[from] alveole_boot_loader::LoadError),
@@ -120,6 +126,18 @@ pub enum BuildError {
     /// A processor's thread.
     #[error(transparent)]
     Vcpu(#[from] alveole_vcpu::VcpuError),
+    /// The memory of a snapshot is not what its description says.
+    #[error("the snapshot's memory is not laid out as its description says: it is damaged")]
+    OtherMemory,
+    /// A snapshot lacks a part, or has one too many.
+    #[error("the snapshot cannot be loaded: {0}")]
+    Snapshot(#[from] FormatError),
+    /// A part of a snapshot cannot be what a part of this machine is.
+    #[error("the snapshot cannot be loaded: {0}: {1}")]
+    Restore(String, #[source] RestoreError),
+    /// The guest has been told of what this host does not have.
+    #[error("the snapshot cannot be loaded on this host, which lacks what its guest was told of: {}", lacking(.0))]
+    Lacking(Vec<Missing>),
     /// The devices thread.
     #[error("cannot start the devices thread: {0}; is the limit on processes (ulimit -u) reached?")]
     Thread(std::io::Error),
@@ -152,6 +170,16 @@ fn listed(problems: &[CpuProblem]) -> String {
     text
 }
 
+fn lacking(missing: &[Missing]) -> String {
+    let told = missing.iter().take(MAX_TOLD).map(ToString::to_string);
+    let mut text = told.collect::<Vec<_>>().join("; ");
+    if let more @ 1.. = missing.len().saturating_sub(MAX_TOLD) {
+        text.push_str(&format!("; and {more} more"));
+    }
+    text.push_str("; load it on a host like the one where it was taken, or take it of a guest with a CPU template that both have");
+    text
+}
+
 impl BuildError {
     /// Whether another description would help, and not another host.
     #[must_use]
@@ -167,6 +195,10 @@ impl BuildError {
             | Self::TooManyCpus { .. }
             | Self::CpuTemplate(_)
             | Self::CpuConfig(_)
+            | Self::OtherMemory
+            | Self::Snapshot(_)
+            | Self::Restore(..)
+            | Self::Lacking(_)
             | Self::TooManyDevices => true,
             Self::Memory(
                 MapError::Refused { .. } | MapError::Ranges(_) | MapError::Layer { .. },
@@ -179,6 +211,7 @@ impl BuildError {
             | Self::Pci(_)
             | Self::Loop(_)
             | Self::Vcpu(_)
+            | Self::NothingToBoot
             | Self::Thread(_) => false,
         }
     }
@@ -198,11 +231,42 @@ pub fn build(
     mailbox: &Mailbox,
     options: Options,
 ) -> Result<Machine, BuildError> {
-    let (boot, virtio) = resources.into_parts();
+    let (boot, virtio) = resources.into_parts()?;
     memory::plan_memory(config)?
         .create_partition(config, partition)?
         .place_devices(console, virtio, options)?
         .load_boot(config, boot, options)?
         .create_processors(config, mailbox)?
-        .seal(workers, mailbox, options)
+        .seal(config, workers, mailbox, options, Lifecycle::Built)
+}
+
+/// Builds the machine that `snapshot` is of, in its state: paused. `config` is its description, and `resources` were opened by
+/// [`HostResources::open_devices`]; the rest as for [`build`].
+///
+/// # Errors
+/// As [`build`]; or the state does not fit this host or the machine; nothing is left behind.
+#[expect(clippy::too_many_arguments, reason = "one more than build has")]
+pub fn restore(
+    config: &ValidConfig,
+    resources: HostResources,
+    console: Console,
+    partition: Box<dyn Partition>,
+    workers: Vec<Box<dyn Worker>>,
+    mailbox: &Mailbox,
+    options: Options,
+    snapshot: Snapshot,
+) -> Result<Machine, BuildError> {
+    let options = snapshot.options(options);
+    let mut machine = memory::map_snapshot(config, &snapshot)?
+        .create_partition(config, partition)?
+        .place_devices(console, resources.into_devices(), options)?
+        .restore(config, mailbox, snapshot.state, snapshot.clock)?
+        .seal(config, workers, mailbox, options, Lifecycle::Paused)?;
+    machine.tracking.layers = snapshot
+        .layers
+        .into_iter()
+        .map(|(_, layer)| layer)
+        .collect();
+    machine.goes_on = snapshot.resume;
+    Ok(machine)
 }

@@ -1,23 +1,25 @@
-//! Step 5: the processors exist, know what they are and where they start.
+//! Step 5: the processors exist, know what they are and where they start, or go on.
 
 use std::sync::Arc;
 
 use alveole_board_devices::{Generation, Keys, PowerButton};
 use alveole_counters::CounterSet;
 use alveole_guest_memory::GuestRam;
-use alveole_hypervisor::{InitialState, Partition};
+use alveole_hypervisor::{InitialState, Partition, RestoredClock, VirtualCpu};
+use alveole_saved_state::StateFile;
 use alveole_serial::{ConsoleHandle, ConsoleWorker};
-use alveole_vcpu::cpuid::guest_cpuid;
+use alveole_vcpu::cpuid::{guest_cpuid, not_offered};
 use alveole_vcpu::{Buses, Vcpu, template};
 use alveole_virtio_blk::BlkHandle;
 use alveole_virtio_net::NetHandle;
 use alveole_virtio_vsock::VsockHandle;
 
 use crate::build::boot::WithBoot;
+use crate::build::devices::WithDevices;
 use crate::build::{BuildError, CpuProblem};
-use crate::catalog::{Devices, SharedTransport, Threads};
+use crate::catalog::{Devices, SharedPart, SharedTransport, Threads};
 use crate::validate::check_host;
-use crate::{Event, Mailbox, ValidConfig};
+use crate::{Event, Mailbox, ValidConfig, snapshot};
 
 /// The processors exist.
 pub(super) struct WithProcessors {
@@ -35,6 +37,7 @@ pub(super) struct WithProcessors {
     pub(super) vsock: Option<VsockHandle>,
     pub(super) sandbox: Vec<&'static str>,
     pub(super) transports: Vec<SharedTransport>,
+    pub(super) parts: Vec<SharedPart>,
     pub(super) vcpus: Vec<Vcpu>,
 }
 
@@ -50,30 +53,6 @@ impl WithBoot {
             devices,
             entry,
         } = self;
-        let Devices {
-            ports,
-            memory,
-            power_button,
-            keys,
-            generation,
-            console,
-            console_worker,
-            threads,
-            counters,
-            disks,
-            interfaces,
-            vsock,
-            sandbox,
-            transports,
-            nodes: _,
-            cmdline: _,
-            cmdline_without_acpi: _,
-            pci: _,
-        } = devices;
-        let buses = Buses {
-            ports: ports.freeze(),
-            memory: memory.freeze(),
-        };
         let supported = partition.supported_cpuid()?;
         check_host(config.cpu_template, &supported)?;
         let tsc_deadline = partition.has_tsc_deadline_timer();
@@ -84,7 +63,7 @@ impl WithBoot {
         problems.extend(lacking.map(|number| CpuProblem::Capability(*number)));
         let missing = template::missing_leaves(&wanted.cpuid, &supported);
         problems.extend(missing.into_iter().map(CpuProblem::Leaf));
-        let mut vcpus = Vec::new();
+        let mut cpus = Vec::new();
         for index in 0..config.cpus {
             let mut cpu = partition.create_cpu(index)?;
             let state = if index == 0 {
@@ -103,17 +82,93 @@ impl WithBoot {
             if !problems.is_empty() {
                 return Err(BuildError::CpuConfig(problems));
             }
+            cpus.push(cpu);
+        }
+        Ok(WithProcessors::of(ram, partition, devices, cpus, mailbox))
+    }
+}
+
+impl WithDevices {
+    /// Devices and processors as `state` has them.
+    pub(super) fn restore(
+        self,
+        config: &ValidConfig,
+        mailbox: &Mailbox,
+        mut state: StateFile,
+        clock: RestoredClock,
+    ) -> Result<WithProcessors, BuildError> {
+        let Self {
+            ram,
+            partition,
+            devices,
+        } = self;
+        snapshot::restore_devices(&devices, &mut state)?;
+        let supported = partition.supported_cpuid()?;
+        let mut cpus = Vec::new();
+        for index in 0..config.cpus {
+            let saved = snapshot::cpu_state(&mut state, index)?;
+            let missing = not_offered(&saved.cpuid, &supported);
+            if !missing.is_empty() {
+                return Err(BuildError::Lacking(missing));
+            }
+            let mut cpu = partition.create_cpu(index)?;
+            cpu.restore(&saved)?;
+            cpu.stands_still();
+            cpus.push(cpu);
+        }
+        // After the processors, whose local APICs take what an input still asks for.
+        partition.restore(&snapshot::partition_state(&mut state)?, clock)?;
+        state.finish()?;
+        devices.generation.renew(&ram)?;
+        Ok(WithProcessors::of(ram, partition, devices, cpus, mailbox))
+    }
+}
+
+impl WithProcessors {
+    fn of(
+        ram: GuestRam,
+        partition: Box<dyn Partition>,
+        devices: Devices,
+        cpus: Vec<Box<dyn VirtualCpu>>,
+        mailbox: &Mailbox,
+    ) -> Self {
+        let Devices {
+            ports,
+            memory,
+            power_button,
+            keys,
+            generation,
+            console,
+            console_worker,
+            threads,
+            counters,
+            disks,
+            interfaces,
+            vsock,
+            sandbox,
+            transports,
+            parts,
+            nodes: _,
+            cmdline: _,
+            cmdline_without_acpi: _,
+            pci: _,
+        } = devices;
+        let buses = Buses {
+            ports: ports.freeze(),
+            memory: memory.freeze(),
+        };
+        let vcpu = |(index, cpu)| {
             let mailbox = mailbox.clone();
-            let report = Box::new(move |report| mailbox.send(Event::Vcpu(Box::new(report))));
-            vcpus.push(Vcpu {
+            Vcpu {
                 index,
                 cpu,
                 buses: buses.clone(),
                 sandbox: sandbox.clone(),
-                report,
-            });
-        }
-        Ok(WithProcessors {
+                report: Box::new(move |report| mailbox.send(Event::Vcpu(Box::new(report)))),
+            }
+        };
+        let vcpus = (0..).zip(cpus).map(vcpu).collect();
+        Self {
             ram,
             partition,
             power_button,
@@ -128,7 +183,8 @@ impl WithBoot {
             vsock,
             sandbox,
             transports,
+            parts,
             vcpus,
-        })
+        }
     }
 }

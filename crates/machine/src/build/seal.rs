@@ -10,14 +10,17 @@ use alveole_metrics::Process;
 use crate::build::processors::WithProcessors;
 use crate::build::{BuildError, Options};
 use crate::lifecycle::Lifecycle;
-use crate::{Machine, Mailbox};
+use crate::snapshot::Tracking;
+use crate::{Machine, Mailbox, ValidConfig};
 
 impl WithProcessors {
     pub(super) fn seal(
         self,
+        config: &ValidConfig,
         workers: Vec<Box<dyn Worker>>,
         mailbox: &Mailbox,
         options: Options,
+        state: Lifecycle,
     ) -> Result<Machine, BuildError> {
         let mut threads = self.threads;
         threads.shared.attach(Box::new(self.console_worker))?;
@@ -26,7 +29,8 @@ impl WithProcessors {
         }
         let threads = threads.start(&self.sandbox, mailbox)?;
         let mut machine = Machine {
-            state: Lifecycle::Built,
+            state,
+            goes_on: false,
             vcpus: Vec::new(),
             console: self.console,
             power_button: self.power_button,
@@ -37,6 +41,8 @@ impl WithProcessors {
             interfaces: self.interfaces,
             vsock: self.vsock,
             transports: self.transports,
+            parts: self.parts,
+            tracking: Tracking::default(),
             desk: None,
             files: None,
             deferred: VecDeque::new(),
@@ -47,9 +53,14 @@ impl WithProcessors {
             booted: None,
             panicked: None,
             asked_to_stop: false,
-            _partition: self.partition,
-            _ram: self.ram,
+            partition: self.partition,
+            ram: self.ram,
         };
+        if config.track_dirty_pages {
+            machine.partition.track_dirty(&machine.ram)?;
+            machine.ram.track_writes();
+            machine.tracking.is_on = true;
+        }
         let mut registry = Registry::new();
         registry.register(machine.console.counters().clone());
         for counters in self.counters {

@@ -13,6 +13,7 @@ use alveole_virtio_mmio::{MmioTransport, NOTIFY_OFFSET, SIZE_BYTES};
 use alveole_virtio_pci::{BAR_BYTES, PciTransport, notify_offset};
 
 use crate::build::{BuildError, Transport};
+use crate::catalog::SharedPart;
 use crate::layout;
 
 /// What a PCI bus adds to the system calls of a processor's thread, which connects messages.
@@ -51,6 +52,8 @@ pub(super) struct Carried {
     pub(super) cmdline_without_acpi: Vec<String>,
     /// In the order in which devices were placed.
     pub(super) transports: Vec<SharedTransport>,
+    /// The PCI bus's own state.
+    pub(super) host_bridge: Option<SharedPart>,
 }
 
 impl Carrier {
@@ -115,9 +118,10 @@ impl Carrier {
             }),
             Kind::Pci { bus, .. } => {
                 let shared = Arc::new(Mutex::new(bus));
-                memory.place("pci", layout::ECAM_ADDR, ECAM_BYTES, shared)?;
+                memory.place("pci", layout::ECAM_ADDR, ECAM_BYTES, shared.clone())?;
                 Ok(Carried {
                     transports,
+                    host_bridge: Some(shared),
                     pci: Some(PciRoot {
                         ecam_addr: layout::ECAM_ADDR,
                         buses: 1,

@@ -19,8 +19,8 @@ use alveole_vm_config::LinkKind;
 
 use crate::ValidConfig;
 use crate::build::{BuildError, Options};
-use crate::catalog::Threads;
 use crate::catalog::carriers::{Carrier, SharedTransport};
+use crate::catalog::{SharedPart, Threads};
 use crate::resources::ResourceError;
 use crate::validate::{ValidDrive, ValidInterface, ValidMetadata};
 
@@ -67,6 +67,7 @@ pub(crate) struct Placed {
     pub(crate) pci: Option<PciRoot>,
     pub(crate) sandbox: Option<&'static str>,
     pub(crate) transports: Vec<SharedTransport>,
+    pub(crate) host_bridge: Option<SharedPart>,
 }
 
 impl VirtioDevices {
@@ -166,6 +167,7 @@ impl VirtioDevices {
             pci: carried.pci,
             sandbox: carried.sandbox,
             transports: carried.transports,
+            host_bridge: carried.host_bridge,
         })
     }
 }

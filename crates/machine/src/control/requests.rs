@@ -56,6 +56,10 @@ impl Machine {
                 self.resume();
                 Ok(Answer::Done)
             }
+            Command::CreateSnapshot(create) => {
+                // Answered when it is written.
+                return self.create_snapshot(create, reply, events, tick);
+            }
             Command::SendCtrlAltDel => self.press_ctrl_alt_del(&what),
             Command::FlushMetrics => match tick(self) {
                 Ok(()) => Ok(Answer::Done),
@@ -110,7 +114,7 @@ impl Machine {
         };
         let milestones = self.milestones();
         Gauges {
-            guest_memory_bytes: Some(self._ram.size_bytes()),
+            guest_memory_bytes: Some(self.ram.size_bytes()),
             first_instruction_us: since_start(milestones.first_instruction),
             booted_us: since_start(milestones.booted),
             ..Gauges::default()
@@ -119,7 +123,7 @@ impl Machine {
 
     /// Processors first, then the devices: nobody works for a guest that does not run. The end, should the machine
     /// come to it meanwhile.
-    fn pause(&mut self, events: &Receiver<Event>, tick: &mut Tick<'_>) -> Option<End> {
+    pub(crate) fn pause(&mut self, events: &Receiver<Event>, tick: &mut Tick<'_>) -> Option<End> {
         if self.state == Lifecycle::Paused {
             return None;
         }
@@ -137,6 +141,7 @@ impl Machine {
                 Event::Vcpu(report) if matches!(report.kind, ReportKind::Paused) => running -= 1,
                 // One thing after the other.
                 Event::Request(request) => self.deferred.push_back(request),
+                Event::Ahead => self.tracking.ahead_waits = true,
                 other => {
                     if let Some(end) = self.handle(other, events, tick) {
                         return Some(end);
@@ -155,7 +160,7 @@ impl Machine {
     }
 
     /// Devices first, then the processors.
-    fn resume(&mut self) {
+    pub(crate) fn resume(&mut self) {
         if self.state == Lifecycle::Running {
             return;
         }

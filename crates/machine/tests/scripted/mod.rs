@@ -53,6 +53,24 @@ pub(crate) fn machine_with(
     mailbox: &Mailbox,
     change: impl FnOnce(&mut VmConfig),
 ) -> Result<Machine, BuildError> {
+    let options = Options {
+        boot_timer: true,
+        end_with_terminal: true,
+        on_sigterm: OnSigterm::PressPowerButton,
+        ..Options::default()
+    };
+    machine_of(dir, cpus, partition, mailbox, options, change)
+}
+
+/// The same, with other options.
+pub(crate) fn machine_of(
+    dir: &TempDir,
+    cpus: u8,
+    partition: FakePartition,
+    mailbox: &Mailbox,
+    options: Options,
+    change: impl FnOnce(&mut VmConfig),
+) -> Result<Machine, BuildError> {
     let kernel = dir.path().join("kernel");
     if !kernel.exists() {
         fs::write(&kernel, tiny_kernel(&[0xf4])).unwrap();
@@ -71,12 +89,6 @@ pub(crate) fn machine_with(
         limit_bytes: None,
     };
     let console = Console::open(&target, Box::new(|_| ())).unwrap();
-    let options = Options {
-        boot_timer: true,
-        end_with_terminal: true,
-        on_sigterm: OnSigterm::PressPowerButton,
-        ..Options::default()
-    };
     build(
         &valid,
         resources,

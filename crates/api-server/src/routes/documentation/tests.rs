@@ -7,7 +7,7 @@ use std::{env, fs};
 use alveole_vm_config::{
     Action, Body, BootSource, CpuConfig, Drive, DriveUpdate, Entropy, LinkState, Logger,
     MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig, NetworkInterface,
-    NetworkInterfaceUpdate, Serial, StateChange, VmConfig, Vsock,
+    NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad, StateChange, VmConfig, Vsock,
 };
 
 use super::*;
@@ -87,6 +87,32 @@ const READERS: &[Read] = &[
     ("MmdsConfig", said::<MmdsConfig>, "@", ""),
     ("InstanceActionInfo", said::<Action>, "@", ""),
     ("Vm", said::<StateChange>, "@", ""),
+    ("SnapshotCreateParams", said::<SnapshotCreate>, "@", ""),
+    ("SnapshotLoadParams", said::<SnapshotLoad>, "@", ""),
+    (
+        "MemoryBackend",
+        said::<SnapshotLoad>,
+        r#"{"mem_backend": @}"#,
+        "mem_backend.",
+    ),
+    (
+        "NetworkOverride",
+        said::<SnapshotLoad>,
+        r#"{"network_overrides": [@]}"#,
+        "network_overrides[0].",
+    ),
+    (
+        "VsockOverride",
+        said::<SnapshotLoad>,
+        r#"{"vsock_override": @}"#,
+        "vsock_override.",
+    ),
+    (
+        "DriveOverride",
+        said::<SnapshotLoad>,
+        r#"{"drive_overrides": [@]}"#,
+        "drive_overrides[0].",
+    ),
 ];
 
 /// Definitions that no reader of ours reads: answers, values, and what may be anything.

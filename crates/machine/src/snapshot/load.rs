@@ -1,0 +1,371 @@
+//! A snapshot's files, opened and read before anything is built of them.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use alveole_hypervisor::RestoredClock;
+use alveole_saved_state::{
+    FormatError, Header, MAX_FILE_BYTES, RestoreError, SavedState, StateFile,
+};
+use alveole_vm_config::{ConfigError, MemoryBackendType, SnapshotLoad, VmConfig};
+
+use crate::build::{Options, Transport};
+use crate::snapshot::LAYOUT;
+use crate::snapshot::state::{
+    self, LayerV1, MARK, MARK_BYTES, MachineStateV1, MemoryStateV1, RangeV1, TransportV1,
+};
+
+/// Why a snapshot cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A file cannot be read.
+    #[error("cannot read {path:?}: {source}{}", cure(source))]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The state is no state.
+    #[error("{path:?}: {source}")]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: FormatError,
+    },
+    /// A part of the state is none.
+    #[error("{path:?}: {source}")]
+    Part {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: RestoreError,
+    },
+    /// The description in it is none.
+    #[error("{path:?}: the description of the machine in it is none: {source}")]
+    Description {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: ConfigError,
+    },
+    /// What is named anew is not there.
+    #[error("{path:?}: {what}; the snapshot has {known}")]
+    Override {
+        /// The file.
+        path: PathBuf,
+        /// What was to be named anew.
+        what: String,
+        /// What there is.
+        known: String,
+    },
+    /// It is of a machine whose parts lie elsewhere.
+    #[error(
+        "{path:?}: it is of a machine of layout {found}, this program builds layout {LAYOUT}: load it with the version that wrote it"
+    )]
+    Layout {
+        /// The file.
+        path: PathBuf,
+        /// Of the snapshot.
+        found: u32,
+    },
+    /// A memory file is not the one that belongs to the state.
+    #[error("{path:?} is not the memory that belongs to the snapshot: {why}")]
+    Memory {
+        /// The memory file.
+        path: PathBuf,
+        /// Why not.
+        why: String,
+    },
+    /// What has not been built.
+    #[error("{0}")]
+    NotBuilt(&'static str),
+}
+
+fn cure(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => "; is the path right?",
+        io::ErrorKind::PermissionDenied => "; make it readable for this user",
+        _ => "",
+    }
+}
+
+/// A snapshot whose files are open: what the machine is, and what is put into it.
+pub struct Snapshot {
+    config: VmConfig,
+    machine: MachineStateV1,
+    pub(crate) ranges: Vec<RangeV1>,
+    pub(crate) layers: Vec<(File, LayerV1)>,
+    pub(crate) state: StateFile,
+    pub(crate) clock: RestoredClock,
+    pub(crate) resume: bool,
+}
+
+impl Snapshot {
+    /// Opens the files that `load` names, and reads the state.
+    ///
+    /// # Errors
+    /// A file is missing, is not a snapshot's, is damaged, or newer than this program; something is to be named anew that the
+    /// snapshot does not have.
+    pub fn open(load: &SnapshotLoad) -> Result<Self, LoadError> {
+        let path = &load.snapshot_path;
+        let format = |source| LoadError::Format {
+            path: path.clone(),
+            source,
+        };
+        let mut state = StateFile::read(&read_bounded(path)?).map_err(format)?;
+        let mut take = |kind: &str| state.take(kind).map_err(format);
+        let description = take(state::DESCRIPTION)?;
+        let (machine, memory) = (take(state::MACHINE)?, take(state::MEMORY)?);
+        let machine: MachineStateV1 = part(path, &machine, state::MACHINE, state::MACHINE_VERSION)?;
+        let memory: MemoryStateV1 = part(path, &memory, state::MEMORY, state::MEMORY_VERSION)?;
+        if machine.layout != LAYOUT {
+            return Err(LoadError::Layout {
+                path: path.clone(),
+                found: machine.layout,
+            });
+        }
+        let config = VmConfig::from_json_bytes(&description.bytes, state::DESCRIPTION);
+        let mut config = config.map_err(|source| LoadError::Description {
+            path: path.clone(),
+            source,
+        })?;
+        name_anew(load, &mut config)?;
+        config.machine_config.track_dirty_pages = load.track_dirty_pages;
+        Ok(Self {
+            config,
+            machine,
+            layers: open_layers(load, &memory)?,
+            ranges: memory.ranges,
+            state,
+            clock: match load.clock_realtime {
+                true => RestoredClock::AdvanceByWallTime,
+                false => RestoredClock::AsSaved,
+            },
+            resume: load.resume_vm,
+        })
+    }
+
+    /// What every version of this program can say of a snapshot: version of its form, and who wrote it.
+    ///
+    /// # Errors
+    /// The file is missing, or no snapshot's state.
+    pub fn describe(path: &Path) -> Result<String, LoadError> {
+        let header = Header::read(&read_bounded(path)?).map_err(|source| LoadError::Format {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(format!("v{}.0.0", header.format))
+    }
+
+    /// The description of the machine, with what was named anew.
+    #[must_use]
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// Whether the guest is to run at once.
+    #[must_use]
+    pub fn resumes(&self) -> bool {
+        self.resume
+    }
+
+    /// `options`, with what the guest has seen of the machine already.
+    #[must_use]
+    pub fn options(&self, options: Options) -> Options {
+        Options {
+            boot_timer: self.machine.boot_timer,
+            transport: match self.machine.transport {
+                TransportV1::Mmio => Transport::Mmio,
+                TransportV1::Pci => Transport::Pci,
+            },
+            ..options
+        }
+    }
+}
+
+fn part<T: serde::de::DeserializeOwned>(
+    path: &Path,
+    saved: &SavedState,
+    kind: &str,
+    version: u32,
+) -> Result<T, LoadError> {
+    saved
+        .unpack(kind, version)
+        .map_err(|source| LoadError::Part {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+/// Everything that lies elsewhere than where the snapshot was taken.
+fn name_anew(load: &SnapshotLoad, config: &mut VmConfig) -> Result<(), LoadError> {
+    let unknown = |what: String, known: Vec<&str>| LoadError::Override {
+        path: load.snapshot_path.clone(),
+        what,
+        known: if known.is_empty() {
+            "none".to_owned()
+        } else {
+            known.join(", ")
+        },
+    };
+    for new in &load.network_overrides {
+        let all = &mut config.network_interfaces;
+        match all.iter_mut().find(|i| i.iface_id == new.iface_id) {
+            Some(interface) => interface.host_dev_name.clone_from(&new.host_dev_name),
+            None => {
+                let known = config.network_interfaces.iter().map(|i| &*i.iface_id);
+                return Err(unknown(
+                    format!("network_overrides name interface {:?}", new.iface_id),
+                    known.collect(),
+                ));
+            }
+        }
+    }
+    for new in &load.drive_overrides {
+        match config
+            .drives
+            .iter_mut()
+            .find(|d| d.drive_id == new.drive_id)
+        {
+            Some(drive) => drive.path_on_host.clone_from(&new.path_on_host),
+            None => {
+                let known = config.drives.iter().map(|d| &*d.drive_id);
+                return Err(unknown(
+                    format!("drive_overrides name drive {:?}", new.drive_id),
+                    known.collect(),
+                ));
+            }
+        }
+    }
+    if let Some(new) = &load.vsock_override {
+        match &mut config.vsock {
+            Some(vsock) => vsock.uds_path.clone_from(&new.uds_path),
+            None => {
+                return Err(unknown(
+                    "vsock_override names a socket device".into(),
+                    Vec::new(),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn open_layers(
+    load: &SnapshotLoad,
+    memory: &MemoryStateV1,
+) -> Result<Vec<(File, LayerV1)>, LoadError> {
+    let mut newest = None;
+    if let Some(backend) = &load.mem_backend {
+        if backend.backend_type == MemoryBackendType::Uffd {
+            return Err(LoadError::NotBuilt(
+                "a process that answers page faults (backend_type Uffd) is not built yet in this program: name the memory file",
+            ));
+        }
+        newest = Some(&backend.backend_path);
+    }
+    let size = memory
+        .ranges
+        .iter()
+        .fold(0u64, |sum, range| sum.saturating_add(range.size_bytes));
+    let last = memory.layers.len().saturating_sub(1);
+    let mut files = Vec::new();
+    for (index, layer) in memory.layers.iter().enumerate() {
+        let named = newest.filter(|_| index == last);
+        let path = match named {
+            Some(path) => path.clone(),
+            None => find(&layer.path, &load.snapshot_path, newest.map(|path| &**path)),
+        };
+        let file = open(&path)?;
+        check_mark(&file, &path, size, layer)?;
+        files.push((file, layer.clone()));
+    }
+    Ok(files)
+}
+
+/// Where a memory file is: where it was written, or, if that is gone, beside the files of the snapshot, which may have been moved
+/// together.
+fn find(written: &Path, state: &Path, memory: Option<&Path>) -> PathBuf {
+    if written.exists() {
+        return written.to_owned();
+    }
+    let beside = |other: &Path| Some(other.parent()?.join(written.file_name()?));
+    [memory, Some(state)]
+        .into_iter()
+        .flatten()
+        .filter_map(beside)
+        .find(|path| path.exists())
+        .unwrap_or_else(|| written.to_owned())
+}
+
+fn check_mark(file: &File, path: &Path, size: u64, layer: &LayerV1) -> Result<(), LoadError> {
+    let wrong = |why: String| LoadError::Memory {
+        path: path.to_owned(),
+        why,
+    };
+    let meta = file.metadata().map_err(|source| LoadError::File {
+        path: path.to_owned(),
+        source,
+    })?;
+    if !meta.is_file() {
+        return Err(wrong("it is no plain file".into()));
+    }
+    let wanted = size.saturating_add(MARK_BYTES as u64);
+    if meta.len() != wanted {
+        return Err(wrong(format!(
+            "it has {} bytes, {wanted} are needed: it was cut, is not whole yet, or of another guest",
+            meta.len()
+        )));
+    }
+    let mut mark = [0; MARK_BYTES];
+    file.read_exact_at(&mut mark, size)
+        .map_err(|source| LoadError::File {
+            path: path.to_owned(),
+            source,
+        })?;
+    let (says, id) = mark.split_at(MARK.len());
+    if says != MARK {
+        return Err(wrong("it has no mark behind its pages".into()));
+    }
+    if id != layer.id.as_bytes() {
+        return Err(wrong(format!(
+            "its id is {}, that of the snapshot's is {}: a snapshot was taken anew over one of the two files, or the wrong one is named",
+            String::from_utf8_lossy(id),
+            layer.id
+        )));
+    }
+    Ok(())
+}
+
+fn open(path: &Path) -> Result<File, LoadError> {
+    // A named pipe would wait for a writer.
+    let mut options = File::options();
+    options.read(true).custom_flags(O_NONBLOCK);
+    options.open(path).map_err(|source| LoadError::File {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Of Linux, on all its architectures that we know.
+const O_NONBLOCK: i32 = 0o4000;
+
+fn read_bounded(path: &Path) -> Result<Vec<u8>, LoadError> {
+    let failed = |source| LoadError::File {
+        path: path.to_owned(),
+        source,
+    };
+    let file = open(path)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(failed(io::Error::other("it is no plain file; name one")));
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE_BYTES as u64 + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    Ok(bytes)
+}

@@ -1,0 +1,29 @@
+//! Snapshots: what the state of a machine is made of, how it gets into files, and how a machine is built of them.
+//!
+//! | file | thread | does |
+//! |---|---|---|
+//! | `gather.rs` | control | lets the machine stand still, and asks every part for its state |
+//! | `live.rs` | the same | the same for a guest that runs on: rounds, and the moment |
+//! | `write.rs` | `files` | writes memory and state, first beside the files that may be there, then in their place |
+//! | `load.rs` | main, before any sandbox | reads the state, opens the memory, says what the machine is |
+//! | `restore.rs` | the same | puts the state into a machine that was just built |
+//! | `state.rs` | | the forms of what is not a device's |
+//!
+//! A snapshot is two files, as Firecracker's is: the state (see `alveole_saved_state`), and the memory, page by page, with a
+//! mark behind it that says which state it belongs to. Of a diff snapshot, the memory file has the pages that changed, and the state
+//! names the memory files before it.
+
+mod gather;
+mod live;
+mod load;
+mod restore;
+mod state;
+mod write;
+
+pub(crate) use gather::Tracking;
+pub use load::{LoadError, Snapshot};
+pub(crate) use restore::{cpu_state, partition_state, restore_devices};
+pub use state::SNAPSHOT_VERSION;
+pub(crate) use state::{LAYOUT, RangeV1};
+pub use write::Taken;
+pub(crate) use write::{Ahead, SnapshotJob, take};

@@ -1,0 +1,290 @@
+//! Memory and state into files, on the thread that opens files. New files come into being beside those that may be there, and take
+//! their place when they are whole: memory first, then the state, which says by an id which memory it belongs to.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use alveole_guest_memory::{GuestRam, PageKind, PageSet, PreparedCapture};
+use alveole_saved_state::{SavedState, StateFile};
+use alveole_vm_config::SnapshotCreate;
+
+use crate::snapshot::state::{self, ID_BYTES, LayerV1, MARK, MemoryStateV1};
+
+/// Memory belongs to the user who runs the guest, as all its secrets are in it.
+const MODE: u32 = 0o600;
+const PAGE_BYTES: u64 = 4096;
+
+/// A snapshot to write.
+pub(crate) struct SnapshotJob {
+    pub(crate) create: SnapshotCreate,
+    /// All but memory.
+    pub(crate) state: StateFile,
+    pub(crate) ram: GuestRam,
+    /// Which pages are written.
+    pub(crate) pages: PageSet,
+    /// The files that have the others, the oldest first.
+    pub(crate) base: Vec<LayerV1>,
+}
+
+/// What came of writing a snapshot.
+#[derive(Debug)]
+pub struct Taken {
+    pub(crate) outcome: Result<Written, String>,
+}
+
+impl Taken {
+    pub(crate) fn failed(why: String) -> Self {
+        Self { outcome: Err(why) }
+    }
+}
+
+/// A snapshot that is whole.
+#[derive(Debug)]
+pub(crate) struct Written {
+    /// The files that have memory from now on, the oldest first.
+    pub(crate) layers: Vec<LayerV1>,
+    /// Bytes of memory in the newest.
+    pub(crate) memory_bytes: u64,
+}
+
+/// A live snapshot whose memory is being written ahead.
+pub(crate) struct Ahead {
+    files: Files,
+    prepared: PreparedCapture,
+}
+
+impl Ahead {
+    /// Makes the files.
+    pub(crate) fn begin(create: &SnapshotCreate, ram: &GuestRam) -> Result<Self, String> {
+        // What a diff builds upon is looked at when it is known, at the end.
+        let files = Files::make(create, &[])?;
+        let prepared = ram.prepare_capture(&files.memory.file);
+        Ok(Self {
+            prepared: prepared.map_err(|e| files.memory.wrong(&e))?,
+            files,
+        })
+    }
+
+    /// Writes pages as they are, more or less: what changes meanwhile is written again.
+    pub(crate) fn write(&mut self, pages: &PageSet) -> Result<(), String> {
+        let written = self.prepared.write_ahead(pages);
+        written.map_err(|e| self.files.memory.wrong(&e))
+    }
+}
+
+/// The two files of a snapshot, not in their places yet.
+struct Files {
+    memory: New,
+    machine: New,
+}
+
+impl Files {
+    fn make(create: &SnapshotCreate, base: &[LayerV1]) -> Result<Self, String> {
+        let memory = New::beside(&create.mem_file_path)?;
+        memory.check_base(base)?;
+        let machine = New::beside(&create.snapshot_path)?;
+        if memory.place == machine.place {
+            return Err(format!(
+                "{:?} is to be both mem_file_path and snapshot_path: give them different names",
+                create.snapshot_path
+            ));
+        }
+        Ok(Self { memory, machine })
+    }
+}
+
+/// Writes a snapshot. `captured` is called as soon as the guest may go on, where that is before all is written.
+pub(crate) fn take(job: SnapshotJob, ahead: Option<Ahead>, captured: impl FnOnce()) -> Taken {
+    Taken {
+        outcome: write(job, ahead, captured),
+    }
+}
+
+fn write(
+    job: SnapshotJob,
+    ahead: Option<Ahead>,
+    captured: impl FnOnce(),
+) -> Result<Written, String> {
+    let SnapshotJob {
+        create,
+        mut state,
+        ram,
+        pages,
+        base,
+    } = job;
+    let (files, prepared) = match ahead {
+        Some(Ahead { files, prepared }) => {
+            files.memory.check_base(&base)?;
+            (files, Some(prepared))
+        }
+        None => (Files::make(&create, &base)?, None),
+    };
+    let Files { memory, machine } = files;
+    let map = match create.live {
+        true => {
+            let prepared = match prepared {
+                Some(prepared) => Ok(prepared),
+                None => ram.prepare_capture(&memory.file),
+            };
+            let capture = prepared.and_then(|prepared| prepared.start(&pages));
+            let capture = capture.map_err(|e| memory.wrong(&e))?;
+            captured();
+            capture.wait().map_err(|e| memory.wrong(&e))?
+        }
+        false => ram
+            .save_pages(&pages, &memory.file)
+            .map_err(|e| memory.wrong(&e))?,
+    };
+    let id = new_id().map_err(|e| memory.wrong(&e))?;
+    let mark = [&MARK[..], id.as_bytes()].concat();
+    memory
+        .file
+        .write_all_at(&mark, ram.size_bytes())
+        .map_err(|e| memory.failed("write", &e))?;
+    let memory_bytes = map.pages_of(PageKind::Data).saturating_mul(PAGE_BYTES);
+    let mut layers = base;
+    layers.push(LayerV1 {
+        path: memory.place.clone(),
+        id,
+        map,
+    });
+    let memory_state = MemoryStateV1 {
+        ranges: ram.mapped_ranges().map(|(range, _)| range.into()).collect(),
+        layers,
+    };
+    state.add(SavedState::pack(
+        state::MEMORY,
+        state::MEMORY_VERSION,
+        &memory_state,
+    ));
+    machine
+        .file
+        .write_all_at(&state.to_bytes(), 0)
+        .map_err(|e| machine.failed("write", &e))?;
+    // Nothing takes its place before both are on the medium.
+    memory.sync()?;
+    machine.sync()?;
+    memory.put()?;
+    machine.put()?;
+    Ok(Written {
+        layers: memory_state.layers,
+        memory_bytes,
+    })
+}
+
+/// A file that is not in its place yet; dropped before, it is gone.
+struct New {
+    file: File,
+    /// What was asked for, for messages.
+    named: PathBuf,
+    /// Where it goes: an absolute path.
+    place: PathBuf,
+    /// Where it is.
+    beside: Option<PathBuf>,
+}
+
+impl New {
+    fn beside(named: &Path) -> Result<Self, String> {
+        let wrong = |why: String| format!("{named:?}: {why}");
+        let Some(name) = named.file_name() else {
+            return Err(wrong("it names no file; give it one".into()));
+        };
+        let folder = match named.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let folder = fs::canonicalize(folder).map_err(|e| {
+            wrong(format!(
+                "cannot find its folder: {e}; make the folder, or name another"
+            ))
+        })?;
+        let place = folder.join(name);
+        match fs::symlink_metadata(&place) {
+            Ok(meta) if !meta.is_file() => {
+                return Err(wrong(
+                    "something is there that is no plain file; give it another name".into(),
+                ));
+            }
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(wrong(e.to_string())),
+        }
+        let mut hidden = OsString::from(".");
+        hidden.push(name);
+        hidden.push(format!(".{}", std::process::id()));
+        let beside = folder.join(hidden);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(MODE);
+        let file = match options.open(&beside) {
+            // Left by a process of this number that was killed; nobody else has such names.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                fs::remove_file(&beside).and_then(|()| options.open(&beside))
+            }
+            other => other,
+        };
+        let file =
+            file.map_err(|e| wrong(format!("cannot make it: {e}; may this user write there?")))?;
+        Ok(Self {
+            file,
+            named: named.to_owned(),
+            place,
+            beside: Some(beside),
+        })
+    }
+
+    /// A diff must not take away what it builds upon.
+    fn check_base(&self, base: &[LayerV1]) -> Result<(), String> {
+        match base.iter().any(|layer| layer.path == self.place) {
+            false => Ok(()),
+            true => Err(format!(
+                "{:?} has memory that this diff snapshot builds upon: give it another mem_file_path",
+                self.named
+            )),
+        }
+    }
+
+    fn wrong(&self, why: &dyn std::error::Error) -> String {
+        format!("{:?}: {why}", self.named)
+    }
+
+    fn failed(&self, act: &str, e: &io::Error) -> String {
+        let cure = match e.kind() {
+            io::ErrorKind::StorageFull => "; make room, or name another disk",
+            _ => "",
+        };
+        format!("{:?}: cannot {act} it: {e}{cure}", self.named)
+    }
+
+    fn sync(&self) -> Result<(), String> {
+        self.file.sync_data().map_err(|e| self.failed("sync", &e))
+    }
+
+    fn put(mut self) -> Result<(), String> {
+        if let Some(beside) = self.beside.take() {
+            let renamed = fs::rename(&beside, &self.place);
+            if renamed.is_err() {
+                self.beside = Some(beside);
+            }
+            renamed.map_err(|e| self.failed("put into its place", &e))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for New {
+    fn drop(&mut self) {
+        if let Some(beside) = &self.beside {
+            let _ = fs::remove_file(beside);
+        }
+    }
+}
+
+/// An id that no other memory file has.
+fn new_id() -> io::Result<String> {
+    let mut bytes = [0; ID_BYTES];
+    getrandom::fill(&mut bytes).map_err(|e| io::Error::other(e.to_string()))?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}

@@ -1,0 +1,213 @@
+//! The bodies of requests that take and load snapshots.
+
+use std::path::PathBuf;
+
+use crate::object::Object;
+use crate::read;
+
+/// Takes a snapshot.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SnapshotCreate {
+    /// Where the state of processors and devices goes.
+    pub snapshot_path: PathBuf,
+    /// Where guest memory goes.
+    pub mem_file_path: PathBuf,
+    /// How much of it.
+    pub snapshot_type: SnapshotType,
+    /// Whether the guest goes on while memory is written. It stands still for a moment; no need to pause it before.
+    pub live: bool,
+}
+
+/// How much of guest memory a snapshot has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SnapshotType {
+    /// All of it.
+    #[default]
+    Full,
+    /// What the guest and its devices have written since the snapshot before; that must stay where it is.
+    Diff,
+}
+
+/// Loads a snapshot.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SnapshotLoad {
+    /// Where the state of processors and devices is.
+    pub snapshot_path: PathBuf,
+    /// Who has guest memory; none: the file that the snapshot names.
+    pub mem_backend: Option<MemoryBackend>,
+    /// Whether pages the guest writes are remembered from now on, for diff snapshots.
+    pub track_dirty_pages: bool,
+    /// Whether the guest runs at once.
+    pub resume_vm: bool,
+    /// Interfaces that are carried by something else than in the snapshot.
+    pub network_overrides: Vec<NetworkOverride>,
+    /// Where the sockets of the socket device are.
+    pub vsock_override: Option<VsockOverride>,
+    /// Disks that lie somewhere else than in the snapshot.
+    pub drive_overrides: Vec<DriveOverride>,
+    /// Whether the guest's clock goes on from the time of now, and not from that of the snapshot.
+    pub clock_realtime: bool,
+}
+
+/// Who has the memory of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryBackend {
+    /// What it is.
+    pub backend_type: MemoryBackendType,
+    /// The file, or the socket of the process.
+    pub backend_path: PathBuf,
+}
+
+/// What has the memory of a snapshot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum MemoryBackendType {
+    /// A file, which is mapped.
+    #[default]
+    File,
+    /// A process that answers page faults.
+    Uffd,
+}
+
+/// An interface that is carried by something else than in the snapshot.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NetworkOverride {
+    /// Its name.
+    pub iface_id: String,
+    /// What carries it.
+    pub host_dev_name: String,
+}
+
+/// Where the sockets of the socket device are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VsockOverride {
+    /// The path of the host's socket.
+    pub uds_path: PathBuf,
+}
+
+/// A disk that lies somewhere else than in the snapshot.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DriveOverride {
+    /// Its name.
+    pub drive_id: String,
+    /// Where it lies.
+    pub path_on_host: PathBuf,
+}
+
+pub(crate) fn create(body: &mut Object<'_>) -> SnapshotCreate {
+    SnapshotCreate {
+        snapshot_path: body.required("snapshot_path"),
+        mem_file_path: body.required("mem_file_path"),
+        snapshot_type: body.optional("snapshot_type").unwrap_or_default(),
+        live: body.optional("live").unwrap_or_default(),
+    }
+}
+
+pub(crate) fn load(body: &mut Object<'_>) -> SnapshotLoad {
+    // The older names of two fields, which clients still send.
+    let tracked: Option<bool> = body.optional("track_dirty_pages");
+    let enabled: Option<bool> = body.optional("enable_diff_snapshots");
+    let file = body.take("mem_file_path").filter(|value| !value.is_null());
+    let backend = body.section("mem_backend", |body| MemoryBackend {
+        backend_type: body.required("backend_type"),
+        backend_path: body.required("backend_path"),
+    });
+    let mem_backend = match (backend, file) {
+        (Some(backend), Some(file)) => {
+            file.wrong("mem_backend is given, too: leave one of them out");
+            Some(backend)
+        }
+        (None, Some(file)) => file.read().map(|backend_path| MemoryBackend {
+            backend_type: MemoryBackendType::File,
+            backend_path,
+        }),
+        (backend, None) => backend,
+    };
+    if let Some(value) = body.take("huge_pages").filter(|value| !value.is_null())
+        && let Some(kind) = value.read::<String>()
+        && !matches!(&*kind, "Snapshot" | "None")
+    {
+        value.wrong(format_args!(
+            "{} cannot be had: huge pages are not built yet; leave it out",
+            value.shown()
+        ));
+    }
+    SnapshotLoad {
+        snapshot_path: body.required("snapshot_path"),
+        mem_backend,
+        track_dirty_pages: tracked.or(enabled).unwrap_or_default(),
+        resume_vm: body.optional("resume_vm").unwrap_or_default(),
+        network_overrides: body.list("network_overrides", |body| NetworkOverride {
+            iface_id: body.required("iface_id"),
+            host_dev_name: body.required("host_dev_name"),
+        }),
+        vsock_override: body.section("vsock_override", |body| VsockOverride {
+            uds_path: body.required("uds_path"),
+        }),
+        drive_overrides: body.list("drive_overrides", |body| DriveOverride {
+            drive_id: body.required("drive_id"),
+            path_on_host: body.required("path_on_host"),
+        }),
+        clock_realtime: body.optional("clock_realtime").unwrap_or_default(),
+    }
+}
+
+read::words! { SnapshotType, "one of \"Full\", \"Diff\"",
+"Full" => SnapshotType::Full, "Diff" => SnapshotType::Diff, }
+read::words! { MemoryBackendType, "one of \"File\", \"Uffd\"",
+"File" => MemoryBackendType::File, "Uffd" => MemoryBackendType::Uffd, }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Body;
+
+    fn load(text: &str) -> Result<SnapshotLoad, String> {
+        SnapshotLoad::from_json_bytes(text.as_bytes(), "body").map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn old_and_new_names_mean_the_same() {
+        let old =
+            load(r#"{"snapshot_path": "s", "mem_file_path": "m", "enable_diff_snapshots": true}"#);
+        let new = load(
+            r#"{"snapshot_path": "s", "mem_backend": {"backend_type": "File", "backend_path": "m"},
+                "track_dirty_pages": true}"#,
+        );
+        assert_eq!(old, new);
+        assert!(old.unwrap().track_dirty_pages);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        for (body, part) in [
+            ("{}", "\"snapshot_path\": this field is required"),
+            (
+                r#"{"snapshot_path": "s", "mem_file_path": "m", "mem_backend": {"backend_type": "File", "backend_path": "m"}}"#,
+                "leave one of them out",
+            ),
+            (
+                r#"{"snapshot_path": "s", "mem_backend": {"backend_type": "Disk", "backend_path": "m"}}"#,
+                "one of \"File\", \"Uffd\"",
+            ),
+            (
+                r#"{"snapshot_path": "s", "huge_pages": "2M"}"#,
+                "not built yet",
+            ),
+            (
+                r#"{"snapshot_path": "s", "network_overrides": [{"iface_id": "a"}]}"#,
+                "host_dev_name",
+            ),
+        ] {
+            let told = load(body).unwrap_err();
+            assert!(told.contains(part), "{told}");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_is_full_and_not_live_by_default() {
+        let body = r#"{"snapshot_path": "s", "mem_file_path": "m"}"#;
+        let create = SnapshotCreate::from_json_bytes(body.as_bytes(), "body").unwrap();
+        assert_eq!(create.snapshot_type, SnapshotType::Full);
+        assert!(!create.live);
+    }
+}
