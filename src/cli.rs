@@ -48,6 +48,9 @@ usage: alveole-vmm [--api-sock PATH] [--config-file FILE [--no-api]] [options]
   --no-seccomp          understood, and the filters stay (a warning says so)
   --start-time-us, --start-time-cpu-us, --parent-cpu-time-us N
                         what a jailer says of itself, for the times of the start in the counters
+  --snapshot-version    the version of the form in which snapshots are written
+  --describe-snapshot FILE
+                        that in which the snapshot whose state is FILE was written
   --version, --help
 
 exit status: 0 the guest powered off, asked for a reset or was ended from the console, 4 its
@@ -360,11 +363,21 @@ mod tests {
             "help",
         ] {
             let line = format!("--{option}");
-            match parse(line.split_whitespace().map(OsString::from)) {
-                Ok(_) => {}
-                Err(why) => assert!(why.contains("leave the option out"), "{line}: {why}"),
-            }
+            let parsed = parse(line.split_whitespace().map(OsString::from));
+            assert!(parsed.is_ok(), "{line}: {parsed:?}");
         }
+    }
+
+    #[test]
+    fn snapshots_can_be_asked_about() {
+        let parsed = |line: &str| parse(line.split_whitespace().map(OsString::from));
+        assert!(matches!(
+            parsed("--snapshot-version"),
+            Ok(Request::SnapshotVersion)
+        ));
+        let described = parsed("--describe-snapshot a/b");
+        assert!(matches!(described, Ok(Request::DescribeSnapshot(p)) if p.as_os_str() == "a/b"));
+        assert!(parsed("--describe-snapshot").is_err());
     }
 
     #[test]
@@ -393,7 +406,6 @@ mod tests {
             ("--start-time-us -1", "expected a whole number"),
             ("--seccomp-filter", "seccomp-filter"),
             ("--seccomp-filter f --no-seccomp", "exclude each other"),
-            ("--snapshot-version", "leave the option out"),
             ("--mmds-size-limit x", "expected a whole number"),
         ] {
             let e = run(line).unwrap_err();
