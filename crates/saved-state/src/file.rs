@@ -303,7 +303,13 @@ fn section(bytes: &[u8], index: u32) -> Result<(SavedState, bool, &[u8]), Format
         return Err(cut(HEADER_BYTES as u64));
     };
     check_sum(header, || format!("the header of section {index}"))?;
-    let kind = text(header, 0, KIND_BYTES);
+    let kind = bytes_at::<KIND_BYTES>(header, 0);
+    let Ok(kind) = str::from_utf8(&kind) else {
+        return Err(FormatError::Impossible(format!(
+            "the kind of section {index} is no text"
+        )));
+    };
+    let kind = kind.trim_end_matches('\0').to_owned();
     let flags = word(header, 36);
     if flags & !OPTIONAL != 0 {
         return Err(FormatError::Impossible(format!(
@@ -479,6 +485,18 @@ mod tests {
         for bytes in [&b""[..], b"{}", b"\x89PNG\r\n\x1a\n", &[0; 4096]] {
             assert_eq!(StateFile::read(bytes), Err(FormatError::Foreign));
         }
+    }
+
+    #[test]
+    fn a_kind_that_is_no_text_is_refused() {
+        let mut bytes = sample().to_bytes();
+        let mut header: [u8; HEADER_BYTES] =
+            bytes[HEADER_BYTES..2 * HEADER_BYTES].try_into().unwrap();
+        header[0] = 0xff;
+        sign(&mut header);
+        bytes[HEADER_BYTES..2 * HEADER_BYTES].copy_from_slice(&header);
+        let e = StateFile::read(&bytes).unwrap_err().to_string();
+        assert!(e.contains("section 0 is no text"), "{e}");
     }
 
     #[test]
