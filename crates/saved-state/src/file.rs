@@ -136,7 +136,7 @@ pub struct StateFile {
 }
 
 impl StateFile {
-    /// No states yet, written by `writer`: a name and a version, of which [`WRITER_BYTES`] bytes are kept.
+    /// No states yet, written by `writer`: a name and a version, of which 24 bytes are kept.
     #[must_use]
     pub fn new(writer: &str) -> Self {
         Self {
