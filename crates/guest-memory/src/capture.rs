@@ -160,7 +160,8 @@ impl PreparedCapture {
     }
 
     /// Forks the child that saves `pages` as they are now. The guest and its devices stand still until this returns, then
-    /// they may go on. After [`PreparedCapture::write_ahead`], `pages` are those that have changed since.
+    /// they may go on. After [`PreparedCapture::write_ahead`], `pages` are those that have changed since. Of RAM that another
+    /// process serves, it waits for the pages that are not there yet: what was written ahead is.
     ///
     /// The child is under the calling thread's seccomp filter and needs `pwrite64`, `mincore`, `sync_file_range`,
     /// `getppid`, `exit_group`; the caller `clone`, `rt_sigprocmask`, `sysinfo`, then `waitid` and `pidfd_send_signal` (the
@@ -179,6 +180,7 @@ impl PreparedCapture {
             data,
         } = self;
         instant.ram().check_set(pages)?;
+        instant.ram().bring_in(pages);
         let job = WriteJob::new(instant.ram(), file.as_raw_fd(), data);
         instant.take(pages)?;
         let pidfd = fork(|parent| write_in_child(&job, &instant, &report, parent))

@@ -17,8 +17,11 @@ mod page_set;
 mod plan;
 mod ram;
 mod save;
+mod served;
 mod snapshot;
 mod sockets;
+#[cfg(any(test, feature = "test-server"))]
+pub mod test_server;
 mod written;
 
 pub use buffers::{GuestBuffers, MAX_IOVECS};
@@ -30,6 +33,7 @@ pub use page_set::{PageSet, PageSetError};
 pub use plan::{HOLE_END, HOLE_START, MAX_SIZE_BYTES, MemoryPlan, PlanError, RamRange};
 pub use ram::{AccessError, GuestRam, MapError, VmMemory};
 pub use save::SaveError;
+pub use served::{PageServer, ServeError};
 pub use snapshot::MAX_MAPPINGS;
 pub use vm_memory;
 pub use vm_memory::{ByteValued, GuestAddress};

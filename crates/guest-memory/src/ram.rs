@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -127,6 +127,8 @@ struct Shared {
     is_captured: AtomicBool,
     /// Pages that show a file's content until they are written.
     filed: Mutex<Vec<Range<u64>>>,
+    /// The userfaultfd by which another process puts in the pages that nobody has touched yet: open for as long as they are mapped.
+    served_by: Option<OwnedFd>,
 }
 
 /// One range of RAM, for this crate.
@@ -144,30 +146,25 @@ impl GuestRam {
     /// # Errors
     /// The plan is larger than the host's RAM and swap, or the host refuses the mapping.
     pub fn map(plan: &MemoryPlan) -> Result<Self, MapError> {
-        let host_bytes = host_memory_bytes();
-        let asked_bytes = plan.size_bytes();
-        if asked_bytes > host_bytes {
-            return Err(MapError::MoreThanHost {
-                asked_bytes,
-                host_bytes,
-            });
+        Ok(Self::of_map(map_ranges(plan, true)?, None))
+    }
+
+    /// RAM of a mapping, which somebody may serve through a userfaultfd.
+    pub(crate) fn of_map(map: VmMemory, served_by: Option<OwnedFd>) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                map,
+                is_tracking: AtomicBool::new(false),
+                is_captured: AtomicBool::new(false),
+                filed: Mutex::default(),
+                served_by,
+            }),
         }
-        let regions = plan
-            .ranges()
-            .iter()
-            .map(map_range)
-            .collect::<Result<Vec<_>, _>>()?;
-        let map =
-            GuestMemoryMmap::from_regions(regions).map_err(|e| MapError::Ranges(e.to_string()))?;
-        let shared = Shared {
-            map,
-            is_tracking: AtomicBool::new(false),
-            is_captured: AtomicBool::new(false),
-            filed: Mutex::default(),
-        };
-        Ok(Self {
-            shared: Arc::new(shared),
-        })
+    }
+
+    /// What another process puts pages in through, if it does.
+    pub(crate) fn served_by(&self) -> Option<&OwnedFd> {
+        self.shared.served_by.as_ref()
     }
 
     /// The mapping as `vm-memory` sees it, for crates that speak to it directly.
@@ -262,8 +259,12 @@ impl GuestRam {
         })
     }
 
-    /// Pages that show a file's content until they are written: they are not zero where nobody has touched them.
+    /// Pages that are not zero where nobody has touched them: they show a file's content until they are written, or another process
+    /// serves them.
     pub(crate) fn filed_pages(&self) -> PageSet {
+        if self.served_by().is_some() {
+            return PageSet::all(self.pages());
+        }
         let mut set = PageSet::none(self.pages());
         let filed = self.shared.filed.lock();
         for pages in filed.unwrap_or_else(PoisonError::into_inner).iter() {
@@ -495,7 +496,25 @@ fn read_in_parallel(file: &File, into: &mut [u8], offset: u64) -> io::Result<()>
     helped.unwrap_or_else(|| file.read_exact_at(low, offset))
 }
 
-fn map_range(range: &RamRange) -> Result<GuestRegionMmap<WriteLog>, MapError> {
+/// Maps fresh, zeroed, anonymous memory for every range, in huge pages where they are wanted and the host gives them.
+pub(crate) fn map_ranges(plan: &MemoryPlan, huge_pages: bool) -> Result<VmMemory, MapError> {
+    let host_bytes = host_memory_bytes();
+    let asked_bytes = plan.size_bytes();
+    if asked_bytes > host_bytes {
+        return Err(MapError::MoreThanHost {
+            asked_bytes,
+            host_bytes,
+        });
+    }
+    let regions = plan
+        .ranges()
+        .iter()
+        .map(|range| map_range(range, huge_pages))
+        .collect::<Result<Vec<_>, _>>()?;
+    GuestMemoryMmap::from_regions(regions).map_err(|e| MapError::Ranges(e.to_string()))
+}
+
+fn map_range(range: &RamRange, huge_pages: bool) -> Result<GuestRegionMmap<WriteLog>, MapError> {
     let refused = |source| MapError::Refused {
         start: range.start,
         size_bytes: range.size_bytes,
@@ -507,9 +526,14 @@ fn map_range(range: &RamRange) -> Result<GuestRegionMmap<WriteLog>, MapError> {
         MmapRegionError::Mmap(io) => refused(io),
         other => refused(io::Error::other(other.to_string())),
     })?;
+    let advice = if huge_pages {
+        libc::MADV_HUGEPAGE
+    } else {
+        libc::MADV_NOHUGEPAGE
+    };
     // SAFETY: the range was mapped just above. Advice changes no content; a host without huge pages
     // refuses it, and small pages serve as well.
-    unsafe { libc::madvise(region.as_ptr().cast(), size, libc::MADV_HUGEPAGE) };
+    unsafe { libc::madvise(region.as_ptr().cast(), size, advice) };
     GuestRegionMmap::new(region, GuestAddress(range.start)).ok_or_else(|| {
         MapError::Ranges(format!(
             "{:#x}+{:#x} wraps around",

@@ -124,7 +124,7 @@ struct Mapped {
 #[derive(Debug)]
 pub(crate) struct WriteJob {
     ranges: Vec<Mapped>,
-    /// Pages that show a file where they were never touched, so that untouched does not mean zero.
+    /// Pages that show a file, or are served by another process, where they were never touched: untouched does not mean zero.
     filed: PageSet,
     /// What asks whether a page was ever touched can be believed: pages are never swapped out.
     no_swap: bool,

@@ -333,18 +333,10 @@ impl Partition for FakePartition {
 }
 
 impl Shared {
-    fn write_ram(
-        &mut self,
-        addr: u64,
-        bytes: &[u8],
-    ) -> Result<(), alveole_guest_memory::AccessError> {
-        if let Some(ram) = &self.ram {
-            ram.write(addr, bytes)?;
-        }
+    fn note_written(&mut self, addr: u64, bytes: &[u8]) {
         if let (Some(dirty), Some(last)) = (&mut self.dirty, bytes.len().checked_sub(1)) {
             dirty.extend(addr / PAGE_BYTES..=(addr + last as u64) / PAGE_BYTES);
         }
-        Ok(())
     }
 }
 
@@ -449,11 +441,9 @@ impl VirtualCpu for FakeCpu {
         if std::mem::take(&mut self.reading) {
             self.partition.lock().reads.push(self.buffer.clone());
         }
-        let kicked = self
-            .kick
-            .kicked
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let kick = self.kick.clone();
+        let lock = || kick.kicked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kicked = lock();
         if *kicked {
             return Ok(CpuExit::Interrupted);
         }
@@ -467,16 +457,24 @@ impl VirtualCpu for FakeCpu {
                 self.state.registers.rax += 1;
             }
             match step {
-                Step::RamWrite(addr, bytes) => shared
-                    .write_ram(addr, &bytes)
-                    .map_err(|e| CpuError::Run(io::Error::other(e.to_string())))?,
+                Step::RamWrite(addr, bytes) => {
+                    let ram = shared.ram.clone();
+                    // Without any lock: where somebody serves the RAM, this may wait for ever.
+                    drop((shared, kicked));
+                    if let Some(ram) = ram {
+                        ram.write(addr, &bytes)
+                            .map_err(|e| CpuError::Run(io::Error::other(e.to_string())))?;
+                    }
+                    self.partition.lock().note_written(addr, &bytes);
+                    kicked = lock();
+                }
                 step => break step,
             }
         };
         let data = &mut self.buffer;
         Ok(match step {
             Step::Compute | Step::RamWrite(..) => {
-                let waited = self.kick.changed.wait_while(kicked, |k| !*k);
+                let waited = kick.changed.wait_while(kicked, |k| !*k);
                 drop(waited);
                 CpuExit::Interrupted
             }

@@ -40,6 +40,10 @@ const PANIC_GRACE: Duration = Duration::from_secs(10);
 /// keep a dead machine alive.
 const CONSOLE_FLUSH: Duration = Duration::from_secs(2);
 
+/// How long the threads of a machine whose memory another process serves may take to stop. Abused by a process that serves no page,
+/// for which they would wait for ever.
+const HANGING: Duration = Duration::from_millis(500);
+
 /// Something that control must know of.
 #[derive(Debug)]
 pub enum Event {
@@ -113,6 +117,8 @@ pub struct Machine {
     pub(crate) tracking: Tracking,
     /// A machine that is paused when it is built is to run at once.
     pub(crate) goes_on: bool,
+    /// Another process serves its memory: whoever touches a page may wait for ever.
+    pub(crate) may_hang: bool,
     /// What clients have said and are told; none: nobody can ask.
     pub(crate) desk: Option<Desk>,
     /// The thread that opens files for clients.
@@ -377,6 +383,15 @@ impl Machine {
     /// Processors first, then the devices: nobody works for a guest that does not run.
     fn wind_down(&mut self) {
         let _ = self.change(Change::Stop);
+        let until = Instant::now() + HANGING;
+        let mut left = 0;
+        if self.may_hang {
+            for vcpu in &self.vcpus {
+                vcpu.order(Order::Stop);
+            }
+            let gone = self.vcpus.iter_mut().map(|vcpu| vcpu.stop_by(until));
+            left += gone.filter(|gone| !gone).count();
+        }
         for vcpu in &mut self.vcpus {
             vcpu.stop();
         }
@@ -384,7 +399,15 @@ impl Machine {
         if lost > 0 {
             log::warn!("nobody took the last {lost} bytes of the console");
         }
+        if self.may_hang {
+            left += self.threads.stop_by(until);
+        }
         self.threads.stop();
+        if left > 0 {
+            log::warn!(
+                "{left} threads wait for pages of guest memory that nobody has put in; they end with this process"
+            );
+        }
         if let Some(vsock) = &self.vsock {
             vsock.remove_socket();
         }

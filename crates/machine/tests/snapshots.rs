@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
+use alveole_guest_memory::test_server::{TestServer, may_serve};
 use alveole_hypervisor::fake::{FakePartition, Step};
 use alveole_machine::{
     Desk, End, Event, Files, HostResources, Identity, Machine, Mailbox, Options, SNAPSHOT_VERSION,
@@ -438,7 +439,8 @@ fn what_does_not_belong_together_is_refused() {
         }),
         ..load(path, "b")
     };
-    expect(&uffd, "not built yet");
+    expect(&uffd, "u\", where a process is to serve guest memory");
+    expect(&uffd, "there is no such socket");
     let drive = SnapshotLoad {
         drive_overrides: vec![DriveOverride {
             drive_id: "z".into(),
@@ -454,6 +456,142 @@ fn what_does_not_belong_together_is_refused() {
     );
     fs::remove_file(path.join("disk")).unwrap();
     expect(&load(path, "b"), "disk");
+}
+
+/// The snapshot by this name, its memory served at `u` by a thread that has all pages but `withheld`.
+fn load_served(dir: &Path, name: &str, withheld: Option<u64>) -> (SnapshotLoad, TestServer) {
+    let backend_path = dir.join("u");
+    let _ = fs::remove_file(&backend_path);
+    let memory = File::open(dir.join(format!("{name}.memory"))).unwrap();
+    let server = TestServer::start(&backend_path, move |page| {
+        let mut bytes = vec![0; 4096];
+        memory.read_exact_at(&mut bytes, page * PAGE).unwrap();
+        (Some(page) != withheld).then_some(bytes)
+    });
+    let load = SnapshotLoad {
+        mem_backend: Some(MemoryBackend {
+            backend_type: MemoryBackendType::Uffd,
+            backend_path,
+        }),
+        ..load(dir, name)
+    };
+    (load, server.unwrap())
+}
+
+/// A machine whose processor waits for a page that its server does not put in.
+fn hanging(dir: &Path) -> (Bench, TestServer) {
+    taken(dir, "s", Transport::Mmio);
+    let (load, server) = load_served(dir, "s", Some(100));
+    let (mailbox, events) = Mailbox::new();
+    let script = vec![vec![Step::RamWrite(100 * PAGE, vec![1])]];
+    let partition = FakePartition::new(script);
+    let (machine, config) = restored(&load, &partition, &mailbox).unwrap();
+    let asked = server.asked();
+    let bench = Bench::run(machine, config, mailbox, events, None);
+    assert_eq!(bench.ask(Command::Resume), Ok(Answer::Done));
+    let until = Instant::now() + PATIENCE;
+    while server.asked() == asked {
+        assert!(Instant::now() < until, "nobody asked for the page");
+        std::thread::yield_now();
+    }
+    (bench, server)
+}
+
+#[test]
+fn memory_that_another_process_serves_is_that_of_the_snapshot() {
+    if !may_serve("memory_that_another_process_serves_is_that_of_the_snapshot") {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    taken(dir.path(), "s", Transport::Pci);
+    let (served, server) = load_served(dir.path(), "s", None);
+    goes_on(&served);
+    assert!(server.served() > 0);
+    drop(server);
+    // What nobody has touched is in a snapshot of it, too.
+    for (name, live) in [("t", false), ("u2", true)] {
+        let (served, server) = load_served(dir.path(), "s", None);
+        let (mailbox, events) = Mailbox::new();
+        let partition = FakePartition::new(Vec::new());
+        let (machine, config) = restored(&served, &partition, &mailbox).unwrap();
+        let bench = Bench::run(machine, config, mailbox, events, None);
+        if live {
+            assert_eq!(bench.ask(Command::Resume), Ok(Answer::Done));
+        }
+        let outcome = bench.snapshot(dir.path(), name, SnapshotType::Full, live);
+        assert!(outcome.is_ok(), "{outcome:?}");
+        assert_eq!(server.served(), RAM / PAGE);
+        bench.end();
+        goes_on(&load(dir.path(), name));
+    }
+}
+
+#[test]
+fn a_machine_ends_with_words_when_what_serves_its_memory_dies() {
+    if !may_serve("a_machine_ends_with_words_when_what_serves_its_memory_dies") {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let (bench, server) = hanging(dir.path());
+    server.stop();
+    let (end, _) = bench.ended.recv_timeout(PATIENCE).unwrap();
+    let End::HostError(why) = end else {
+        panic!("{end:?}");
+    };
+    assert!(
+        why.contains("the process that serves guest memory at"),
+        "{why}"
+    );
+    assert!(why.contains("is gone; start it anew"), "{why}");
+}
+
+#[test]
+fn a_page_that_never_comes_keeps_no_signal_from_ending_the_machine() {
+    if !may_serve("a_page_that_never_comes_keeps_no_signal_from_ending_the_machine") {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let (bench, server) = hanging(dir.path());
+    // Nor does a client who waits for a pause that cannot be.
+    let (to, from) = mpsc::channel();
+    let reply = Reply::new(move |outcome| drop(to.send(outcome)));
+    let command = Command::Pause;
+    bench
+        .mailbox
+        .send(Event::Request(Request { command, reply }));
+    assert!(
+        from.recv_timeout(std::time::Duration::from_millis(100))
+            .is_err()
+    );
+    bench.end();
+    drop(server);
+}
+
+#[test]
+fn what_serves_memory_and_dies_before_there_is_a_machine_is_told() {
+    if !may_serve("what_serves_memory_and_dies_before_there_is_a_machine_is_told") {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    taken(dir.path(), "s", Transport::Mmio);
+    let (served, server) = load_served(dir.path(), "s", None);
+    let snapshot = Snapshot::open(&served).unwrap();
+    server.stop();
+    drop(snapshot);
+    // It listens no more.
+    assert!(told(&served).contains("nobody listens there"));
+    // It dies when it is first asked for a page.
+    fs::remove_file(dir.path().join("u")).unwrap();
+    let server = TestServer::start(&dir.path().join("u"), |_| None).unwrap();
+    let killer = std::thread::spawn(move || {
+        while server.asked() == 0 {
+            std::thread::yield_now();
+        }
+        server.stop();
+    });
+    let why = told(&served);
+    assert!(why.contains("is gone; start it anew"), "{why}");
+    killer.join().unwrap();
 }
 
 /// The state file of a snapshot with one section changed.

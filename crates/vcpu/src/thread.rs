@@ -4,7 +4,7 @@ use std::io;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use alveole_hypervisor::{CpuExit, CpuPosition, CpuState, Kick, StuckReason, VirtualCpu};
 use alveole_io_bus::{Bus, MachineRequest, Outcome};
@@ -12,6 +12,9 @@ use alveole_thread_sandbox::Role;
 
 use crate::exits::{AccessKind, ExitCounts};
 use crate::state::{Effect, Input, State, next};
+
+/// How often to look whether a thread has ended that may never do so.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// The two address spaces a processor reaches.
 #[derive(Debug, Clone)]
@@ -181,6 +184,26 @@ impl VcpuHandle {
             // A thread that panicked has said so already.
             let _ = thread.join();
         }
+    }
+}
+
+impl VcpuHandle {
+    /// As [`Self::stop`], but waits no longer than `until`: whether the thread is gone. Else it is left to itself: it leaves as soon as
+    /// the host lets go of it, without running its guest again.
+    pub fn stop_by(&mut self, until: Instant) -> bool {
+        let Some(thread) = self.thread.take() else {
+            return true;
+        };
+        self.order(Order::Stop);
+        while !thread.is_finished() && Instant::now() < until {
+            std::thread::park_timeout(LOOK_AGAIN);
+        }
+        let is_gone = thread.is_finished();
+        if is_gone {
+            // A thread that panicked has said so already.
+            let _ = thread.join();
+        }
+        is_gone
     }
 }
 

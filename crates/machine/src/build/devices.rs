@@ -1,5 +1,6 @@
 //! Step 3: every device is on its bus.
 
+use alveole_event_loop::Worker;
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::Partition;
 use alveole_serial::Console;
@@ -29,5 +30,15 @@ impl WithPartition {
             partition,
             devices,
         })
+    }
+}
+
+impl WithDevices {
+    /// Gives `worker`, if there is one, a thread of its own.
+    pub(super) fn alone(mut self, worker: Option<Box<dyn Worker>>) -> Result<Self, BuildError> {
+        if let Some(worker) = worker {
+            self.devices.threads.alone(worker)?;
+        }
+        Ok(self)
     }
 }

@@ -4,7 +4,7 @@ use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::Partition;
 
 use crate::build::BuildError;
-use crate::snapshot::RangeV1;
+use crate::snapshot::{MemorySource, RangeV1};
 use crate::{Snapshot, ValidConfig};
 
 /// RAM is mapped.
@@ -37,17 +37,24 @@ pub(super) fn map_snapshot(
     if !ranges.eq(snapshot.ranges.iter().copied()) {
         return Err(BuildError::OtherMemory);
     }
-    let layers: Vec<_> = snapshot
-        .layers
-        .iter()
-        .map(|(f, layer)| (f, &layer.map))
-        .collect();
-    Ok(WithMemory {
-        ram: GuestRam::map_snapshot(&config.memory, &layers)?,
-    })
+    let ram = match &snapshot.memory {
+        MemorySource::Files(files) => {
+            let layers: Vec<_> = files
+                .iter()
+                .zip(snapshot.layers.iter().map(|layer| &layer.map))
+                .collect();
+            GuestRam::map_snapshot(&config.memory, &layers)?
+        }
+        MemorySource::Server(server) => GuestRam::map_served(&config.memory, server)?,
+    };
+    Ok(WithMemory { ram })
 }
 
 impl WithMemory {
+    pub(super) fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
     pub(super) fn create_partition(
         self,
         config: &ValidConfig,

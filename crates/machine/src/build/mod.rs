@@ -7,8 +7,10 @@ mod memory;
 mod processors;
 mod seal;
 
+use std::sync::Arc;
+
 use alveole_event_loop::{EventLoopError, Worker};
-use alveole_guest_memory::MapError;
+use alveole_guest_memory::{MapError, ServeError};
 use alveole_hypervisor::{MsrRefusal, Partition, PartitionError};
 use alveole_io_bus::BusError;
 use alveole_saved_state::{FormatError, RestoreError};
@@ -19,6 +21,7 @@ use alveole_vcpu::template::NoSuchLeaf;
 pub use alveole_boot_loader::Placement;
 
 use crate::lifecycle::Lifecycle;
+use crate::snapshot::{MemorySource, ServerWatch};
 use crate::validate::NotForHost;
 use crate::{HostResources, Machine, Mailbox, Snapshot, ValidConfig};
 
@@ -77,6 +80,9 @@ pub enum BuildError {
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MapError),
+    /// Guest memory that another process serves.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     /// The tables could not be written to guest memory.
     #[error("cannot write the machine's tables: {0}")]
     Tables(#[from] alveole_guest_memory::AccessError),
@@ -200,7 +206,8 @@ impl BuildError {
             | Self::Restore(..)
             | Self::Lacking(_)
             | Self::TooManyDevices => true,
-            Self::Memory(
+            Self::Serve(_)
+            | Self::Memory(
                 MapError::Refused { .. } | MapError::Ranges(_) | MapError::Layer { .. },
             )
             | Self::Tables(_)
@@ -257,16 +264,38 @@ pub fn restore(
     snapshot: Snapshot,
 ) -> Result<Machine, BuildError> {
     let options = snapshot.options(options);
-    let mut machine = memory::map_snapshot(config, &snapshot)?
-        .create_partition(config, partition)?
-        .place_devices(console, resources.into_devices(), options)?
-        .restore(config, mailbox, snapshot.state, snapshot.clock)?
-        .seal(config, workers, mailbox, options, Lifecycle::Paused)?;
-    machine.tracking.layers = snapshot
-        .layers
-        .into_iter()
-        .map(|(_, layer)| layer)
-        .collect();
-    machine.goes_on = snapshot.resume;
+    let memory = memory::map_snapshot(config, &snapshot)?;
+    let ram = memory.ram().clone();
+    let Snapshot {
+        state,
+        clock,
+        resume,
+        layers,
+        memory: source,
+        ..
+    } = snapshot;
+    let server = match source {
+        MemorySource::Files(_) => None,
+        MemorySource::Server(server) => Some(Arc::new(server)),
+    };
+    let watch = server
+        .clone()
+        .map(|server| Box::new(ServerWatch::new(server, mailbox)) as Box<dyn Worker>);
+    let restored = || {
+        memory
+            .create_partition(config, partition)?
+            .place_devices(console, resources.into_devices(), options)?
+            .alone(watch)?
+            .restore(config, mailbox, state, clock)?
+            .seal(config, workers, mailbox, options, Lifecycle::Paused)
+    };
+    let mut machine = match &server {
+        None => restored()?,
+        // Some of the state is in memory, so that the server may be needed for it.
+        Some(server) => server.watch_while(&ram, restored)??,
+    };
+    machine.tracking.layers = layers;
+    machine.goes_on = resume;
+    machine.may_hang = server.is_some();
     Ok(machine)
 }

@@ -1,9 +1,9 @@
 //! The event loops of a machine: one for everybody, and those that disks and busy devices have for themselves.
 
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use alveole_event_loop::{EventLoop, LoopHandle};
+use alveole_event_loop::{EventLoop, LoopHandle, Worker};
 use alveole_thread_sandbox::Role;
 use alveole_virtio::Hosting;
 
@@ -17,6 +17,9 @@ const SHARED: &str = "devices";
 /// Abused by a guest that asks again just in time, which costs the host this much of a processor for each
 /// request, and the guest as much of its own.
 const LONGEST_LOOK: Duration = Duration::from_micros(50);
+
+/// How often to look whether a thread has ended that may never do so.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// More threads than the host has processors would only wait for each other.
 fn at_most_host(workers: usize) -> usize {
@@ -55,6 +58,15 @@ impl Threads {
         let hosting = Hosting::alone_on(vec![own.handle()], LONGEST_LOOK);
         self.own.push((name.to_owned(), own));
         Ok(hosting)
+    }
+
+    /// Gives `worker` a loop of its own, by its name.
+    pub(crate) fn alone(&mut self, worker: Box<dyn Worker>) -> Result<(), BuildError> {
+        let mut own = EventLoop::new()?;
+        let name = worker.name().to_owned();
+        own.attach(worker)?;
+        self.own.push((name, own));
+        Ok(())
     }
 
     /// Where the workers of a disk with so many queues run.
@@ -132,6 +144,24 @@ impl Running {
     /// Whether [`Self::stop`] has not been called.
     pub(crate) fn are_running(&self) -> bool {
         !self.threads.is_empty()
+    }
+
+    /// Ends all loops and waits for their threads until `until`. How many have not ended by then: they are left to themselves.
+    pub(crate) fn stop_by(&mut self, until: Instant) -> usize {
+        for handle in &self.loops {
+            handle.stop();
+        }
+        let mut left = 0;
+        for thread in self.threads.drain(..) {
+            while !thread.is_finished() && Instant::now() < until {
+                std::thread::park_timeout(LOOK_AGAIN);
+            }
+            match thread.is_finished() {
+                true => drop(thread.join()),
+                false => left += 1,
+            }
+        }
+        left
     }
 
     /// Ends all loops and waits for their threads.

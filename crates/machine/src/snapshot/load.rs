@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use alveole_guest_memory::{PageServer, ServeError};
 use alveole_hypervisor::RestoredClock;
 use alveole_saved_state::{
     FormatError, Header, MAX_FILE_BYTES, RestoreError, SavedState, StateFile,
@@ -80,9 +81,9 @@ pub enum LoadError {
         /// Why not.
         why: String,
     },
-    /// What has not been built.
-    #[error("{0}")]
-    NotBuilt(&'static str),
+    /// The process that is to serve memory is not there.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
 }
 
 fn cure(source: &io::Error) -> &'static str {
@@ -98,10 +99,21 @@ pub struct Snapshot {
     config: VmConfig,
     machine: MachineStateV1,
     pub(crate) ranges: Vec<RangeV1>,
-    pub(crate) layers: Vec<(File, LayerV1)>,
+    /// The memory files that it is of, the oldest first.
+    pub(crate) layers: Vec<LayerV1>,
+    pub(crate) memory: MemorySource,
     pub(crate) state: StateFile,
     pub(crate) clock: RestoredClock,
     pub(crate) resume: bool,
+}
+
+/// Where memory comes from.
+pub(crate) enum MemorySource {
+    /// Its files, as many as layers.
+    Files(Vec<File>),
+    /// A process that puts in each page when it is first touched. It has the memory of all layers, as one file of all of
+    /// RAM would have it; which it took for that is its own business.
+    Server(PageServer),
 }
 
 impl Snapshot {
@@ -138,7 +150,8 @@ impl Snapshot {
         Ok(Self {
             config,
             machine,
-            layers: open_layers(load, &memory)?,
+            memory: open_memory(load, &memory)?,
+            layers: memory.layers,
             ranges: memory.ranges,
             state,
             clock: match load.clock_realtime {
@@ -255,16 +268,12 @@ fn name_anew(load: &SnapshotLoad, config: &mut VmConfig) -> Result<(), LoadError
     Ok(())
 }
 
-fn open_layers(
-    load: &SnapshotLoad,
-    memory: &MemoryStateV1,
-) -> Result<Vec<(File, LayerV1)>, LoadError> {
+fn open_memory(load: &SnapshotLoad, memory: &MemoryStateV1) -> Result<MemorySource, LoadError> {
     let mut newest = None;
     if let Some(backend) = &load.mem_backend {
         if backend.backend_type == MemoryBackendType::Uffd {
-            return Err(LoadError::NotBuilt(
-                "a process that answers page faults (backend_type Uffd) is not built yet in this program: name the memory file",
-            ));
+            let server = PageServer::connect(&backend.backend_path)?;
+            return Ok(MemorySource::Server(server));
         }
         newest = Some(&backend.backend_path);
     }
@@ -282,9 +291,9 @@ fn open_layers(
         };
         let file = open(&path)?;
         check_mark(&file, &path, size, layer)?;
-        files.push((file, layer.clone()));
+        files.push(file);
     }
-    Ok(files)
+    Ok(MemorySource::Files(files))
 }
 
 /// Where a memory file is: where it was written, or, if that is gone, beside the files of the snapshot, which may have been moved

@@ -7,6 +7,7 @@
 //! | `write.rs` | `files` | writes memory and state, first beside the files that may be there, then in their place |
 //! | `load.rs` | main, before any sandbox | reads the state, opens the memory, says what the machine is |
 //! | `restore.rs` | the same | puts the state into a machine that was just built |
+//! | `served.rs` | one of its own | notices that the process that serves memory is gone |
 //! | `state.rs` | | the forms of what is not a device's |
 //!
 //! A snapshot is two files, as Firecracker's is: the state (see `alveole_saved_state`), and the memory, page by page, with a
@@ -17,12 +18,15 @@ mod gather;
 mod live;
 mod load;
 mod restore;
+mod served;
 mod state;
 mod write;
 
 pub(crate) use gather::Tracking;
+pub(crate) use load::MemorySource;
 pub use load::{LoadError, Snapshot};
 pub(crate) use restore::{cpu_state, partition_state, restore_devices};
+pub(crate) use served::ServerWatch;
 pub use state::SNAPSHOT_VERSION;
 pub(crate) use state::{LAYOUT, RangeV1};
 pub use write::Taken;
