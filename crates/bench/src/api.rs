@@ -2,7 +2,7 @@
 //! first instruction; of ours and of Firecracker, in turn, on one connection each.
 //!
 //! The guest is a kernel of a dozen bytes, whose first instructions write a byte to the serial port. Knows
-//! Firecracker's API, and HTTP as far as it takes.
+//! Firecracker's API.
 
 #[path = "../../../tests/tiny_guest/code.rs"]
 mod code;
@@ -10,12 +10,8 @@ mod code;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -24,6 +20,7 @@ use rustix::fs::inotify;
 use serde_json::json;
 
 use crate::attempts::{Attempts, in_turn};
+use crate::client::Client;
 use crate::stats::{Summary, cell, figure, summarize};
 use crate::vmm::{Kind, Vmm, utf8};
 use crate::{host, run, vmm};
@@ -154,7 +151,7 @@ pub(crate) fn api(args: &Api) -> anyhow::Result<ExitCode> {
     }
     let scratch = tempfile::Builder::new().prefix("alveole-api.").tempdir()?;
     let scratch = fs::canonicalize(scratch.path()).map(|path| (path, scratch))?;
-    run::end_on_signals(scratch.0.clone())?;
+    run::end_on_signals(vec![scratch.0.clone()])?;
     let kernel = code::tiny_kernel(&guest());
     fs::write(scratch.0.join("kernel"), &kernel)?;
     for drive in 0..DEVICES {
@@ -258,7 +255,7 @@ fn one_life(
     let stderr = scratch.join("stderr");
     let start = Instant::now();
     let mut run = run::Run::start(vmm.path.as_os_str(), &words, &stderr, PATIENCE)?;
-    let mut client = Client::connect(&socket, &arrival)?;
+    let mut client = Client::connect(&socket, &arrival, PATIENCE)?;
     client.ask("GET", "/", "")?;
     samples.push((Row::Ready, start.elapsed()));
 
@@ -334,90 +331,6 @@ fn median(mut times: Vec<Duration>) -> Duration {
     times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
-/// A connection to the API.
-struct Client {
-    stream: UnixStream,
-    /// What has been read and belongs to no answer yet.
-    read: Vec<u8>,
-}
-
-impl Client {
-    /// Waits until somebody listens. `arrival` becomes readable when the socket is there: who looked for it again and again would
-    /// take the processor from the process that is measured.
-    fn connect(socket: &Path, arrival: &impl AsFd) -> anyhow::Result<Self> {
-        let until = Instant::now() + PATIENCE;
-        run::wait_readable(arrival, until);
-        loop {
-            match UnixStream::connect(socket) {
-                Ok(stream) => {
-                    stream.set_read_timeout(Some(PATIENCE))?;
-                    return Ok(Self {
-                        stream,
-                        read: Vec::new(),
-                    });
-                }
-                Err(error) if Instant::now() >= until => {
-                    bail!("nobody listens at {}: {error}", socket.display())
-                }
-                // Between bind and listen are a few microseconds.
-                Err(_) => thread::yield_now(),
-            }
-        }
-    }
-
-    /// Asks, waits for the answer, and says how long that took.
-    fn ask(&mut self, method: &str, path: &str, body: &str) -> anyhow::Result<Duration> {
-        let start = Instant::now();
-        self.send(method, path, body)?;
-        self.receive().with_context(|| format!("{method} {path}"))?;
-        Ok(start.elapsed())
-    }
-
-    fn send(&mut self, method: &str, path: &str, body: &str) -> anyhow::Result<()> {
-        let length = match body.len() {
-            0 => String::new(),
-            len => format!("Content-Length: {len}\r\n"),
-        };
-        let text = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n{body}");
-        Ok(self.stream.write_all(text.as_bytes())?)
-    }
-
-    /// Reads one answer.
-    fn receive(&mut self) -> anyhow::Result<()> {
-        let mut piece = [0; 16 << 10];
-        loop {
-            if let Some((head_bytes, body_bytes, status)) = head(&self.read)
-                && self.read.len() >= head_bytes + body_bytes
-            {
-                let body = &self.read[head_bytes..head_bytes + body_bytes];
-                if !(200..300).contains(&status) {
-                    bail!("status {status}: {}", String::from_utf8_lossy(body));
-                }
-                self.read.drain(..head_bytes + body_bytes);
-                return Ok(());
-            }
-            let len = self.stream.read(&mut piece)?;
-            if len == 0 {
-                bail!("the connection was closed");
-            }
-            self.read.extend_from_slice(&piece[..len]);
-        }
-    }
-}
-
-/// Length of the head, of the body behind it, and the status; nothing while it is not complete.
-fn head(text: &[u8]) -> Option<(usize, usize, u16)> {
-    let end = text.windows(4).position(|four| four == b"\r\n\r\n")?;
-    let head = std::str::from_utf8(text.get(..end)?).ok()?;
-    let status = head.split_whitespace().nth(1)?.parse().ok()?;
-    let length = head.lines().find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        let is_it = name.eq_ignore_ascii_case("content-length");
-        is_it.then(|| value.trim().parse().ok())?
-    });
-    Some((end + 4, length.unwrap_or(0), status))
-}
-
 fn markdown(lines: &[String], missing: &[String], columns: &[Column]) -> String {
     let mut text = String::from("# Bench: api\n\n");
     for line in lines {
@@ -488,17 +401,6 @@ fn aims(columns: &[Column]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn answers_are_read_when_they_are_complete() {
-        let text = b"HTTP/1.1 200 OK\r\nServer: x\r\nContent-length: 5\r\n\r\nhello";
-        let end = text.len() - 5;
-        for len in 0..end {
-            assert_eq!(head(&text[..len]), None, "{len}");
-        }
-        assert_eq!(head(text), Some((end, 5, 200)));
-        assert_eq!(head(b"HTTP/1.1 204 \r\n\r\nHT"), Some((17, 0, 204)));
-    }
 
     #[test]
     fn aims_are_judged() {

@@ -133,7 +133,7 @@ pub(crate) fn images(args: &Images) -> anyhow::Result<ExitCode> {
     let scratch = tempfile::Builder::new()
         .prefix("alveole-run.")
         .tempdir_in(dir)?;
-    run::end_on_signals(scratch.path().to_path_buf())?;
+    run::end_on_signals(vec![scratch.path().to_path_buf()])?;
     let scratch_path = fs::canonicalize(scratch.path())?;
     let mut bench = Bench {
         programs,

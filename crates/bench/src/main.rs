@@ -6,6 +6,7 @@
 mod api;
 mod attempts;
 mod cells;
+mod client;
 mod cpio;
 mod disk;
 mod guest;
@@ -20,6 +21,7 @@ mod report;
 mod results;
 mod run;
 mod smaps;
+mod snapshot;
 mod stats;
 mod trace;
 mod vmm;
@@ -65,13 +67,15 @@ enum What {
     Run(images::Images),
     /// How long `alveole ps` takes over many VMs
     List(list::List),
+    /// Snapshots: how long the guest stands still, how soon a copy runs, and what many copies take
+    Snapshot(snapshot::Snapshot),
     /// One cell of `disk` without a guest, in a process of its own
     #[command(hide = true)]
     DiskCell(disk::Cell),
     /// One cell of `net`, in a process of its own
     #[command(hide = true)]
     NetCell(net::Cell),
-    /// Compile the guest's init, so that `boot` finds it ready
+    /// Compile the guests' inits, so that `boot` and `snapshot` find them ready
     #[command(hide = true)]
     Prepare,
 }
@@ -123,9 +127,12 @@ fn main() -> ExitCode {
         What::Api(args) => api::api(&args),
         What::Run(args) => images::images(&args),
         What::List(args) => list::list(&args),
+        What::Snapshot(args) => snapshot::snapshot(&args),
         What::DiskCell(cell) => disk::run_cell(&cell).map(|()| ExitCode::SUCCESS),
         What::NetCell(cell) => net::run_cell(&cell).map(|()| ExitCode::SUCCESS),
-        What::Prepare => guest::compile_init(&init_path()).map(|()| ExitCode::SUCCESS),
+        What::Prepare => guest::compile_init(guest::BOOT_INIT, &init_path())
+            .and_then(|()| guest::compile_init(guest::SNAPSHOT_INIT, &snapshot::init_path()))
+            .map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
         eprintln!("alveole-bench: {error:#}");
@@ -166,8 +173,8 @@ fn boot(args: &Boot) -> anyhow::Result<ExitCode> {
     let scratch = tempfile::Builder::new()
         .prefix("alveole-bench.")
         .tempdir()?;
-    run::end_on_signals(scratch.path().to_path_buf())?;
-    guest::compile_init(&init_path())?;
+    run::end_on_signals(vec![scratch.path().to_path_buf()])?;
+    guest::compile_init(guest::BOOT_INIT, &init_path())?;
     let initrd = scratch.path().join("initrd");
     guest::write_initramfs(&init_path(), &initrd)?;
     let kernel = host::warm(&args.kernel)?;
@@ -306,6 +313,8 @@ mod tests {
         assert!(parse("bench api --smoke --requests 10").is_ok());
         assert!(parse("bench run --kernel k --smoke").is_ok());
         assert!(parse("bench list --smoke --vms 5").is_ok());
+        assert!(parse("bench snapshot --kernel k --sizes 256,512 --clones 1,10 --disk d").is_ok());
+        assert!(parse("bench snapshot --kernel k --sizes 32").is_err());
         assert!(parse("bench boot").is_err());
         assert!(parse("bench boot --kernel k --runs 0").is_err());
     }

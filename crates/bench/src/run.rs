@@ -3,6 +3,7 @@
 //! Every process is the leader of a group of its own, which is killed when the run is dropped, and
 //! when this program is told to end. Does not know what it runs.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::Read;
@@ -10,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,8 +21,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// The leader of the group that runs now, or 0.
-static RUNNING: AtomicU32 = AtomicU32::new(0);
+/// The leaders of the groups that run now.
+static RUNNING: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
 /// `USER_HZ`: part of the ABI of /proc.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -29,20 +30,29 @@ const TICKS_PER_SECOND: f64 = 100.0;
 /// How much of what a failed process said is told.
 const MOST_WORDS: usize = 400;
 
-/// Makes an order to end leave neither a process nor `scratch` behind.
+/// Makes an order to end leave neither a process nor one of `folders` behind.
 ///
 /// # Errors
 /// No handler can be installed.
-pub(crate) fn end_on_signals(scratch: PathBuf) -> anyhow::Result<()> {
+pub(crate) fn end_on_signals(folders: Vec<PathBuf>) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
     thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
-            kill_group(RUNNING.load(Ordering::SeqCst));
-            let _ = fs::remove_dir_all(&scratch);
+            for &leader in running().iter() {
+                kill_group(leader);
+            }
+            for folder in &folders {
+                let _ = fs::remove_dir_all(folder);
+            }
             std::process::exit(128 + signal);
         }
     });
     Ok(())
+}
+
+/// A panic leaves the set as it was before or behind a change of one leader.
+fn running() -> MutexGuard<'static, BTreeSet<u32>> {
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn kill_group(leader: u32) {
@@ -107,7 +117,7 @@ impl Run {
         let mut child = command
             .spawn()
             .with_context(|| format!("cannot run {}", program.display()))?;
-        RUNNING.store(child.id(), Ordering::SeqCst);
+        running().insert(child.id());
         let output = child.stdout.take();
         Ok(Self {
             child,
@@ -136,6 +146,19 @@ impl Run {
     /// # Errors
     /// The process ended or the time was over before.
     pub(crate) fn wait_for(&mut self, marker: u8) -> Result<Duration, String> {
+        self.wait_for_many(marker, 1)
+    }
+
+    /// Waits until `marker` has come so often in what was not read before; how long after the start that was.
+    ///
+    /// # Errors
+    /// The process ended or the time was over before.
+    pub(crate) fn wait_for_many(
+        &mut self,
+        marker: u8,
+        count_wanted: usize,
+    ) -> Result<Duration, String> {
+        let mut seen = 0;
         loop {
             let Some(output) = &mut self.output else {
                 let (_, how) = self.wait_for_end()?;
@@ -151,8 +174,22 @@ impl Run {
                 self.output = None;
             }
             self.keep(&some[..count]);
-            if some[..count].contains(&marker) {
+            seen += some[..count].iter().filter(|&&byte| byte == marker).count();
+            if seen >= count_wanted {
                 return Ok(now);
+            }
+        }
+    }
+
+    /// Reads what has come, so that what comes next is new and nobody waits for room.
+    pub(crate) fn drain(&mut self) {
+        while let Some(output) = &mut self.output
+            && wait_readable(output, Instant::now())
+        {
+            let mut some = [0; 4096];
+            match output.read(&mut some) {
+                Ok(count @ 1..) => self.keep(&some[..count]),
+                _ => self.output = None,
             }
         }
     }
@@ -300,6 +337,7 @@ impl Run {
     /// Also ends what it left behind in its group, whose number is surely its own until now.
     fn reap(&mut self) -> Option<ExitStatus> {
         kill_group(self.child.id());
+        running().remove(&self.child.id());
         let status = self.child.wait().ok();
         self.ended = status.is_some();
         status
@@ -311,7 +349,6 @@ impl Drop for Run {
         if !self.ended {
             self.reap();
         }
-        RUNNING.store(0, Ordering::SeqCst);
     }
 }
 
@@ -345,6 +382,8 @@ fn wait_any(fds: &mut [PollFd<'_>], deadline: Instant) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
@@ -372,6 +411,26 @@ mod tests {
         let (end, status) = run.wait_for_end().unwrap();
         assert!(marker < end, "{marker:?} {end:?}");
         assert_eq!(status.code(), Some(3));
+    }
+
+    #[test]
+    fn markers_are_counted_from_where_it_was_read() {
+        let (mut run, _dir) = run(
+            "printf 'xx'; read go; printf 'x'; read go; printf 'xx'; exec sleep 1000",
+            LONG,
+        );
+        run.wait_for_many(b'x', 2).unwrap();
+        run.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+        let until = Instant::now() + LONG;
+        assert!(wait_readable(run.output.as_ref().unwrap(), until));
+        run.drain();
+        assert!(!wait_readable(run.output.as_ref().unwrap(), Instant::now()));
+        run.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+        run.wait_for_many(b'x', 2).unwrap();
+        let leader = run.id();
+        assert!(running().contains(&leader));
+        drop(run);
+        assert!(!running().contains(&leader));
     }
 
     #[test]

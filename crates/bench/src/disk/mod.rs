@@ -121,7 +121,7 @@ pub(crate) fn disk(args: &Disk) -> anyhow::Result<ExitCode> {
         .tempdir_in(&dir)
         .with_context(|| format!("cannot write to {}", dir.display()))?;
     let scratch_path = fs::canonicalize(scratch.path())?;
-    run::end_on_signals(scratch_path.clone())?;
+    run::end_on_signals(vec![scratch_path.clone()])?;
     let image = scratch_path.join("image");
     fill(&image, size_mib)?;
 

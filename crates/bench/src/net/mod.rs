@@ -106,7 +106,7 @@ pub(crate) fn net(args: &Net) -> anyhow::Result<ExitCode> {
     }
     let scratch = tempfile::Builder::new().prefix("alveole-net.").tempdir()?;
     let scratch_path = fs::canonicalize(scratch.path())?;
-    run::end_on_signals(scratch_path.clone())?;
+    run::end_on_signals(vec![scratch_path.clone()])?;
     let kernel_bytes = match &args.kernel {
         Some(kernel) => host::warm(kernel)?,
         None => Vec::new(),

@@ -1,0 +1,292 @@
+//! One guest by the API: it boots, fills its memory, stands still for snapshots, and goes on in another process.
+//!
+//! Does not know what becomes of the times.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use rustix::fs::inotify;
+use serde_json::{Value, json};
+
+use super::table::Row;
+use super::{Plan, milliseconds};
+use crate::client::Client;
+use crate::run::Run;
+use crate::vmm::{Kind, Vmm, utf8};
+
+/// The command line of every guest; what its init is to do comes behind.
+pub(super) const ARGUMENTS: &str = "console=ttyS0 quiet reboot=k panic=-1 tsc=reliable";
+/// What the guest's init sends when memory is filled, and between two changes of memory.
+pub(super) const FILLED: u8 = 0x02;
+pub(super) const BEAT: u8 = 0x07;
+/// How much the guest changes between two beats.
+const BEAT_BYTES: u64 = 16 << 12;
+
+/// A guest as it differs from others of the same plan.
+pub(super) struct Shape {
+    pub(super) memory_mib: u64,
+    pub(super) window_mib: u64,
+    /// Between two beats.
+    pub(super) pause_us: u32,
+    pub(super) tracks_pages: bool,
+}
+
+/// A VMM's process and the connection to its API.
+pub(super) struct Process {
+    pub(super) run: Run,
+    client: Client,
+    /// Just before the process was made.
+    pub(super) start: Instant,
+}
+
+/// The two files of a snapshot.
+pub(super) struct Files {
+    state: PathBuf,
+    memory: PathBuf,
+}
+
+impl Files {
+    pub(super) fn new(folder: &Path, name: &str) -> Self {
+        Self {
+            state: folder.join(format!("{name}.state")),
+            memory: folder.join(format!("{name}.memory")),
+        }
+    }
+
+    /// So that the next is not written over it.
+    fn remove(&self) {
+        let _ = fs::remove_file(&self.state);
+        let _ = fs::remove_file(&self.memory);
+    }
+
+    fn body(&self, more: Value) -> anyhow::Result<String> {
+        let mut body =
+            json!({"snapshot_path": utf8(&self.state)?, "mem_file_path": utf8(&self.memory)?});
+        if let (Value::Object(body), Value::Object(more)) = (&mut body, more) {
+            body.extend(more);
+        }
+        Ok(body.to_string())
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// What a snapshot of a guest took.
+struct Stood {
+    /// From before it was told to stand still until it was said to go on.
+    still: Duration,
+    /// The snapshot alone.
+    create: Duration,
+}
+
+impl Process {
+    /// Starts a VMM that has no machine yet, with its socket and what it says in `folder`, which is made.
+    pub(super) fn start(plan: &Plan, vmm: &Vmm, folder: &Path) -> anyhow::Result<Self> {
+        fs::create_dir_all(folder)?;
+        let socket = folder.join("api");
+        let _ = fs::remove_file(&socket);
+        let mut words = vec!["--api-sock", utf8(&socket)?, "--level", "Error"];
+        if vmm.kind == Kind::Alveole {
+            words.extend(["--console", "stdio"]);
+        }
+        let words: Vec<OsString> = words.into_iter().map(Into::into).collect();
+        let arrival = inotify::init(inotify::CreateFlags::CLOEXEC)?;
+        inotify::add_watch(&arrival, folder, inotify::WatchFlags::CREATE)?;
+        let stderr = folder.join("stderr");
+        let start = Instant::now();
+        let run = Run::start(vmm.path.as_os_str(), &words, &stderr, plan.patience)?;
+        let client = Client::connect(&socket, &arrival, plan.patience)
+            .map_err(|error| anyhow::anyhow!(run.failure(&format!("{error:#}"))))?;
+        Ok(Self { run, client, start })
+    }
+
+    /// Boots a guest until its memory is filled.
+    pub(super) fn boot(plan: &Plan, vmm: &Vmm, shape: &Shape) -> anyhow::Result<Self> {
+        let mut process = Self::start(plan, vmm, &plan.scratch.join("first"))?;
+        let line = format!(
+            "{ARGUMENTS} bench_fill={} bench_window={} bench_pause={}",
+            shape.memory_mib / 2,
+            shape.window_mib.min(shape.memory_mib / 2),
+            shape.pause_us
+        );
+        let source = json!({
+            "kernel_image_path": utf8(&plan.kernel)?, "initrd_path": utf8(&plan.initrd)?, "boot_args": line,
+        });
+        let machine = json!({
+            "vcpu_count": plan.cpus, "mem_size_mib": shape.memory_mib, "track_dirty_pages": shape.tracks_pages,
+        });
+        process.ask("PUT", "/boot-source", &source.to_string())?;
+        process.ask("PUT", "/machine-config", &machine.to_string())?;
+        if let Some(body) = &plan.cpu_config {
+            process.ask("PUT", "/cpu-config", body)?;
+        }
+        process.ask("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#)?;
+        process.run.wait_for(FILLED).map_err(anyhow::Error::msg)?;
+        Ok(process)
+    }
+
+    /// Asks, and says how long the answer took.
+    fn ask(&mut self, method: &str, path: &str, body: &str) -> anyhow::Result<Duration> {
+        self.client
+            .ask(method, path, body)
+            .map_err(|error| anyhow::anyhow!(self.run.failure(&format!("{error:#}"))))
+    }
+
+    /// Takes a snapshot while the guest stands still, in place of the one that is there.
+    fn take(&mut self, files: &Files, kind: &str) -> anyhow::Result<Stood> {
+        files.remove();
+        let body = files.body(json!({"snapshot_type": kind}))?;
+        // Whoever writes for ever finds room in the pipe.
+        self.run.drain();
+        let start = Instant::now();
+        self.ask("PATCH", "/vm", r#"{"state": "Paused"}"#)?;
+        let create = self.ask("PUT", "/snapshot/create", &body)?;
+        self.ask("PATCH", "/vm", r#"{"state": "Resumed"}"#)?;
+        Ok(Stood {
+            still: start.elapsed(),
+            create,
+        })
+    }
+
+    pub(super) fn take_full(&mut self, files: &Files) -> anyhow::Result<()> {
+        self.take(files, "Full").map(|_| ())
+    }
+
+    /// Takes a snapshot while the guest goes on: how long it stood still by the VMM's own word, and until all was written.
+    fn take_live(&mut self, files: &Files) -> anyhow::Result<(Duration, Duration)> {
+        files.remove();
+        let body = files.body(json!({"live": true}))?;
+        self.run.drain();
+        let start = Instant::now();
+        self.client.send("PUT", "/snapshot/create", &body)?;
+        let answer = self.client.receive().context("a live snapshot")?;
+        let written = start.elapsed();
+        let answer: Value = serde_json::from_str(&answer)
+            .with_context(|| format!("the answer to a live snapshot: {answer:?}"))?;
+        let still = answer["stood_still_us"]
+            .as_u64()
+            .with_context(|| format!("stood_still_us is not in {answer}"))?;
+        Ok((Duration::from_micros(still), written))
+    }
+
+    /// Loads a snapshot into a process that has no machine, and has the guest go on; how long the answer took.
+    pub(super) fn load(&mut self, files: &Files) -> anyhow::Result<Duration> {
+        let body = json!({
+            "snapshot_path": utf8(&files.state)?, "resume_vm": true,
+            "mem_backend": {"backend_type": "File", "backend_path": utf8(&files.memory)?},
+        });
+        self.ask("PUT", "/snapshot/load", &body.to_string())
+    }
+
+    /// Waits until the guest has beaten; how long after the start of the process.
+    pub(super) fn beat(&mut self) -> anyhow::Result<Duration> {
+        let beat = self.run.wait_for(BEAT);
+        beat.map_err(|what| anyhow::anyhow!("no beat after the restore: {what}"))
+    }
+}
+
+/// Snapshots of a guest of `mib` that changes `window_mib` for ever, in `folder`, and a restore.
+pub(super) fn measure(
+    plan: &Plan,
+    vmm: &Vmm,
+    mib: u64,
+    window_mib: u64,
+    folder: &Path,
+    add: &mut dyn FnMut(Row, f64),
+) -> anyhow::Result<()> {
+    let mut shape = Shape {
+        memory_mib: mib,
+        window_mib,
+        pause_us: 500,
+        tracks_pages: false,
+    };
+    let files = Files::new(folder, "full");
+    let mut guest = Process::boot(plan, vmm, &shape).context("boot")?;
+    let first = guest.take(&files, "Full").context("first full snapshot")?;
+    let second = guest.take(&files, "Full").context("second full snapshot")?;
+    add(Row::First, milliseconds(first.still));
+    add(Row::Second, milliseconds(second.still));
+    add(Row::SecondCreate, milliseconds(second.create));
+    // Peers know no such thing.
+    if vmm.kind == Kind::Alveole {
+        let (still, written) = guest.take_live(&files)?;
+        add(Row::Live, milliseconds(still));
+        add(Row::LiveWritten, milliseconds(written));
+        guest.take_full(&files).context("third full snapshot")?;
+    }
+    drop(guest);
+    restore(plan, vmm, &files, add).context("restore")?;
+    drop(files);
+
+    shape.tracks_pages = true;
+    let (full, diff) = (Files::new(folder, "base"), Files::new(folder, "diff"));
+    let mut guest = Process::boot(plan, vmm, &shape).context("boot with track_dirty_pages")?;
+    guest.take_full(&full).context("full snapshot")?;
+    guest.run.drain();
+    let window_bytes = window_mib.min(mib / 2) << 20;
+    let beats = usize::try_from(window_bytes / BEAT_BYTES)?;
+    guest
+        .run
+        .wait_for_many(BEAT, beats)
+        .map_err(anyhow::Error::msg)?;
+    let stood = guest.take(&diff, "Diff").context("diff snapshot")?;
+    add(Row::Diff, milliseconds(stood.still));
+    let blocks = fs::metadata(&diff.memory)?.blocks();
+    add(Row::DiffMib, (blocks * 512) as f64 / f64::from(1 << 20));
+    Ok(())
+}
+
+fn restore(
+    plan: &Plan,
+    vmm: &Vmm,
+    files: &Files,
+    add: &mut dyn FnMut(Row, f64),
+) -> anyhow::Result<()> {
+    let mut process = Process::start(plan, vmm, &plan.scratch.join("second"))?;
+    let load = process.load(files)?;
+    let answered = process.start.elapsed();
+    let beat = process.beat()?;
+    add(Row::Load, milliseconds(load));
+    add(Row::Answered, milliseconds(answered));
+    add(Row::Beat, milliseconds(beat));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::SNAPSHOT_INIT;
+
+    #[test]
+    fn both_sides_agree_on_what_is_sent() {
+        for want in [
+            format!("const FILLED: u8 = {FILLED:#04x};"),
+            format!("const BEAT: u8 = {BEAT:#04x};"),
+            format!("const PAGES_OF_A_BEAT: usize = {};", BEAT_BYTES >> 12),
+        ] {
+            assert!(SNAPSHOT_INIT.contains(&want), "{want}");
+        }
+    }
+
+    #[test]
+    fn files_are_named_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = Files::new(dir.path(), "x");
+        fs::write(&files.memory, "m").unwrap();
+        fs::write(&files.state, "s").unwrap();
+        let body: Value =
+            serde_json::from_str(&files.body(json!({"live": true})).unwrap()).unwrap();
+        assert_eq!(body["mem_file_path"], json!(files.memory));
+        assert_eq!(body["live"], json!(true));
+        drop(files);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
