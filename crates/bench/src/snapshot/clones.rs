@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
-use super::life::{Files, Process, Shape};
+use super::life::{Arrivals, Files, Process, Shape};
 use super::table::{Case, Place, Row};
 use super::{Plan, Samples, milliseconds};
 use crate::vmm::Vmm;
@@ -42,7 +42,8 @@ pub(super) fn measure(
         tracks_pages: false,
     };
     let files = Files::new(folder, "clones");
-    let mut guest = Process::boot(plan, vmm, &shape).context("boot")?;
+    let arrivals = Arrivals::new()?;
+    let mut guest = Process::boot(plan, vmm, &shape, &arrivals).context("boot")?;
     guest.take_full(&files).context("full snapshot")?;
     drop(guest);
     for &count in counts {
@@ -66,7 +67,10 @@ fn many(
 ) -> anyhow::Result<()> {
     let workers = thread::available_parallelism()?.get().min(count);
     let next = AtomicUsize::new(0);
-    let some = || -> anyhow::Result<Vec<Clone>> {
+    let arrivals: Vec<_> = (0..workers)
+        .map(|_| Arrivals::new())
+        .collect::<Result<_, _>>()?;
+    let some = |arrivals: &Arrivals| -> anyhow::Result<Vec<Clone>> {
         let mut clones = Vec::new();
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
@@ -74,7 +78,7 @@ fn many(
                 return Ok(clones);
             }
             let folder = plan.scratch.join(format!("clone{number}"));
-            let mut process = Process::start(plan, vmm, &folder)?;
+            let mut process = Process::start(plan, vmm, &folder, arrivals)?;
             process.load(files)?;
             let cpu = cpu(process.run.id())?;
             clones.push(Clone { process, cpu });
@@ -82,7 +86,10 @@ fn many(
     };
     let start = Instant::now();
     let clones: anyhow::Result<Vec<Vec<Clone>>> = thread::scope(|scope| {
-        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(some)).collect();
+        let threads: Vec<_> = arrivals
+            .iter()
+            .map(|arrivals| scope.spawn(|| some(arrivals)))
+            .collect();
         let join = |thread: thread::ScopedJoinHandle<'_, _>| {
             let panicked = |_| anyhow::anyhow!("a thread that starts copies panicked");
             thread.join().map_err(panicked)?
@@ -111,7 +118,7 @@ fn many(
     add(Row::AllBeaten, milliseconds(beaten));
     add(Row::Pss, mib(memory.pss));
     add(Row::Unique, mib(memory.private));
-    add(Row::Dirty, mib(memory.private_dirty));
+    add(Row::Anonymous, mib(memory.anonymous));
     Ok(())
 }
 
@@ -142,9 +149,10 @@ fn cpu(process: u32) -> anyhow::Result<Duration> {
 #[derive(Debug, Default, PartialEq)]
 struct Memory {
     pss: u64,
-    /// Mapped by nobody else, changed or not.
+    /// Mapped by nobody else; of a single process pages of the file, too.
     private: u64,
-    private_dirty: u64,
+    /// Pages of no file: what was changed, and the program's own.
+    anonymous: u64,
 }
 
 impl Memory {
@@ -158,10 +166,9 @@ impl Memory {
             });
             found.with_context(|| format!("no {name} in smaps_rollup"))
         };
-        let dirty = field("Private_Dirty")?;
         self.pss += field("Pss")?;
-        self.private += field("Private_Clean")? + dirty;
-        self.private_dirty += dirty;
+        self.private += field("Private_Clean")? + field("Private_Dirty")?;
+        self.anonymous += field("Anonymous")?;
         Ok(())
     }
 }
@@ -173,20 +180,21 @@ mod tests {
     #[test]
     fn memory_of_processes_is_summed() {
         let text = "55d0-7ffe ---p 00000000 00:00 0    [rollup]\nRss:      900 kB\nPss:      400 kB\n\
-                    Pss_Dirty:      30 kB\nPrivate_Clean:     8 kB\nPrivate_Dirty:    30 kB\n";
+                    Pss_Dirty:      30 kB\nPrivate_Clean:     8 kB\nPrivate_Dirty:    30 kB\n\
+                    Anonymous:       20 kB\n";
         let mut memory = Memory::default();
         memory.add(text).unwrap();
         memory.add(text).unwrap();
         let want = Memory {
             pss: 800,
             private: 76,
-            private_dirty: 60,
+            anonymous: 40,
         };
         assert_eq!(memory, want);
         assert!(memory.add("Pss: 1 kB\n").is_err());
         let own = fs::read_to_string("/proc/self/smaps_rollup").unwrap();
         memory.add(&own).unwrap();
-        assert!(memory.private_dirty > 60);
+        assert!(memory.anonymous > 40);
     }
 
     #[test]

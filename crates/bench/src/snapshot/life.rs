@@ -4,6 +4,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -33,6 +34,25 @@ pub(super) struct Shape {
     /// Between two beats.
     pub(super) pause_us: u32,
     pub(super) tracks_pages: bool,
+}
+
+/// Tells when sockets come. One for many processes that is dropped when nothing is measured: to close it takes a grace period of the
+/// kernel, which is longer than a restore.
+pub(super) struct Arrivals(OwnedFd);
+
+impl Arrivals {
+    pub(super) fn new() -> anyhow::Result<Self> {
+        let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
+        Ok(Self(inotify::init(flags)?))
+    }
+
+    /// Forgets what has come, and becomes readable when something comes to `folder`.
+    fn expect(&self, folder: &Path) -> anyhow::Result<()> {
+        inotify::add_watch(&self.0, folder, inotify::WatchFlags::CREATE)?;
+        let mut events = [0; 4096];
+        while rustix::io::read(&self.0, &mut events).is_ok() {}
+        Ok(())
+    }
 }
 
 /// A VMM's process and the connection to its API.
@@ -88,8 +108,13 @@ struct Stood {
 }
 
 impl Process {
-    /// Starts a VMM that has no machine yet, with its socket and what it says in `folder`, which is made.
-    pub(super) fn start(plan: &Plan, vmm: &Vmm, folder: &Path) -> anyhow::Result<Self> {
+    /// Starts a VMM that has no machine yet. Its socket is alone in `folder`, which is made; what it says is in a file beside that.
+    pub(super) fn start(
+        plan: &Plan,
+        vmm: &Vmm,
+        folder: &Path,
+        arrivals: &Arrivals,
+    ) -> anyhow::Result<Self> {
         fs::create_dir_all(folder)?;
         let socket = folder.join("api");
         let _ = fs::remove_file(&socket);
@@ -98,19 +123,23 @@ impl Process {
             words.extend(["--console", "stdio"]);
         }
         let words: Vec<OsString> = words.into_iter().map(Into::into).collect();
-        let arrival = inotify::init(inotify::CreateFlags::CLOEXEC)?;
-        inotify::add_watch(&arrival, folder, inotify::WatchFlags::CREATE)?;
-        let stderr = folder.join("stderr");
+        arrivals.expect(folder)?;
+        let stderr = folder.with_extension("stderr");
         let start = Instant::now();
         let run = Run::start(vmm.path.as_os_str(), &words, &stderr, plan.patience)?;
-        let client = Client::connect(&socket, &arrival, plan.patience)
+        let client = Client::connect(&socket, &arrivals.0, plan.patience)
             .map_err(|error| anyhow::anyhow!(run.failure(&format!("{error:#}"))))?;
         Ok(Self { run, client, start })
     }
 
     /// Boots a guest until its memory is filled.
-    pub(super) fn boot(plan: &Plan, vmm: &Vmm, shape: &Shape) -> anyhow::Result<Self> {
-        let mut process = Self::start(plan, vmm, &plan.scratch.join("first"))?;
+    pub(super) fn boot(
+        plan: &Plan,
+        vmm: &Vmm,
+        shape: &Shape,
+        arrivals: &Arrivals,
+    ) -> anyhow::Result<Self> {
+        let mut process = Self::start(plan, vmm, &plan.scratch.join("first"), arrivals)?;
         let line = format!(
             "{ARGUMENTS} bench_fill={} bench_window={} bench_pause={}",
             shape.memory_mib / 2,
@@ -208,8 +237,9 @@ pub(super) fn measure(
         pause_us: 500,
         tracks_pages: false,
     };
+    let arrivals = Arrivals::new()?;
     let files = Files::new(folder, "full");
-    let mut guest = Process::boot(plan, vmm, &shape).context("boot")?;
+    let mut guest = Process::boot(plan, vmm, &shape, &arrivals).context("boot")?;
     let first = guest.take(&files, "Full").context("first full snapshot")?;
     let second = guest.take(&files, "Full").context("second full snapshot")?;
     add(Row::First, milliseconds(first.still));
@@ -223,12 +253,13 @@ pub(super) fn measure(
         guest.take_full(&files).context("third full snapshot")?;
     }
     drop(guest);
-    restore(plan, vmm, &files, add).context("restore")?;
+    restore(plan, vmm, &files, &arrivals, add).context("restore")?;
     drop(files);
 
     shape.tracks_pages = true;
     let (full, diff) = (Files::new(folder, "base"), Files::new(folder, "diff"));
-    let mut guest = Process::boot(plan, vmm, &shape).context("boot with track_dirty_pages")?;
+    let mut guest =
+        Process::boot(plan, vmm, &shape, &arrivals).context("boot with track_dirty_pages")?;
     guest.take_full(&full).context("full snapshot")?;
     guest.run.drain();
     let window_bytes = window_mib.min(mib / 2) << 20;
@@ -248,9 +279,10 @@ fn restore(
     plan: &Plan,
     vmm: &Vmm,
     files: &Files,
+    arrivals: &Arrivals,
     add: &mut dyn FnMut(Row, f64),
 ) -> anyhow::Result<()> {
-    let mut process = Process::start(plan, vmm, &plan.scratch.join("second"))?;
+    let mut process = Process::start(plan, vmm, &plan.scratch.join("second"), arrivals)?;
     let load = process.load(files)?;
     let answered = process.start.elapsed();
     let beat = process.beat()?;
@@ -274,6 +306,19 @@ mod tests {
         ] {
             assert!(SNAPSHOT_INIT.contains(&want), "{want}");
         }
+    }
+
+    #[test]
+    fn only_what_comes_later_has_arrived() {
+        let dir = tempfile::tempdir().unwrap();
+        let arrivals = Arrivals::new().unwrap();
+        let has_come = || crate::run::wait_readable(&arrivals.0, Instant::now());
+        arrivals.expect(dir.path()).unwrap();
+        assert!(!has_come());
+        fs::write(dir.path().join("api"), "").unwrap();
+        assert!(has_come());
+        arrivals.expect(dir.path()).unwrap();
+        assert!(!has_come());
     }
 
     #[test]
