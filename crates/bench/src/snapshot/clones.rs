@@ -15,6 +15,8 @@ use super::table::{Case, Place, Row};
 use super::{Plan, Samples, milliseconds};
 use crate::vmm::Vmm;
 
+/// How often all copies together beat: the more there are the calmer is each, so that processors are left to those that start.
+const BEATS_A_SECOND: u64 = 1000;
 /// How long copies run before their memory is looked at.
 const REST: Duration = Duration::from_secs(1);
 
@@ -34,19 +36,18 @@ pub(super) fn measure(
     folder: &Path,
     samples: &mut Samples,
 ) -> anyhow::Result<()> {
-    // Calm: a hundred of them leave processors to those that start.
-    let shape = Shape {
-        memory_mib: mib,
-        window_mib: 1,
-        pause_us: 10_000,
-        tracks_pages: false,
-    };
-    let files = Files::new(folder, "clones");
     let arrivals = Arrivals::new()?;
-    let mut guest = Process::boot(plan, vmm, &shape, &arrivals).context("boot")?;
-    guest.take_full(&files).context("full snapshot")?;
-    drop(guest);
+    let files = Files::new(folder, "clones");
     for &count in counts {
+        let shape = Shape {
+            memory_mib: mib,
+            window_mib: 1,
+            pause_us: u32::try_from(count * 1_000_000 / BEATS_A_SECOND)?,
+            tracks_pages: false,
+        };
+        let mut guest = Process::boot(plan, vmm, &shape, &arrivals).context("boot")?;
+        guest.take_full(&files).context("full snapshot")?;
+        drop(guest);
         let case = Case {
             place: Place::Clones,
             number: count,
@@ -102,7 +103,14 @@ fn many(
         clone.process.beat()?;
     }
     let beaten = start.elapsed();
+    let used = || -> anyhow::Result<Duration> {
+        let times = clones.iter().map(|clone| cpu(clone.process.run.id()));
+        times.sum()
+    };
+    let (before, from) = (used()?, Instant::now());
     thread::sleep(REST);
+    let rested = from.elapsed();
+    let running = used()?.saturating_sub(before);
     let mut memory = Memory::default();
     for clone in &clones {
         let file = format!("/proc/{}/smaps_rollup", clone.process.run.id());
@@ -110,10 +118,14 @@ fn many(
             .map_err(|e| anyhow::anyhow!(clone.process.run.failure(&format!("{file}: {e}"))))?;
         memory.add(&text)?;
     }
-    let cpu: Duration = clones.iter().map(|clone| clone.cpu).sum();
+    let starts: Duration = clones.iter().map(|clone| clone.cpu).sum();
     let each = |value: f64| value / count as f64;
     let mib = |kib: u64| each(kib as f64 / 1024.0);
-    add(Row::Cpu, each(milliseconds(cpu)));
+    add(Row::Cpu, each(milliseconds(starts)));
+    add(
+        Row::Running,
+        each(milliseconds(running) / rested.as_secs_f64()),
+    );
     add(Row::AllAnswered, milliseconds(answered));
     add(Row::AllBeaten, milliseconds(beaten));
     add(Row::Pss, mib(memory.pss));

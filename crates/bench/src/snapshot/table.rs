@@ -58,6 +58,7 @@ pub(super) enum Row {
     Anonymous,
     Pss,
     Cpu,
+    Running,
     AllAnswered,
     AllBeaten,
 }
@@ -84,6 +85,7 @@ const TABLES: [(&str, &[Row]); 3] = [
             Row::Anonymous,
             Row::Pss,
             Row::Cpu,
+            Row::Running,
             Row::AllAnswered,
             Row::AllBeaten,
         ],
@@ -114,6 +116,7 @@ impl Row {
             Self::Anonymous => ("anonymous_mib", "of which not the file's, MiB (Anonymous)"),
             Self::Pss => ("pss_mib", "PSS, each, MiB"),
             Self::Cpu => ("cpu_ms", "CPU until load answered, each, ms"),
+            Self::Running => ("running_cpu_ms_s", "CPU of a copy that runs, each, ms/s"),
             Self::AllAnswered => ("all_answered_ms", "until all loads are answered, ms"),
             Self::AllBeaten => ("all_beaten_ms", "until all guests have beaten, ms"),
         }
