@@ -47,6 +47,15 @@ pub enum MapError {
         /// What the host said.
         source: io::Error,
     },
+    /// What the process needs besides does not fit any more.
+    #[error("guest memory fits, but not {} MiB of address space more that the monitor itself needs: {source}; \
+             ask for less memory or raise the limit (ulimit -v)", room_bytes >> 20)]
+    NoRoom {
+        /// How much.
+        room_bytes: u64,
+        /// What the host said.
+        source: io::Error,
+    },
     /// The mapped ranges do not make an address space.
     #[error("cannot order the guest memory ranges: {0}")]
     Ranges(String),
@@ -165,6 +174,27 @@ impl GuestRam {
     /// What another process puts pages in through, if it does.
     pub(crate) fn served_by(&self) -> Option<&OwnedFd> {
         self.shared.served_by.as_ref()
+    }
+
+    /// Looks whether `room_bytes` of address space are left, for stacks of threads and the heap: whoever meets the limit
+    /// later can only abort.
+    ///
+    /// # Errors
+    /// They are not.
+    pub fn leaves_room(&self, room_bytes: u64) -> Result<(), MapError> {
+        let size = usize::try_from(room_bytes).unwrap_or(usize::MAX);
+        let mapped = MmapRegionBuilder::<()>::new(size)
+            .with_mmap_prot(libc::PROT_NONE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+            .build();
+        match mapped {
+            Ok(_) => Ok(()),
+            Err(MmapRegionError::Mmap(source)) => Err(MapError::NoRoom { room_bytes, source }),
+            Err(other) => Err(MapError::NoRoom {
+                room_bytes,
+                source: io::Error::other(other.to_string()),
+            }),
+        }
     }
 
     /// The mapping as `vm-memory` sees it, for crates that speak to it directly.

@@ -7,6 +7,11 @@ use crate::build::BuildError;
 use crate::snapshot::{MemorySource, RangeV1};
 use crate::{Snapshot, ValidConfig};
 
+/// Address space that is needed besides guest memory, for each processor (a stack of 2 MiB and what KVM shares of it), and for the other
+/// threads, their stacks and the heap.
+const ROOM_PER_CPU_BYTES: u64 = 3 << 20;
+const ROOM_BYTES: u64 = 10 << 20;
+
 /// RAM is mapped.
 pub(super) struct WithMemory {
     ram: GuestRam,
@@ -60,6 +65,8 @@ impl WithMemory {
         config: &ValidConfig,
         mut partition: Box<dyn Partition>,
     ) -> Result<WithPartition, BuildError> {
+        let room = u64::from(config.cpus).saturating_mul(ROOM_PER_CPU_BYTES);
+        self.ram.leaves_room(room.saturating_add(ROOM_BYTES))?;
         let most = partition.max_cpus();
         if config.cpus > most {
             return Err(BuildError::TooManyCpus {

@@ -208,7 +208,10 @@ impl BuildError {
             | Self::TooManyDevices => true,
             Self::Serve(_)
             | Self::Memory(
-                MapError::Refused { .. } | MapError::Ranges(_) | MapError::Layer { .. },
+                MapError::Refused { .. }
+                | MapError::NoRoom { .. }
+                | MapError::Ranges(_)
+                | MapError::Layer { .. },
             )
             | Self::Tables(_)
             | Self::Generation(_)
