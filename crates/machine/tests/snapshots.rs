@@ -399,6 +399,36 @@ fn a_diff_builds_upon_what_was_before() {
     );
 }
 
+/// The page of the generation id.
+const GENERATION_PAGE: u64 = 0xf0;
+
+#[test]
+fn what_a_load_has_written_is_in_the_next_diff() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path();
+    taken(path, "s", Transport::Pci);
+    let load = SnapshotLoad {
+        track_dirty_pages: true,
+        ..load(path, "s")
+    };
+    let (mailbox, events) = Mailbox::new();
+    let partition = FakePartition::new(Vec::new());
+    let (machine, config) = restored(&load, &partition, &mailbox).unwrap();
+    let bench = Bench::run(machine, config, mailbox, events, None);
+    assert_eq!(
+        bench.snapshot(path, "d", SnapshotType::Diff, false),
+        Ok(Answer::Done)
+    );
+    bench.end();
+    let runs = data_runs_of(&fs::read(path.join("d.state")).unwrap(), 1);
+    let has = |page: u64| {
+        runs.iter()
+            .any(|(first, pages)| (*first..first + pages).contains(&page))
+    };
+    assert!(has(GENERATION_PAGE), "{runs:?}");
+    assert!(!has(5), "nobody wrote that one: {runs:?}");
+}
+
 #[test]
 fn what_does_not_belong_together_is_refused() {
     let dir = TempDir::new().unwrap();
@@ -700,11 +730,16 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/snapshots")
 }
 
-/// Which pages a memory file has, from its state.
+/// Which pages the memory file of a full snapshot has, from its state.
 fn data_runs(state: &[u8]) -> Vec<(u64, u64)> {
+    data_runs_of(state, 0)
+}
+
+/// Which pages a memory file has, from the state that names it as this layer.
+fn data_runs_of(state: &[u8], layer: usize) -> Vec<(u64, u64)> {
     let mut file = StateFile::read(state).unwrap();
     let memory: Value = serde_json::from_slice(&file.take("memory").unwrap().bytes).unwrap();
-    let runs = memory["layers"][0]["map"].as_array().unwrap().clone();
+    let runs = memory["layers"][layer]["map"].as_array().unwrap().clone();
     let number = |run: &Value, name: &str| run[name].as_u64().unwrap();
     runs.iter()
         .filter(|run| run["kind"] == "data")

@@ -113,7 +113,10 @@ pub enum BuildError {
     #[error(transparent)]
     CpuTemplate(#[from] NotForHost),
     /// What the processors are to say of themselves cannot be had here.
-    #[error("cpu-config cannot be had on this host: {}", listed(.0))]
+    #[error(
+        "cpu-config cannot be had on this host: {}; take out what it names, or run the guest on a host that has it",
+        listed(.0)
+    )]
     CpuConfig(Vec<CpuProblem>),
     /// Two devices in one place: a mistake in this program.
     #[error(transparent)]
@@ -142,7 +145,11 @@ pub enum BuildError {
     #[error("the snapshot cannot be loaded: {0}: {1}")]
     Restore(String, #[source] RestoreError),
     /// The guest has been told of what this host does not have.
-    #[error("the snapshot cannot be loaded on this host, which lacks what its guest was told of: {}", lacking(.0))]
+    #[error(
+        "the snapshot cannot be loaded on this host, which lacks what its guest was told of: {}; load it on a host like the one where \
+         it was taken, or take it of a guest with a CPU template that both have",
+        listed(.0)
+    )]
     Lacking(Vec<Missing>),
     /// The devices thread.
     #[error("cannot start the devices thread: {0}; is the limit on processes (ulimit -u) reached?")]
@@ -163,26 +170,15 @@ pub enum CpuProblem {
     Msr(#[from] MsrRefusal),
 }
 
-/// Problems of one `cpu-config` that are told; of more, only their number is.
+/// Problems that are told; of more, only their number is.
 const MAX_TOLD: usize = 32;
 
-fn listed(problems: &[CpuProblem]) -> String {
+fn listed(problems: &[impl ToString]) -> String {
     let told = problems.iter().take(MAX_TOLD).map(ToString::to_string);
     let mut text = told.collect::<Vec<_>>().join("; ");
     if let more @ 1.. = problems.len().saturating_sub(MAX_TOLD) {
         text.push_str(&format!("; and {more} more"));
     }
-    text.push_str("; take out what it names, or run the guest on a host that has it");
-    text
-}
-
-fn lacking(missing: &[Missing]) -> String {
-    let told = missing.iter().take(MAX_TOLD).map(ToString::to_string);
-    let mut text = told.collect::<Vec<_>>().join("; ");
-    if let more @ 1.. = missing.len().saturating_sub(MAX_TOLD) {
-        text.push_str(&format!("; and {more} more"));
-    }
-    text.push_str("; load it on a host like the one where it was taken, or take it of a guest with a CPU template that both have");
     text
 }
 

@@ -119,7 +119,6 @@ impl WithDevices {
         // After the processors, whose local APICs take what an input still asks for.
         partition.restore(&snapshot::partition_state(&mut state)?, clock)?;
         state.finish()?;
-        devices.generation.renew(&ram)?;
         Ok(WithProcessors::of(ram, partition, devices, cpus, mailbox))
     }
 }

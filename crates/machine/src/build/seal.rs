@@ -62,6 +62,10 @@ impl WithProcessors {
             machine.ram.track_writes();
             machine.tracking.is_on = true;
         }
+        // Noted as written: it is not what the memory files of the snapshot have.
+        if state == Lifecycle::Paused {
+            machine.generation.renew(&machine.ram)?;
+        }
         let mut registry = Registry::new();
         registry.register(machine.console.counters().clone());
         for counters in self.counters {
