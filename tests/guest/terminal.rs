@@ -81,14 +81,15 @@ impl<'a> Terminal<'a> {
         self.wait_for(line, |lines| lines.iter().any(|l| l == line));
     }
 
-    /// Waits until the last line is a prompt.
+    /// Waits until the last line is a prompt. A terminal sends the signal of Ctrl-C first and shows `^C` then (Linux drivers/tty/n_tty.c,
+    /// n_tty_receive_signal_char): a quick shell has begun its prompt's line by then.
     #[track_caller]
     fn asks(&self, prompt: &str) {
         self.wait_for(prompt, |lines| {
             lines
                 .iter()
                 .rfind(|l| !l.is_empty())
-                .is_some_and(|l| l == prompt)
+                .is_some_and(|l| l.strip_prefix("^C").unwrap_or(l) == prompt)
         });
     }
 
