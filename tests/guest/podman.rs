@@ -1,6 +1,9 @@
-//! Containers within a guest: podman as Debian has it, on its usual network, with nothing done for it.
+//! What people run, as Debian has it: a program in Python; containers within a guest, by podman on its usual network, with nothing done
+//! for it.
 
+use std::io::Write;
 use std::path::PathBuf;
+use std::process::Stdio;
 
 use super::images::Home;
 use crate::harness::images::path;
@@ -72,4 +75,33 @@ fn podman_runs_in_a_guest() {
     );
     assert_eq!((images, storage), ("1", "ext4"), "{errors}");
     assert!(output.status.success(), "{errors}");
+}
+
+/// Says what only an interpreter with its library can, and ends with a status of its own.
+const PROGRAM: &str = "import os, sys
+print(os.uname().nodename, sum(range(1000)), os.environ['WHO'], ''.join(sys.stdin).upper())
+sys.stderr.write('to the errors')
+sys.exit(42)";
+
+#[test]
+fn a_program_in_python_is_run_as_it_is_asked_for() {
+    let Some(root) = std::env::var_os("ALVEOLE_TEST_PODMAN").map(PathBuf::from) else {
+        skip("ALVEOLE_TEST_PODMAN is not set");
+        return;
+    };
+    let Some(home) = Home::new() else { return };
+    let mut words = vec!["run", "--rm", "-i", "--net", "none", "--hostname", "snake"];
+    words.extend(["-e", "WHO=nobody", path(&root), "python3", "-c", PROGRAM]);
+    let mut child = home
+        .command(&words)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"said").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(42), "{output:?}");
+    assert_eq!(output.stdout, b"snake 499500 nobody SAID\n", "{output:?}");
+    assert!(output.stderr.ends_with(b"to the errors"), "{output:?}");
 }

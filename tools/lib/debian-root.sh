@@ -8,7 +8,7 @@
 #                     root.ext4, root.squashfs, root.erofs, and what a guest of it is to say of itself:
 #                     os-release (/etc/os-release) and packages (how many are installed)
 #
-#   podman_root_file  prints the file of a cached root with podman (EROFS), making it if need be (root only, two minutes)
+#   podman_root_file  prints the file of a cached root with podman and Python (EROFS), making it if need be (root only, two minutes)
 #
 # In the first, /usr/local/sbin/debian-report and its unit (resources/guest) tell the host what runs.
 
@@ -132,7 +132,7 @@ podman_root_fill() {
     echo "alveole tools: making a root of Debian $suite with podman" >&2
     if ! said=$(
         exec 2>&1
-        debian_bootstrap "$mirror" "$suite" "$new/root" podman,crun,containernetworking-plugins,iptables &&
+        debian_bootstrap "$mirror" "$suite" "$new/root" podman,crun,containernetworking-plugins,iptables,python3-minimal &&
             mkfs.erofs -Enoinline_data "$new/root.erofs" "$new/root"
     ); then
         rm -rf "$new"
