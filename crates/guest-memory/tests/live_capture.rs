@@ -26,6 +26,7 @@ fn content(ram: &GuestRam) -> Vec<u8> {
 }
 
 /// Threads that write as fast as they can but stand still when told to, as processors of a guest do.
+#[derive(Default)]
 struct Writers {
     stop: AtomicBool,
     end: AtomicBool,
@@ -73,11 +74,7 @@ impl Writers {
 #[test]
 fn a_capture_is_the_memory_of_one_instant_however_fast_it_is_written() {
     let (plan, ram) = ram();
-    let writers = Writers {
-        stop: AtomicBool::new(false),
-        end: AtomicBool::new(false),
-        stopped: AtomicUsize::new(0),
-    };
+    let writers = Writers::default();
     std::thread::scope(|scope| {
         for seed in [3, 4] {
             let (writers, ram) = (&writers, &ram);
@@ -103,11 +100,7 @@ fn a_capture_is_the_memory_of_one_instant_however_fast_it_is_written() {
 #[test]
 fn what_is_written_ahead_and_then_changed_is_the_memory_of_one_instant_too() {
     let (plan, ram) = ram();
-    let writers = Writers {
-        stop: AtomicBool::new(false),
-        end: AtomicBool::new(false),
-        stopped: AtomicUsize::new(0),
-    };
+    let writers = Writers::default();
     std::thread::scope(|scope| {
         for seed in [5, 6] {
             let (writers, ram) = (&writers, &ram);

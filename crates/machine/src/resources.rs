@@ -178,7 +178,7 @@ fn cure(source: &io::Error) -> &'static str {
     }
 }
 
-fn open(what: &'static str, path: &Path) -> Result<File, ResourceError> {
+pub(crate) fn open(what: &'static str, path: &Path) -> Result<File, ResourceError> {
     let failed = |source| ResourceError::File {
         what,
         path: path.to_owned(),

@@ -223,28 +223,39 @@ impl Machine {
 
     /// Which pages are to be written, and which files have the others.
     fn pages_for(&mut self, kind: SnapshotType) -> Result<(PageSet, Vec<LayerV1>), String> {
-        let all = PageSet::all(self.ram.pages());
-        if !self.tracking.is_on {
-            if kind == SnapshotType::Diff {
-                log::info!(
-                    "nobody noted which pages were written (track_dirty_pages): the diff snapshot has them all"
-                );
-            }
-            return Ok((all, Vec::new()));
+        if self.tracking.is_on {
+            // Also for a full one: a diff tells what was written since the snapshot before, whichever kind that was.
+            self.take_changed()?;
+        } else if kind == SnapshotType::Diff {
+            log::info!(
+                "nobody noted which pages were written (track_dirty_pages): the diff snapshot has them all"
+            );
         }
-        // Asked of in any case: a diff tells what was written since the snapshot before, whichever kind that was.
+        Ok((self.whole(kind), self.base(kind).to_vec()))
+    }
+
+    /// All pages that a snapshot has.
+    pub(super) fn whole(&self, kind: SnapshotType) -> PageSet {
+        match &self.tracking.unsaved {
+            Some(unsaved) if !self.base(kind).is_empty() => unsaved.clone(),
+            _ => PageSet::all(self.ram.pages()),
+        }
+    }
+
+    /// The files that have the others: of a diff of which written pages were noted.
+    pub(super) fn base(&self, kind: SnapshotType) -> &[LayerV1] {
+        match kind {
+            SnapshotType::Diff if self.tracking.is_on => &self.tracking.layers,
+            SnapshotType::Diff | SnapshotType::Full => &[],
+        }
+    }
+
+    /// Pages that have been written since they were asked for before, by the guest and by devices, which stand still.
+    pub(super) fn take_changed(&mut self) -> Result<PageSet, String> {
         let mut changed = self.take_dirty()?;
         changed.union(&self.ram.take_written());
-        if let Some(unsaved) = &self.tracking.unsaved {
-            changed.union(unsaved);
-        }
-        self.tracking.unsaved = Some(changed.clone());
-        Ok(match kind {
-            SnapshotType::Diff if !self.tracking.layers.is_empty() => {
-                (changed, self.tracking.layers.clone())
-            }
-            SnapshotType::Diff | SnapshotType::Full => (all, Vec::new()),
-        })
+        self.note_unsaved(&changed);
+        Ok(changed)
     }
 
     /// Pages that the hypervisor has noted since they were asked for before.

@@ -94,12 +94,7 @@ impl Machine {
         if rounds > 0 {
             return Ok(changed);
         }
-        Ok(match (&self.tracking.unsaved, kind) {
-            (Some(unsaved), SnapshotType::Diff) if !self.tracking.layers.is_empty() => {
-                unsaved.clone()
-            }
-            _ => PageSet::all(self.ram.pages()),
-        })
+        Ok(self.whole(kind))
     }
 
     /// What has changed since the last round, with the machine standing still; and which files have the rest of a diff.
@@ -107,21 +102,15 @@ impl Machine {
         &mut self,
         kind: SnapshotType,
     ) -> Result<(PageSet, Vec<LayerV1>), String> {
-        let mut left = self.take_dirty()?;
-        left.union(&self.ram.take_written());
-        self.note_unsaved(&left);
+        let mut left = self.take_changed()?;
         if let Some(again) = self.tracking.underway.as_mut().and_then(|u| u.again.take()) {
             left.union(&again);
         }
-        let base = match kind {
-            SnapshotType::Diff => self.tracking.layers.clone(),
-            SnapshotType::Full => Vec::new(),
-        };
-        Ok((left, base))
+        Ok((left, self.base(kind).to_vec()))
     }
 
     /// Pages that the next diff has to have, should this snapshot fail.
-    fn note_unsaved(&mut self, pages: &PageSet) {
+    pub(super) fn note_unsaved(&mut self, pages: &PageSet) {
         if self.tracking.is_on {
             match &mut self.tracking.unsaved {
                 Some(unsaved) => unsaved.union(pages),

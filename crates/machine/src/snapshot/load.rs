@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use alveole_guest_memory::{PageServer, ServeError};
@@ -13,6 +13,7 @@ use alveole_saved_state::{
 use alveole_vm_config::{ConfigError, MemoryBackendType, SnapshotLoad, VmConfig};
 
 use crate::build::{Options, Transport};
+use crate::resources::{self, ResourceError};
 use crate::snapshot::LAYOUT;
 use crate::snapshot::state::{
     self, LayerV1, MARK, MARK_BYTES, MachineStateV1, MemoryStateV1, RangeV1, TransportV1,
@@ -21,8 +22,11 @@ use crate::snapshot::state::{
 /// Why a snapshot cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// A file cannot be opened.
+    #[error(transparent)]
+    Open(#[from] ResourceError),
     /// A file cannot be read.
-    #[error("cannot read {path:?}: {source}{}", cure(source))]
+    #[error("cannot read {path:?}: {source}")]
     File {
         /// The file.
         path: PathBuf,
@@ -84,14 +88,6 @@ pub enum LoadError {
     /// The process that is to serve memory is not there.
     #[error(transparent)]
     Serve(#[from] ServeError),
-}
-
-fn cure(source: &io::Error) -> &'static str {
-    match source.kind() {
-        io::ErrorKind::NotFound => "; is the path right?",
-        io::ErrorKind::PermissionDenied => "; make it readable for this user",
-        _ => "",
-    }
 }
 
 /// A snapshot whose files are open: what the machine is, and what is put into it.
@@ -178,12 +174,6 @@ impl Snapshot {
     #[must_use]
     pub fn config(&self) -> &VmConfig {
         &self.config
-    }
-
-    /// Whether the guest is to run at once.
-    #[must_use]
-    pub fn resumes(&self) -> bool {
-        self.resume
     }
 
     /// `options`, with what the guest has seen of the machine already.
@@ -289,7 +279,7 @@ fn open_memory(load: &SnapshotLoad, memory: &MemoryStateV1) -> Result<MemorySour
             Some(path) => path.clone(),
             None => find(&layer.path, &load.snapshot_path, newest.map(|path| &**path)),
         };
-        let file = open(&path)?;
+        let file = resources::open("memory file", &path)?;
         check_mark(&file, &path, size, layer)?;
         files.push(file);
     }
@@ -320,9 +310,6 @@ fn check_mark(file: &File, path: &Path, size: u64, layer: &LayerV1) -> Result<()
         path: path.to_owned(),
         source,
     })?;
-    if !meta.is_file() {
-        return Err(wrong("it is no plain file".into()));
-    }
     let wanted = size.saturating_add(MARK_BYTES as u64);
     if meta.len() != wanted {
         return Err(wrong(format!(
@@ -350,28 +337,12 @@ fn check_mark(file: &File, path: &Path, size: u64, layer: &LayerV1) -> Result<()
     Ok(())
 }
 
-fn open(path: &Path) -> Result<File, LoadError> {
-    // A named pipe would wait for a writer.
-    let mut options = File::options();
-    options.read(true).custom_flags(O_NONBLOCK);
-    options.open(path).map_err(|source| LoadError::File {
-        path: path.to_owned(),
-        source,
-    })
-}
-
-/// Of Linux, on all its architectures that we know.
-const O_NONBLOCK: i32 = 0o4000;
-
 fn read_bounded(path: &Path) -> Result<Vec<u8>, LoadError> {
     let failed = |source| LoadError::File {
         path: path.to_owned(),
         source,
     };
-    let file = open(path)?;
-    if !file.metadata().map_err(failed)?.is_file() {
-        return Err(failed(io::Error::other("it is no plain file; name one")));
-    }
+    let file = resources::open("snapshot", path)?;
     let mut bytes = Vec::new();
     file.take(MAX_FILE_BYTES as u64 + 1)
         .read_to_end(&mut bytes)
