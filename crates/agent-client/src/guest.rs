@@ -103,8 +103,30 @@ impl Guest {
         streams: Streams,
         begun: impl FnOnce(Controls, u32),
     ) -> Result<Exit, AgentError> {
-        let request = Request::Run(Box::new(process.clone()));
-        match self.session()?.converse(&request, streams, begun)? {
+        self.carry(&Request::Run(Box::new(process.clone())), streams, begun)
+    }
+
+    /// Goes on with a process that outlived its session, by the number that it had there, as [`Guest::run`] does.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Guest::run`]; none waits by that number.
+    pub fn rejoin(
+        &self,
+        pid: u32,
+        streams: Streams,
+        begun: impl FnOnce(Controls, u32),
+    ) -> Result<Exit, AgentError> {
+        self.carry(&Request::Rejoin { pid }, streams, begun)
+    }
+
+    fn carry(
+        &self,
+        request: &Request,
+        streams: Streams,
+        begun: impl FnOnce(Controls, u32),
+    ) -> Result<Exit, AgentError> {
+        match self.session()?.converse(request, streams, begun)? {
             Answer::Exited(exit) => Ok(exit),
             _ => Err(AgentError::Unexpected {
                 what: "another answer than an exit",

@@ -56,8 +56,15 @@ pub enum Request {
     /// Make the guest what it is to be; once, on the connection to [`READY_PORT`](crate::READY_PORT). Answer: [`Answer::Done`].
     Setup(Box<Setup>),
     /// Run a process. Answers: [`Answer::Started`], then [`Answer::Exited`]. Meanwhile the host may send [`Control`]s.
-    /// If the connection ends before, the process is told by SIGHUP, as at the end of a terminal.
+    /// If the connection ends before, the process is told by SIGHUP, as at the end of a terminal; or waits for [`Request::Rejoin`]
+    /// ([`Process::outlives_session`]).
     Run(Box<Process>),
+    /// Go on with the streams of a process whose session broke off, as sessions of a copied guest do. Its output waited from what
+    /// the connection before had taken. Answers and [`Control`]s as of [`Request::Run`].
+    Rejoin {
+        /// The process, by the number that [`Answer::Started`] gave.
+        pid: u32,
+    },
     /// Unpack the tar archive that comes as input. Answers: [`Answer::Started`], then [`Answer::Done`].
     CopyIn(CopyIn),
     /// Pack a tar archive, which comes as output. Answers: [`Answer::Started`], then [`Answer::Done`].
@@ -269,6 +276,9 @@ pub struct Process {
     pub terminal: Option<WindowSize>,
     /// It has an input; else its input is empty.
     pub input: bool,
+    /// It goes on when its session breaks off, and waits for another one where it writes more than a pipe holds.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub outlives_session: bool,
 }
 
 /// The size of a terminal.

@@ -14,6 +14,7 @@ mod metrics;
 mod modprobe;
 mod mount;
 mod names;
+mod parked;
 #[expect(unsafe_code, reason = "what runs between fork and exec")]
 mod process;
 mod reaper;

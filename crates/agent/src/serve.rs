@@ -12,6 +12,7 @@ use std::time::Duration;
 use alveole_agent_protocol::AGENT_PORT;
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener};
 
+use crate::parked::Parked;
 use crate::reaper::Reaper;
 use crate::session::{self, Shared};
 
@@ -24,6 +25,7 @@ pub(crate) fn shared() -> Result<Arc<Shared>, String> {
         reaper: Reaper::default(),
         hidden: OnceLock::new(),
         names: Mutex::default(),
+        parked: Parked::default(),
     });
     let reaping = Arc::clone(&shared);
     thread::Builder::new()

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use alveole_agent_protocol::{
-    Answer, Control, Credit, Decoder, Frame, Hello, MAX_DATA_BYTES, Process, Refusal, Request,
-    Stream, Window, from_json, to_json,
+    Answer, Control, Credit, Decoder, Exit, Frame, Hello, MAX_DATA_BYTES, Process, Refusal,
+    Request, Stream, Window, from_json, to_json,
 };
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -18,12 +18,16 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::mount::Hidden;
 use crate::names::Names;
+use crate::parked::Parked;
 use crate::process::{self, Running};
 use crate::reaper::Reaper;
 use crate::{changes, copy, init, metrics, renew, shutdown as ending};
 
 /// How long a client may take to say what it wants, and to take what it was last told.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a client that goes on with a process may be ahead of the end of the connection before: both come with one load of a copy.
+const REJOIN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Output of a process is not read while so much of a session waits to be sent.
 const MAX_UNSENT_BYTES: usize = 128 << 10;
@@ -33,6 +37,7 @@ pub(crate) struct Shared {
     pub(crate) reaper: Reaper,
     pub(crate) hidden: OnceLock<Hidden>,
     pub(crate) names: Mutex<Names>,
+    pub(crate) parked: Parked,
 }
 
 /// Why a session ended before its end.
@@ -78,6 +83,7 @@ pub(crate) fn serve(connection: OwnedFd, shared: &Arc<Shared>, first: bool) -> R
         ),
         Ok(Request::Setup(setup)) => done(init::set_up(&setup, shared)),
         Ok(Request::Run(process)) => return run(link, &process, shared),
+        Ok(Request::Rejoin { pid }) => return rejoin(link, pid, shared),
         Ok(Request::CopyIn(request)) => return job(link, copy::unpack(request)),
         Ok(Request::CopyOut(request)) => return job(link, copy::pack(request)),
         Ok(Request::Changes(request)) => {
@@ -164,6 +170,18 @@ pub(crate) struct Job {
     pub(crate) outcome: Outcome,
 }
 
+/// A process that a session runs, with this end of its streams.
+pub(crate) struct Lasting {
+    pid: Pid,
+    exit: Arc<OnceLock<Exit>>,
+    streams: Streams,
+    terminal: Option<OwnedFd>,
+}
+
+fn number_of(pid: Pid) -> u32 {
+    pid.as_raw_nonzero().get().cast_unsigned()
+}
+
 fn run(mut link: Link, process: &Process, shared: &Arc<Shared>) -> Result<(), Broken> {
     let running = match process::start(process, &shared.reaper) {
         Ok(running) => running,
@@ -180,18 +198,50 @@ fn run(mut link: Link, process: &Process, shared: &Arc<Shared>) -> Result<(), Br
         errors,
         terminal,
     } = running;
-    link.say(&Answer::Started {
-        pid: watched.pid.as_raw_nonzero().get().cast_unsigned(),
-    })?;
-    let exit = watched.exit;
-    let outcome = Outcome::default();
-    let streams = Streams::new(
-        input,
-        Some(output),
-        errors,
-        watched.ended,
-        terminal.is_some(),
-    )?;
+    let lasting = Lasting {
+        pid: watched.pid,
+        exit: watched.exit,
+        streams: Streams::new(
+            input,
+            Some(output),
+            errors,
+            watched.ended,
+            terminal.is_some(),
+        )?,
+        terminal,
+    };
+    if process.outlives_session {
+        shared.parked.expect(number_of(lasting.pid));
+    }
+    carry_process(link, lasting, &[], shared, process.outlives_session)
+}
+
+fn rejoin(mut link: Link, pid: u32, shared: &Arc<Shared>) -> Result<(), Broken> {
+    let Some(mut lasting) = shared.parked.take(pid, REJOIN_PATIENCE) else {
+        link.say(&Answer::Refused(Refusal {
+            code: Refusal::NOT_FOUND.into(),
+            text: format!("no process {pid} waits for a session"),
+        }))?;
+        link.finish();
+        return Ok(());
+    };
+    let ended = lasting.streams.begin_anew();
+    carry_process(link, lasting, &ended, shared, true)
+}
+
+fn carry_process(
+    mut link: Link,
+    mut lasting: Lasting,
+    ended_before: &[Stream],
+    shared: &Arc<Shared>,
+    outlives: bool,
+) -> Result<(), Broken> {
+    let Lasting {
+        pid,
+        exit,
+        streams,
+        terminal,
+    } = &mut lasting;
     let control = |control: Control| match control {
         Control::Resize(size) => {
             if let Some(terminal) = &terminal {
@@ -200,21 +250,29 @@ fn run(mut link: Link, process: &Process, shared: &Arc<Shared>) -> Result<(), Br
         }
         Control::Signal(number) => {
             if let Some(signal) = known_signal(number) {
-                let _ = shared.reaper.signal(watched.pid, signal);
+                let _ = shared.reaper.signal(*pid, signal);
             }
         }
     };
-    let ended = || {
-        if let Some(exit) = exit.get() {
-            let _ = outcome.set(Answer::Exited(*exit));
+    let ended = || exit.get().map(|exit| Answer::Exited(*exit));
+    let number = number_of(*pid);
+    let mut carried = || {
+        link.say(&Answer::Started { pid: number })?;
+        for stream in ended_before {
+            link.push(&Frame::End(*stream));
         }
-        outcome.get().cloned()
+        carry(&mut link, streams, control, ended)
     };
-    let result = carry(&mut link, streams, control, ended);
-    if result.is_err() {
-        // As at the end of a terminal: who wants to go on ignores it.
-        let _ = shared.reaper.signal(watched.pid, Signal::HUP);
-        let _ = shared.reaper.signal(watched.pid, Signal::CONT);
+    let result = carried();
+    match (&result, outlives) {
+        (Ok(()), true) => shared.parked.forget(number),
+        (Ok(()), false) => {}
+        (Err(_), true) => shared.parked.put(number, lasting),
+        (Err(_), false) => {
+            // As at the end of a terminal: who wants to go on ignores it.
+            let _ = shared.reaper.signal(*pid, Signal::HUP);
+            let _ = shared.reaper.signal(*pid, Signal::CONT);
+        }
     }
     result
 }
@@ -229,8 +287,8 @@ fn job(mut link: Link, job: Result<Job, Refusal>) -> Result<(), Broken> {
         }
     };
     link.say(&Answer::Started { pid: 0 })?;
-    let streams = Streams::new(job.input, job.output, job.errors, job.ended, false)?;
-    carry(&mut link, streams, drop, || job.outcome.get().cloned())
+    let mut streams = Streams::new(job.input, job.output, job.errors, job.ended, false)?;
+    carry(&mut link, &mut streams, drop, || job.outcome.get().cloned())
 }
 
 /// The streams of a job, and the counts of the protocol.
@@ -238,6 +296,8 @@ struct Streams {
     input: Option<OwnedFd>,
     /// What came for it and was not taken.
     unwritten: VecDeque<u8>,
+    /// How much of that came over a connection before, to which no credit can be given.
+    unwritten_of_before: usize,
     window: Window,
     /// No more comes.
     input_ended: bool,
@@ -275,6 +335,7 @@ impl Streams {
         Ok(Self {
             input,
             unwritten: VecDeque::new(),
+            unwritten_of_before: 0,
             window: Window::default(),
             input_ended: false,
             is_terminal,
@@ -286,6 +347,24 @@ impl Streams {
         })
     }
 
+    /// Over another connection, which knows nothing of what the one before was told: gives the streams that have ended.
+    fn begin_anew(&mut self) -> Vec<Stream> {
+        self.unwritten_of_before = self.unwritten.len();
+        self.window = Window::default();
+        for out in &mut self.from_guest {
+            out.credit = Credit::default();
+        }
+        let ended = self.from_guest.iter().filter(|out| out.fd.is_none());
+        ended.map(|out| out.stream).collect()
+    }
+
+    /// Counts input that was passed on or thrown away; what may be sent for it, when that is worth saying.
+    fn passed(&mut self, bytes: usize) -> Option<u32> {
+        let of_before = bytes.min(self.unwritten_of_before);
+        self.unwritten_of_before -= of_before;
+        self.window.passed(bytes - of_before)
+    }
+
     fn over(&self) -> bool {
         self.ended.is_none() && self.from_guest.iter().all(|out| out.fd.is_none())
     }
@@ -294,20 +373,20 @@ impl Streams {
 /// Carries streams until the job has ended and all it wrote is sent, then says how it ended.
 fn carry(
     link: &mut Link,
-    mut streams: Streams,
+    streams: &mut Streams,
     mut control: impl FnMut(Control),
     outcome: impl Fn() -> Option<Answer>,
 ) -> Result<(), Broken> {
     while !streams.over() {
-        let ready = wait(link, &streams)?;
+        let ready = wait(link, streams)?;
         if ready.connection && !link.receive()? {
             return Err(Broken("the client is gone".into()));
         }
         while let Some(frame) = link.decoder.next()? {
-            take(link, &mut streams, frame, &mut control)?;
+            take(link, streams, frame, &mut control)?;
         }
         if ready.input || streams.input_ended {
-            write_input(link, &mut streams)?;
+            write_input(link, streams)?;
         }
         if ready.ended {
             streams.ended = None;
@@ -316,7 +395,7 @@ fn carry(
         }
         for at in 0..streams.from_guest.len() {
             if ready.from_guest[at] || streams.ended.is_none() {
-                read_output(link, &mut streams, at)?;
+                read_output(link, streams, at)?;
             }
         }
         link.flush()?;
@@ -434,7 +513,7 @@ fn write_input(link: &mut Link, streams: &mut Streams) -> Result<(), Broken> {
         match rustix::io::write(input, bytes) {
             Ok(written) => {
                 streams.unwritten.drain(..written);
-                if let Some(credit) = streams.window.passed(written) {
+                if let Some(credit) = streams.passed(written) {
                     link.push(&Frame::Credit(Stream::Input, credit));
                 }
             }
@@ -447,7 +526,7 @@ fn write_input(link: &mut Link, streams: &mut Streams) -> Result<(), Broken> {
     if streams.input.is_none() && !streams.unwritten.is_empty() {
         let thrown = streams.unwritten.len();
         streams.unwritten.clear();
-        if let Some(credit) = streams.window.passed(thrown) {
+        if let Some(credit) = streams.passed(thrown) {
             link.push(&Frame::Credit(Stream::Input, credit));
         }
     }

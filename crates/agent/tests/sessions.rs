@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use alveole_agent_client::{AgentError, Controls, Streams};
 use alveole_agent_protocol::{
-    CopyIn, CopyOut, Exit, Frame, Process, Refusal, Request, Stream, WindowSize,
+    Answer, CopyIn, CopyOut, Decoder, Exit, Frame, Process, Refusal, Request, Stream, WindowSize,
+    from_json,
 };
 use served::{Agent, Kept, PATIENCE, sh};
 
@@ -289,26 +290,128 @@ fn a_client_that_goes_is_told_to_its_process() {
         "trap 'echo yes >{}; exit' HUP; echo ready; while :; do sleep 0.02; done",
         marker.display()
     );
+    break_off(&agent, &sh(&script), "ready\n");
+    let until = Instant::now() + PATIENCE;
+    while !marker.exists() {
+        assert!(Instant::now() < until, "it was not told");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A client that says what it wants.
+fn wish(agent: &Agent, request: &Request) -> UnixStream {
     let mut raw = UnixStream::connect(agent.socket()).unwrap();
     for message in [
         alveole_agent_protocol::to_json(&alveole_agent_protocol::Hello::ours()).unwrap(),
-        alveole_agent_protocol::to_json(&Request::Run(Box::new(sh(&script)))).unwrap(),
+        alveole_agent_protocol::to_json(request).unwrap(),
     ] {
         let mut bytes = Vec::new();
         Frame::Message(message).encode(&mut bytes);
         raw.write_all(&bytes).unwrap();
     }
-    let mut seen = Vec::new();
-    while !seen.windows(6).any(|w| w == b"ready\n") {
+    raw
+}
+
+/// A client that goes when its process has said this; gives the process's number.
+fn break_off(agent: &Agent, process: &Process, after: &str) -> u32 {
+    let mut raw = wish(agent, &Request::Run(Box::new(process.clone())));
+    let (mut decoder, mut said, mut number) = (Decoder::default(), Vec::new(), None);
+    while !String::from_utf8_lossy(&said).contains(after) {
         let mut byte = [0];
         assert_eq!(raw.read(&mut byte).unwrap(), 1);
-        seen.push(byte[0]);
+        decoder.push(&byte);
+        match decoder.next().unwrap() {
+            Some(Frame::Message(json)) => {
+                if let Ok(Answer::Started { pid }) = from_json(&json, "answer") {
+                    number = Some(pid);
+                }
+            }
+            Some(Frame::Data(Stream::Output, bytes)) => said.extend(bytes),
+            _ => {}
+        }
     }
-    drop(raw);
-    let until = Instant::now() + PATIENCE;
-    while !marker.exists() {
-        assert!(Instant::now() < until, "it was not told");
-        thread::sleep(Duration::from_millis(5));
+    number.unwrap()
+}
+
+#[test]
+fn a_process_that_outlives_its_session_goes_on_in_another() {
+    let agent = Agent::start();
+    let go = agent.folder.path().join("go");
+    let script = format!(
+        "trap 'echo hung up; exit 1' HUP; echo ready; until [ -e {} ]; do sleep 0.02; done; \
+         seq 1 200000; echo err >&2; read word; echo $word; exit 9",
+        go.display()
+    );
+    let process = Process {
+        input: true,
+        outlives_session: true,
+        ..sh(&script)
+    };
+    let pid = break_off(&agent, &process, "ready\n");
+    fs::write(&go, "").unwrap();
+    // It writes more than a pipe holds, and then more than a window.
+    thread::sleep(Duration::from_millis(100));
+    let (output, errors) = (Kept::default(), Kept::default());
+    let streams = Streams {
+        input: Some(Box::new(&b"word\n"[..])),
+        output: Some(Box::new(output.clone())),
+        errors: Some(Box::new(errors.clone())),
+    };
+    let told = std::cell::Cell::new(0);
+    let exit = agent
+        .guest()
+        .rejoin(pid, streams, |_, pid| told.set(pid))
+        .unwrap();
+    assert_eq!((exit, told.get()), (Exit::Code(9), pid));
+    let expected: String = (1..=200_000).map(|n| format!("{n}\n")).collect();
+    assert!(output.text() == expected + "word\n", "not what it wrote");
+    assert_eq!(errors.text(), "err\n");
+    // It is over, and nobody waits.
+    let again = agent.guest().rejoin(pid, Streams::default(), |_, _| {});
+    assert!(
+        matches!(&again, Err(AgentError::Refused(r)) if r.code == Refusal::NOT_FOUND),
+        "{again:?}"
+    );
+}
+
+#[test]
+fn one_that_ended_meanwhile_is_told_to_who_comes_back() {
+    let agent = Agent::start();
+    let process = Process {
+        outlives_session: true,
+        ..sh("echo ready; sleep 0.1; echo last; exit 3")
+    };
+    let pid = break_off(&agent, &process, "ready\n");
+    thread::sleep(Duration::from_millis(300));
+    for _ in 0..2 {
+        // Who breaks off again takes nothing away.
+        drop(wish(&agent, &Request::Rejoin { pid }));
+    }
+    let output = Kept::default();
+    let streams = Streams {
+        output: Some(Box::new(output.clone())),
+        ..Streams::default()
+    };
+    let exit = agent.guest().rejoin(pid, streams, |_, _| {});
+    // What was sent to somebody who went is gone with them; the exit is not.
+    assert!(["last\n", ""].contains(&&*output.text()));
+    match exit {
+        Ok(exit) => assert_eq!(exit, Exit::Code(3)),
+        Err(AgentError::Refused(r)) => assert_eq!(r.code, Refusal::NOT_FOUND),
+        Err(e) => panic!("{e}"),
+    }
+}
+
+#[test]
+fn only_who_waits_can_be_rejoined() {
+    let agent = Agent::start();
+    let pid = break_off(&agent, &sh("echo ready; exec sleep 1000"), "ready\n");
+    for pid in [pid, 1, 0, u32::MAX] {
+        let refused = agent.guest().rejoin(pid, Streams::default(), |_, _| {});
+        assert!(
+            matches!(&refused, Err(AgentError::Refused(r)) if r.code == Refusal::NOT_FOUND),
+            "{pid}: {refused:?}"
+        );
     }
 }
 
