@@ -143,6 +143,8 @@ fn keep(vm: &Vm) -> anyhow::Result<KeeperLock> {
         keeper_pid: std::process::id(),
         cpus: 1,
         memory_mib: 256,
+        main_pid: None,
+        network: Vec::new(),
     };
     fs::write(vm.at("phase.json"), serde_json::to_vec_pretty(&phase)?)?;
     Ok(vm.lock()?)

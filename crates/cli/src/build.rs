@@ -414,6 +414,7 @@ impl Build<'_> {
             user: config.user.clone(),
             terminal: None,
             input: false,
+            outlives_session: false,
         };
         let told = serde_json::to_string(&process).context("cannot write JSON")?;
         let key = self

@@ -84,6 +84,8 @@ impl Home {
             keeper_pid: std::process::id(),
             cpus: 1,
             memory_mib: 64,
+            main_pid: None,
+            network: Vec::new(),
         };
         fs::write(vm.at("phase.json"), serde_json::to_vec(&phase).unwrap()).unwrap();
         fs::create_dir_all(vm.run_folder()).unwrap();

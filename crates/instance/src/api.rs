@@ -51,6 +51,15 @@ impl<'a> MonitorApi<'a> {
         self.ask("PATCH", path, &body.to_string()).map(drop)
     }
 
+    /// Does, or sets, what is at this path, and gives what the monitor says of it.
+    ///
+    /// # Errors
+    ///
+    /// The VM does not run, or its monitor refuses or does not answer.
+    pub fn put(&self, path: &str, body: &Value) -> Result<String, InstanceError> {
+        self.ask("PUT", path, &body.to_string())
+    }
+
     fn ask(&self, method: &str, path: &str, body: &str) -> Result<String, InstanceError> {
         let fail = |why: String| InstanceError::Monitor {
             name: self.vm.name.clone(),

@@ -263,6 +263,8 @@ impl Vm {
                 keeper_pid: 0,
                 cpus: self.record.cpus,
                 memory_mib: self.record.memory_mib,
+                main_pid: None,
+                network: Vec::new(),
             };
             // Of the one that keeps it now: it removes the other's first.
             return Ok(State::Kept(

@@ -1,7 +1,8 @@
 //! Who a copy of a VM is: what its guest must become before anybody is given it, as it goes on in the middle of what another one did.
 
 use std::io;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use alveole_agent_client::{AgentError, Guest};
 use alveole_agent_protocol::{Refusal, Renewal, Renewed, RenewedInterface};
@@ -11,6 +12,8 @@ use crate::{InstanceError, Vm};
 
 /// Random bytes for the guest's kernel: as many as seed its generator, and as many again.
 const ENTROPY_BYTES: usize = 64;
+/// Between two tries to reach the agent of a guest that was just loaded.
+const AGAIN: Duration = Duration::from_millis(2);
 /// The part of a renewal that is the user's and not the guest's own.
 const HOOKS: &str = "hooks";
 
@@ -55,6 +58,12 @@ impl Identity {
             machine_id: machine_id()?,
             interfaces: was.iter().zip(now).map(interface).collect(),
         })
+    }
+
+    /// The words about networks that are so from then on.
+    pub(crate) fn words(&self) -> Vec<String> {
+        let words = self.interfaces.iter().map(|i| i.becomes.clone());
+        words.collect()
     }
 }
 
@@ -101,7 +110,17 @@ pub fn renew(
         hooks_ms: hooks.map(|time| u32::try_from(time.as_millis()).unwrap_or(u32::MAX)),
     };
     let guest = Guest::new(&vm.socket("vsock"), within);
-    let renewed = guest.renew(&renewal).map_err(|e| match e {
+    let begun = Instant::now();
+    let renewed = loop {
+        match guest.renew(&renewal) {
+            // A guest that hears of its new connections before it has ended the old ones ends those, too.
+            Err(AgentError::Ended | AgentError::NoAgent { .. }) if begun.elapsed() < within => {
+                thread::sleep(AGAIN);
+            }
+            done => break done,
+        }
+    };
+    let renewed = renewed.map_err(|e| match e {
         AgentError::Refused(refusal) if refusal.code == Refusal::UNKNOWN_REQUEST => failed(
             "its agent is older than this program and does not know how; start the guest that it is a copy of anew"
                 .into(),

@@ -13,25 +13,23 @@ use std::time::{Duration, Instant};
 
 use alveole_agent_client::{AgentError, Controls, Duplex, Guest, Session, Streams};
 use alveole_agent_protocol::{
-    Answer, Control, Exit, READY_PORT, Refusal, Request, Setup, Shutdown, ShutdownHow, Stream,
-    from_json,
+    Answer, Control, Exit, Process, READY_PORT, Refusal, Shutdown, ShutdownHow, Stream, from_json,
 };
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::ask::Ask;
+use crate::beginning::{
+    AGENT_PATIENCE, Failure, NOT_STARTED, become_other, boot, broken, not_started,
+};
 use crate::folder::{now_ms, write_json};
 use crate::log::LogWriter;
 use crate::monitor::Monitor;
 use crate::stages::reached;
 use crate::streams::{Fanout, Hub, Input, lock};
-use crate::{Ended, Happened, InstanceError, KeeperLock, Phase, Restart, Vm};
+use crate::{Beginning, Ended, Happened, InstanceError, KeeperLock, Phase, Restart, Vm};
 
-/// A guest's kernel and agent, on a slow host.
-const BOOT_PATIENCE: Duration = Duration::from_secs(120);
 /// Whoever starts a VM attaches at once.
 const FIRST_CLIENT_PATIENCE: Duration = Duration::from_secs(30);
-/// An agent that is alive answers.
-const AGENT_PATIENCE: Duration = Duration::from_secs(10);
 /// What the guest's other processes have, after the main one.
 const OTHERS_GRACE_MS: u32 = 2000;
 /// The guest's end, after that.
@@ -49,8 +47,8 @@ const SERVING_LOOK: Duration = Duration::from_millis(5);
 pub struct Machine {
     /// The monitor, with all its words and descriptors. It runs until it, or the keeper, ends.
     pub monitor: Command,
-    /// What the guest is to be.
-    pub setup: Setup,
+    /// What the guest is to be, or becomes.
+    pub begin: Beginning,
     /// What must live as long as the machine does.
     pub held: Vec<Box<dyn Send>>,
     /// Nothing that the guest writes is kept: after its main process it need not end in order.
@@ -134,6 +132,8 @@ pub fn keep(
             .cast_unsigned(),
         cpus: vm.record.cpus,
         memory_mib: vm.record.memory_mib,
+        main_pid: None,
+        network: Vec::new(),
     };
     write_json(&vm.at("phase.json"), &phase)?;
     fs::DirBuilder::new()
@@ -258,27 +258,11 @@ fn remove(path: &Path) -> Result<(), InstanceError> {
     }
 }
 
-/// Why a machine did not do what it was to, and the status that says so.
-struct Failure {
-    status: u8,
-    why: String,
-}
-
-/// As `docker run` has them: 125 it could not be started, 126 the program cannot be executed, 127 there is none.
-const NOT_STARTED: u8 = 125;
-
 fn code_of(status: u8) -> &'static str {
     match status {
         126 => Refusal::NOT_EXECUTABLE,
         127 => Refusal::NOT_FOUND,
         _ => Refusal::FAILED,
-    }
-}
-
-fn not_started(why: impl Into<String>) -> Failure {
-    Failure {
-        status: NOT_STARTED,
-        why: why.into(),
     }
 }
 
@@ -321,13 +305,18 @@ impl Once<'_> {
         let now = vm.again().map_err(told)?;
         phase.cpus = now.record.cpus;
         phase.memory_mib = now.record.memory_mib;
-        let mut machine = machine(&now).map_err(not_started)?;
-        let setup = Setup {
-            unix_ns: Some(now_ms().saturating_mul(1_000_000)),
-            ..std::mem::take(&mut machine.setup)
+        let Machine {
+            monitor,
+            begin,
+            held,
+            discarded,
+        } = machine(&now).map_err(not_started)?;
+        phase.main_pid = None;
+        phase.network = match &begin {
+            Beginning::Boot(setup) => setup.network.clone(),
+            Beginning::Restored(restored) => restored.identity.words(),
         };
-        let discarded = machine.discarded;
-        let mut monitor = Monitor::start(vm, machine)
+        let mut monitor = Monitor::start(vm, monitor, held)
             .map_err(|e| not_started(format!("cannot start the monitor: {e}")))?;
         reached("monitor");
         let pid = rustix::process::Pid::from_child(&monitor.child);
@@ -336,7 +325,7 @@ impl Once<'_> {
         if lock(&self.control.now).stopping {
             kill(self.control);
         }
-        let result = self.in_machine(listener, setup, &mut monitor, phase, tell);
+        let result = self.in_machine(listener, begin, &mut monitor, phase, tell);
         {
             let mut now = lock(&self.control.now);
             now.controls = None;
@@ -368,21 +357,23 @@ impl Once<'_> {
     fn in_machine(
         &mut self,
         listener: UnixListener,
-        setup: Setup,
+        begin: Beginning,
         monitor: &mut Monitor,
         phase: &mut Phase,
         tell: &mut impl FnMut(Told<'_>),
     ) -> Result<Exit, Failure> {
         let (vm, control) = (self.vm, self.control);
-        let connection = wait_for_guest(&listener, monitor)?;
-        // The first that connects is the agent, as it is the guest's first process; others of the guest are not listened to.
-        drop(listener);
-        let _ = fs::remove_file(vm.socket(&format!("vsock_{READY_PORT}")));
-        reached("agent");
-        let session = Session::begin(connection, BOOT_PATIENCE);
-        session
-            .and_then(|session| session.ask(&Request::Setup(Box::new(setup))))
-            .map_err(|e| broken(monitor, &e, "the guest cannot be set up"))?;
+        let main = match begin {
+            Beginning::Boot(setup) => {
+                boot(vm, listener, *setup, monitor)?;
+                None
+            }
+            Beginning::Restored(restored) => {
+                drop(listener);
+                become_other(vm, &restored, monitor)?;
+                Some(restored.main_pid)
+            }
+        };
         if let Purpose::Run {
             client: Some(client),
         } = self.purpose
@@ -413,7 +404,8 @@ impl Once<'_> {
             return Ok(Exit::Code(0));
         }
         let guest = Guest::new(&vm.socket("vsock"), AGENT_PATIENCE);
-        let exit = guest.run(&vm.record.process, streams, |controls, pid| {
+        let begun = |controls, pid| {
+            phase.main_pid = Some(pid);
             if let Err(e) = write_json(&vm.at("phase.json"), phase) {
                 log::warn!("{e}");
             }
@@ -424,7 +416,17 @@ impl Once<'_> {
                 restarts: phase.restarts,
             });
             tell(Told::Runs);
-        });
+        };
+        let exit = match main {
+            None => {
+                let process = Process {
+                    outlives_session: true,
+                    ..vm.record.process.clone()
+                };
+                guest.run(&process, streams, begun)
+            }
+            Some(pid) => guest.rejoin(pid, streams, begun),
+        };
         reached("exited");
         match exit {
             Ok(exit) => Ok(exit),
@@ -464,55 +466,6 @@ fn wait_for_first(hub: &Hub, client: &OwnedFd) -> bool {
 
 /// Signals that give a VM up whose process has not begun: HUP, INT, QUIT, TERM.
 const GIVING_UP: [u8; 4] = [1, 2, 3, 15];
-
-/// What is known of a machine that does not go on.
-fn broken(monitor: &mut Monitor, error: &AgentError, what: &str) -> Failure {
-    // The connection is gone a moment before the monitor is.
-    let until = Instant::now() + Duration::from_millis(500);
-    while !monitor.has_ended() && Instant::now() < until {
-        thread::sleep(Duration::from_millis(1));
-    }
-    let why = if monitor.has_ended() {
-        format!("{what}: the monitor ended, {}", monitor.last_words())
-    } else {
-        format!("{what}: {error}")
-    };
-    not_started(why)
-}
-
-fn wait_for_guest(listener: &UnixListener, monitor: &mut Monitor) -> Result<UnixStream, Failure> {
-    let cannot = |e: io::Error| not_started(format!("cannot wait for the guest: {e}"));
-    listener.set_nonblocking(true).map_err(cannot)?;
-    let until = Instant::now() + BOOT_PATIENCE;
-    loop {
-        match listener.accept() {
-            Ok((connection, _)) => {
-                connection.set_nonblocking(false).map_err(cannot)?;
-                return Ok(connection);
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(cannot(e)),
-        }
-        if monitor.has_ended() {
-            return Err(not_started(format!(
-                "the guest ended before its agent was there: {}; its console is in the VM's folder",
-                monitor.last_words()
-            )));
-        }
-        if Instant::now() > until {
-            return Err(not_started(format!(
-                "the guest's agent is not there after {} s; the guest's console is in the VM's folder",
-                BOOT_PATIENCE.as_secs()
-            )));
-        }
-        let ready = rustix::event::PollFd::new(listener, rustix::event::PollFlags::IN);
-        let moment = rustix::event::Timespec {
-            tv_sec: 0,
-            tv_nsec: 20_000_000,
-        };
-        let _ = rustix::event::poll(&mut [ready], Some(&moment));
-    }
-}
 
 fn serve(listener: &UnixListener, control: &Arc<Kept>) {
     for connection in listener.incoming().flatten() {

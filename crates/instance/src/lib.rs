@@ -9,6 +9,7 @@
 
 mod api;
 mod ask;
+mod beginning;
 mod error;
 mod events;
 mod folder;
@@ -24,6 +25,7 @@ mod volumes;
 
 pub use api::MonitorApi;
 pub use ask::{Ask, Attach, ask, attach};
+pub use beginning::{Beginning, Restored};
 pub use error::InstanceError;
 pub use events::{Event, EventReader, Happened};
 pub use folder::{KeeperLock, Vm, Vms};

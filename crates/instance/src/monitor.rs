@@ -4,13 +4,13 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, set_parent_process_death_signal};
 
-use crate::{Happened, Machine, Vm};
+use crate::{Happened, Vm};
 
 /// A console's text that has grown so far is put aside, and the one before it is gone.
 const MAX_CONSOLE_BYTES: u64 = 1 << 20;
@@ -32,10 +32,13 @@ pub(crate) struct Monitor {
 }
 
 impl Monitor {
-    pub(crate) fn start(vm: &Vm, machine: Machine) -> io::Result<Self> {
+    pub(crate) fn start(
+        vm: &Vm,
+        mut command: Command,
+        held: Vec<Box<dyn Send>>,
+    ) -> io::Result<Self> {
         let said = vm.at("monitor");
         let out = File::create(&said)?;
-        let mut command = machine.monitor;
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -60,7 +63,7 @@ impl Monitor {
         Ok(Self {
             child,
             said,
-            _held: machine.held,
+            _held: held,
         })
     }
 

@@ -148,6 +148,12 @@ pub struct Phase {
     /// Its memory, in MiB.
     #[serde(default)]
     pub memory_mib: u64,
+    /// The main process's number in the guest, once it runs.
+    #[serde(default)]
+    pub main_pid: Option<u32>,
+    /// The words about networks that the guest was set up by, or became somebody else by: what a copy of it is told apart by.
+    #[serde(default)]
+    pub network: Vec<String>,
 }
 
 /// What a VM does, as its folder says.

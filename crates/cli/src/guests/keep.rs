@@ -10,7 +10,7 @@ use alveole_agent_protocol::{Mount, Setup, Source};
 use alveole_guest_kernel::Kernel;
 use alveole_host::{in_lab, programs};
 use alveole_instance::{
-    Content, Machine, Placed, Purpose, Record, Told, Vm, keep, reached, stages_file,
+    Beginning, Content, Machine, Placed, Purpose, Record, Told, Vm, keep, reached, stages_file,
 };
 use alveole_vm_config::{
     BootSource, CacheType, Drive, Entropy, LogLevel, Logger, MachineConfig, VmConfig, Vsock,
@@ -229,7 +229,7 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
     held.push(Box::new(plugged.descriptors));
     Ok(Machine {
         monitor,
-        setup,
+        begin: Beginning::Boot(Box::new(setup)),
         held,
         discarded: record.remove && !outlived(record),
     })

@@ -382,6 +382,7 @@ fn process(args: &RunArgs, image: &RunConfig) -> anyhow::Result<Process> {
         user: more.user.clone().unwrap_or_else(|| image.user.clone()),
         terminal: more.tty.then(size),
         input: more.interactive,
+        outlives_session: false,
     })
 }
 
