@@ -58,6 +58,22 @@ pub enum InstanceError {
         "the volume '{0}' was not left in order, as its VM was killed: use it once without :ro, which puts it in order"
     )]
     VolumeDirty(String),
+    /// No such snapshot.
+    #[error("there is no snapshot '{0}'; `alveole snapshot ls` shows them all")]
+    UnknownSnapshot(String),
+    /// The name is another snapshot's.
+    #[error(
+        "there is a snapshot '{0}' already: say another name, or remove it (alveole snapshot rm {0})"
+    )]
+    SnapshotExists(String),
+    /// A name that cannot be a snapshot's.
+    #[error(
+        "'{0}' cannot be a snapshot's name: use 1 to 63 lower-case letters, digits and hyphens, and begin and end with a letter or digit"
+    )]
+    SnapshotName(String),
+    /// It is being loaded, or removed.
+    #[error("the snapshot '{0}' is being loaded or removed just now: try again in a moment")]
+    SnapshotInUse(String),
     /// A description that this version cannot read.
     #[error("cannot understand '{}': {why}; was it written by a newer alveole?", path.display())]
     Record {

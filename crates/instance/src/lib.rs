@@ -19,6 +19,7 @@ mod log;
 #[expect(unsafe_code, reason = "what runs between fork and exec")]
 mod monitor;
 mod record;
+mod snapshots;
 mod stages;
 mod streams;
 mod volumes;
@@ -33,5 +34,6 @@ pub use identity::{Identity, renew};
 pub use keeper::{Machine, Purpose, Told, keep};
 pub use log::{LogEntry, LogReader};
 pub use record::{Content, Ended, Limits, Phase, Placed, Record, Restart, State};
+pub use snapshots::{Loading, PassingSnapshot, Snapshot, SnapshotRecord, Snapshots};
 pub use stages::{reached, stages_file};
 pub use volumes::{Use, Volume, VolumeRecord, Volumes};
