@@ -22,6 +22,7 @@ mod net;
 mod places;
 mod run;
 mod size;
+mod snapshot;
 mod system;
 mod volume;
 
@@ -68,6 +69,12 @@ enum Command {
     Commit(commit::CommitArgs),
     /// Disks with a name, which outlive the VMs that use them
     Volume(volume::VolumeArgs),
+    /// Keep moments of running VMs, to go on from
+    Snapshot(snapshot::SnapshotArgs),
+    /// Make VMs that go on from a snapshot, each one of its own
+    Restore(snapshot::RestoreArgs),
+    /// Make copies of a running VM, or of a snapshot, that go on from there, each a VM of its own
+    Fork(snapshot::ForkArgs),
     #[command(flatten)]
     Guest(guests::GuestCommand),
     /// Show what all of it takes on this host's disk, and remove what nobody needs
@@ -120,6 +127,9 @@ fn main() -> ExitCode {
         Some(Command::Kernel(args)) => kernel::kernel(&args),
         Some(Command::Commit(args)) => commit::commit(&args),
         Some(Command::Volume(args)) => volume::volume(&args),
+        Some(Command::Snapshot(args)) => snapshot::snapshot(&args),
+        Some(Command::Restore(args)) => snapshot::restore(&args),
+        Some(Command::Fork(args)) => snapshot::fork(&args),
         Some(Command::Guest(command)) => guests::guest(&command),
         Some(Command::System(args)) => system::system(&args),
         Some(Command::Generate(args)) => generate::generate(&args, Cli::command()),

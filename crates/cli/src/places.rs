@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use alveole_guest_kernel::KernelStore;
 use alveole_image::{ImageError, Store};
-use alveole_instance::{Vms, Volumes};
+use alveole_instance::{Snapshots, Vms, Volumes};
 
 /// Everything is below this folder, if it is set.
 pub(crate) const HOME_VARIABLE: &str = "ALVEOLE_HOME";
@@ -76,6 +76,11 @@ impl Places {
 
     pub(crate) fn volumes(&self) -> Volumes {
         Volumes::new(&self.state.join("volumes"))
+    }
+
+    /// Beside the VMs, whose files they share.
+    pub(crate) fn snapshots(&self) -> Snapshots {
+        Snapshots::new(&self.state.join("snapshots"))
     }
 
     /// Empty disks, to be copied.

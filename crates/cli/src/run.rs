@@ -235,7 +235,7 @@ fn cmdline(args: &RunArgs, told: &str) -> String {
 
 /// Puts the description into a file that lives as long as its descriptor, which the VMM inherits, and
 /// that nobody can change any more.
-pub(crate) fn hand_over(config: &VmConfig) -> anyhow::Result<File> {
+pub(crate) fn hand_over(config: &impl serde::Serialize) -> anyhow::Result<File> {
     const ACT: &str = "cannot hand the machine description to the VMM";
     let json =
         serde_json::to_vec(config).context("cannot write the machine description as JSON")?;

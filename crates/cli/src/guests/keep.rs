@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use alveole_agent_protocol::{Mount, Setup, Source};
 use alveole_guest_kernel::Kernel;
@@ -19,8 +20,9 @@ use anyhow::Context;
 use clap::Parser;
 
 use super::limits::describe;
+use super::restore::{OVERLAY, restored};
 use super::{empty_disk, ports, volumes};
-use crate::interfaces::{NetworkArgs, keep_over_exec};
+use crate::interfaces::{NetworkArgs, Plugged, keep_over_exec};
 use crate::places::Places;
 use crate::run::hand_over;
 
@@ -28,7 +30,7 @@ use crate::run::hand_over;
 const CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1";
 /// Serial numbers of a guest's disks.
 const ROOT: &str = "root";
-const CHANGES: &str = "changes";
+pub(super) const CHANGES: &str = "changes";
 const MODULES: &str = "modules";
 /// A guest's own address among sockets of its monitor; each has a monitor of its own.
 const GUEST_CID: u64 = 3;
@@ -49,6 +51,12 @@ pub(crate) struct KeepArgs {
     /// It is on no network, whatever it has else
     #[arg(long)]
     offline: bool,
+    /// It goes on from the snapshot in this folder; a further start boots
+    #[arg(long, conflicts_with = "serve")]
+    from: Option<PathBuf>,
+    /// How long programs of a guest that goes on may take; 0: they do not run
+    #[arg(long, requires = "from")]
+    hooks_ms: Option<u64>,
 }
 
 /// The words about networks, as `alveole run` has them.
@@ -93,12 +101,21 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
             client: client.as_ref(),
         },
     };
+    let hooks = args.hooks_ms.filter(|ms| *ms > 0);
+    let hooks = hooks.map(Duration::from_millis);
+    let mut from = args.from.as_deref();
     let mut told_all = false;
     let kept = keep(
         &vm,
         &lock,
         purpose,
-        |vm| machine(&places, vm, args.offline).map_err(|e| format!("{e:#}")),
+        |vm| {
+            let machine = match from.take() {
+                Some(from) => restored(&places, vm, from, hooks),
+                None => machine(&places, vm, args.offline),
+            };
+            machine.map_err(|e| format!("{e:#}"))
+        },
         |told| match told {
             Told::Serves => say("serves"),
             Told::Runs => {
@@ -153,29 +170,15 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
     let kernel = places.kernels().get(Some(&record.kernel))?;
     let initramfs = kernel.initramfs(&programs::agent()?)?;
     reached("kernel");
-    let changes = changes(places, vm)?;
-    reached("disk");
-    let volumes = volumes::prepare(places, vm)?;
-    if !volumes.left_out.is_empty() {
-        let what = volumes.left_out.join("; ");
+    let disks = Disks::made(places, vm, &kernel)?;
+    if !disks.left_out.is_empty() {
+        let what = disks.left_out.join("; ");
         say(&format!(
             "{NOTE}left out of the copies: {}",
             one_line(&what)
         ));
     }
-    let modules = kernel.modules_disk();
-    let mut words = vec!["words".to_owned()];
-    if offline {
-        words.push("--net=none".into());
-    } else {
-        words.extend_from_slice(&record.network);
-        let free = ports::still_free(vm)?;
-        words.extend(free.iter().map(|port| format!("--publish={port}")));
-    }
-    let words =
-        Words::try_parse_from(words).context("cannot understand the VM's words about networks")?;
-    let plugged = words.network.begin(!in_lab())?.finish()?;
-    reached("network");
+    let plugged = plug(vm, offline)?;
     let mut description = VmConfig {
         boot_source: boot_source(&kernel, initramfs),
         machine_config: MachineConfig {
@@ -183,10 +186,7 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
             mem_size_mib: record.memory_mib,
             ..MachineConfig::default()
         },
-        drives: drives(&record.root_disk, changes.as_deref(), modules.as_deref())
-            .into_iter()
-            .chain(volumes.drives)
-            .collect(),
+        drives: disks.drives,
         network_interfaces: plugged.interfaces.clone(),
         vsock: Some(Vsock {
             guest_cid: GUEST_CID,
@@ -210,29 +210,98 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
     keep_over_exec(&plugged.descriptors)?;
     let setup = Setup {
         root: Some(mount(ROOT, "erofs", true)),
-        changes: changes.is_some().then(|| mount(CHANGES, "ext4", false)),
+        changes: disks.changes.then(|| mount(CHANGES, "ext4", false)),
         read_only: record.read_only,
-        volumes: volumes.mounts,
-        modules: modules.is_some().then(|| mount(MODULES, "erofs", true)),
+        volumes: disks.mounts,
+        modules: disks.modules.then(|| mount(MODULES, "erofs", true)),
         shm_bytes: record.shm_bytes,
         hostname: record.hostname.clone(),
-        network: plugged
-            .words
-            .split(' ')
-            .filter(|word| word.starts_with("alveole.net="))
-            .map(str::to_owned)
-            .collect(),
+        network: device_words(&plugged),
         ..Setup::default()
     };
-    let mut held = volumes.held;
+    let mut held = disks.held;
     held.push(Box::new(description));
     held.push(Box::new(plugged.descriptors));
     Ok(Machine {
         monitor,
         begin: Beginning::Boot(Box::new(setup)),
         held,
-        discarded: record.remove && !outlived(record),
+        discarded: discarded(record),
     })
+}
+
+/// Plugs a VM into its networks.
+pub(super) fn plug(vm: &Vm, offline: bool) -> anyhow::Result<Plugged> {
+    let mut words = vec!["words".to_owned()];
+    if offline {
+        words.push("--net=none".into());
+    } else {
+        words.extend_from_slice(&vm.record.network);
+        let free = ports::still_free(vm)?;
+        words.extend(free.iter().map(|port| format!("--publish={port}")));
+    }
+    let words =
+        Words::try_parse_from(words).context("cannot understand the VM's words about networks")?;
+    let plugged = words.network.begin(!in_lab())?.finish()?;
+    reached("network");
+    Ok(plugged)
+}
+
+/// The words for the guest that are about its network devices.
+pub(super) fn device_words(plugged: &Plugged) -> Vec<String> {
+    let words = plugged.words.split(' ');
+    let devices = words.filter(|word| word.starts_with("alveole.net="));
+    devices.map(str::to_owned).collect()
+}
+
+/// Whether nothing is left of what a VM writes.
+pub(super) fn discarded(record: &Record) -> bool {
+    record.remove && !outlived(record)
+}
+
+/// A VM's disks.
+pub(super) struct Disks {
+    pub(super) drives: Vec<Drive>,
+    /// There is one that takes the root's changes.
+    changes: bool,
+    /// There is one with the kernel's modules.
+    modules: bool,
+    mounts: Vec<alveole_agent_protocol::Volume>,
+    /// What lives as long as the machine does.
+    pub(super) held: Vec<Box<dyn Send>>,
+    left_out: Vec<String>,
+}
+
+impl Disks {
+    /// Those for a boot: what is not there is made, and folders are copied.
+    fn made(places: &Places, vm: &Vm, kernel: &Kernel) -> anyhow::Result<Self> {
+        let changes = changes(places, vm)?;
+        reached("disk");
+        let volumes = volumes::prepare(places, vm, volumes::Copies::New)?;
+        Ok(Self::of(vm, kernel, changes.as_deref(), volumes))
+    }
+
+    /// Those that are there.
+    pub(super) fn kept(places: &Places, vm: &Vm) -> anyhow::Result<Self> {
+        let kernel = places.kernels().get(Some(&vm.record.kernel))?;
+        let volumes = volumes::prepare(places, vm, volumes::Copies::Kept)?;
+        let overlay = vm.at(OVERLAY);
+        let changes = vm.record.disk_bytes.map(|_| overlay.as_path());
+        Ok(Self::of(vm, &kernel, changes, volumes))
+    }
+
+    fn of(vm: &Vm, kernel: &Kernel, changes: Option<&Path>, volumes: volumes::Prepared) -> Self {
+        let modules = kernel.modules_disk();
+        let own = drives(&vm.record.root_disk, changes, modules.as_deref());
+        Self {
+            drives: own.into_iter().chain(volumes.drives).collect(),
+            changes: changes.is_some(),
+            modules: modules.is_some(),
+            mounts: volumes.mounts,
+            held: volumes.held,
+            left_out: volumes.left_out,
+        }
+    }
 }
 
 /// Whether something that the guest can write is there after it.
@@ -292,7 +361,11 @@ fn changes(places: &Places, vm: &Vm) -> anyhow::Result<Option<PathBuf>> {
     let Some(bytes) = vm.record.disk_bytes else {
         return Ok(None);
     };
-    let path = vm.at("changes");
+    let overlay = vm.at(OVERLAY);
+    if overlay.exists() {
+        return Ok(Some(overlay));
+    }
+    let path = vm.at(CHANGES);
     if !path.exists() {
         // Renamed when it is whole, so that a start that was killed leaves none that is not.
         let new = vm.at("changes.new");

@@ -8,6 +8,7 @@ mod keep;
 mod limits;
 mod maker;
 mod ports;
+mod restore;
 mod run;
 mod sample;
 mod stats;
@@ -22,6 +23,7 @@ use std::time::SystemTime;
 pub(crate) use commands::{GuestCommand, guest};
 pub(crate) use keep::{KeepArgs, keep_vm};
 pub(crate) use maker::{Maker, Wanted, changes};
+pub(crate) use restore::{CopyArgs, restore, take};
 pub(crate) use run::{ImageArgs, labels, run_image};
 
 /// How a list is shown.

@@ -313,8 +313,17 @@ pub(crate) fn write_changes(all: &[Placed]) -> bool {
     })
 }
 
+/// What becomes of copies of folders.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Copies {
+    /// They are made.
+    New,
+    /// They are there.
+    Kept,
+}
+
 /// Makes ready what a VM has.
-pub(crate) fn prepare(places: &Places, vm: &Vm) -> anyhow::Result<Prepared> {
+pub(crate) fn prepare(places: &Places, vm: &Vm, copies: Copies) -> anyhow::Result<Prepared> {
     let mut prepared = Prepared::default();
     for (number, placed) in vm.record.volumes.iter().enumerate() {
         let serial = format!("volume{number}");
@@ -341,7 +350,9 @@ pub(crate) fn prepare(places: &Places, vm: &Vm) -> anyhow::Result<Prepared> {
         match &placed.what {
             Content::Host(path) => {
                 let image = vm.at(&format!("{serial}.erofs"));
-                prepared.left_out.extend(copy(path, &image)?);
+                if copies == Copies::New {
+                    prepared.left_out.extend(copy(path, &image)?);
+                }
                 if path.is_file() {
                     volume.within = last_name(path)?;
                 }

@@ -1,0 +1,444 @@
+//! Copies of VMs: a snapshot of a running one, and VMs that go on from a snapshot, each with a disk layer, names and addresses of its own.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use alveole_block_store::{Format, tools};
+use alveole_instance::{
+    Beginning, Content, Identity, Machine, MonitorApi, Placed, Record, Restored, Snapshot,
+    SnapshotRecord, State, Vm,
+};
+use anyhow::{Context, bail};
+use serde_json::{Value, json};
+
+use super::keep::{CHANGES, Disks, device_words, discarded, plug};
+use super::run::{Begun, now_ms, start_keeper};
+use crate::interfaces::keep_over_exec;
+use crate::places::Places;
+use crate::run::{hand_over, path_of};
+use crate::{hint, print};
+
+/// Memory is written to a disk meanwhile.
+const TAKE_PATIENCE: Duration = Duration::from_secs(900);
+/// So many copies are begun before the first of them runs.
+const AT_ONCE: usize = 8;
+/// What a disk for changes is laid over begins so.
+const BASE: &str = "base-";
+/// A disk for changes that is laid over another one.
+pub(super) const OVERLAY: &str = "changes.qcow2";
+
+/// What copies are to be.
+#[derive(clap::Args)]
+pub(crate) struct CopyArgs {
+    /// How many
+    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    number: u32,
+    /// Their name; of several it is followed by -1, -2 and so on [that of the VM and an id]
+    #[arg(long)]
+    name: Option<String>,
+    /// Network interfaces, as `alveole run --net` has them, instead of those of the VM: as many, in the same order; repeatable
+    #[arg(long, value_name = "WHAT[,OPTION]...")]
+    net: Vec<String>,
+    /// Remove them, and what they wrote, when they end
+    #[arg(long)]
+    rm: bool,
+    /// How long the guest's programs in /etc/alveole/renew.d may take, as 10s; with 0s they do not run
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
+    hooks: Duration,
+}
+
+/// Takes a snapshot of a running VM into this folder. The guest goes on.
+pub(crate) fn take(vm: &Vm, folder: &Path, sync: bool) -> anyhow::Result<SnapshotRecord> {
+    let name = &vm.name;
+    let (phase, main_pid) = match vm.state()? {
+        State::Kept(phase) => match phase.main_pid {
+            Some(pid) => (phase, pid),
+            None => bail!(
+                "the VM '{name}' is just starting, or its agent alone serves: take a snapshot when its process runs"
+            ),
+        },
+        _ => bail!(
+            "the VM '{name}' does not run, and a snapshot is of one that does: alveole start {name} starts it"
+        ),
+    };
+    let writes = |placed: &&Placed| matches!(placed.what, Content::Volume(_)) && !placed.read_only;
+    if let Some(Placed {
+        what: Content::Volume(volume),
+        ..
+    }) = vm.record.volumes.iter().find(writes)
+    {
+        bail!(
+            "the VM '{name}' writes to the volume '{volume}', which no second VM can have: a snapshot of it could not be used; have \
+             the volume read-only (-v {volume}:PATH:ro), or let the VM have a place of its own (-v PATH)"
+        );
+    }
+    let changes = changes(vm);
+    let drives: Vec<Value> = changes
+        .iter()
+        .map(|path| json!({"drive_id": CHANGES, "path_on_host": folder.join(file_name(path))}))
+        .collect();
+    let body = json!({
+        "snapshot_path": folder.join("state"), "mem_file_path": folder.join("memory"),
+        "snapshot_type": "Full", "live": true, "sync": sync, "drives": drives,
+    });
+    let said = MonitorApi::new(vm, TAKE_PATIENCE).put("/snapshot/create", &body)?;
+    let said: Value = serde_json::from_str(&said).unwrap_or_default();
+    if let Some(changes) = changes {
+        let copy = folder.join(file_name(&changes));
+        // Copies are laid over it.
+        fs::set_permissions(&copy, fs::Permissions::from_mode(0o400))
+            .with_context(|| format!("cannot protect '{}'", copy.display()))?;
+    }
+    for file in kept_files(vm.folder())? {
+        link(&file, &folder.join(file_name(&file)))?;
+    }
+    Ok(SnapshotRecord {
+        version: SnapshotRecord::VERSION,
+        created_ms: now_ms(),
+        stood_still_us: said["stood_still_us"].as_u64().unwrap_or_default(),
+        vm: name.clone(),
+        record: vm.record.clone(),
+        cpus: phase.cpus,
+        memory_mib: phase.memory_mib,
+        main_pid,
+        network: phase.network,
+    })
+}
+
+/// The disk that takes a VM's changes, if it is there.
+fn changes(vm: &Vm) -> Option<PathBuf> {
+    let found = [vm.at(OVERLAY), vm.at(CHANGES)];
+    found.into_iter().find(|path| path.exists())
+}
+
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
+/// What of a VM or snapshot is never written: what its disk is laid over, and copies of folders.
+fn kept_files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let act = || format!("cannot read the folder '{}'", folder.display());
+    let mut all = Vec::new();
+    for entry in fs::read_dir(folder).with_context(act)? {
+        let path = entry.with_context(act)?.path();
+        let name = file_name(&path);
+        if name.starts_with(BASE) || name.starts_with("volume") && name.ends_with(".erofs") {
+            all.push(path);
+        }
+    }
+    all.sort();
+    Ok(all)
+}
+
+/// A second name for the same file, which lives as long as one of both.
+fn link(from: &Path, to: &Path) -> anyhow::Result<()> {
+    fs::hard_link(from, to).with_context(|| {
+        format!(
+            "cannot link '{}' to '{}': VMs and snapshots have to be on one file system",
+            to.display(),
+            from.display()
+        )
+    })
+}
+
+/// Makes a copy's disk, over that of the snapshot.
+fn lay_over(snapshot: &Snapshot, vm: &Vm) -> anyhow::Result<()> {
+    let files = kept_files(snapshot.folder())?;
+    for file in &files {
+        link(file, &vm.at(&file_name(file)))?;
+    }
+    let depth = files
+        .iter()
+        .filter(|f| file_name(f).starts_with(BASE))
+        .count()
+        + 1;
+    for (name, end, format) in [
+        (OVERLAY, ".qcow2", Format::Qcow2),
+        (CHANGES, "", Format::Raw),
+    ] {
+        let from = snapshot.at(name);
+        if from.exists() {
+            let base = vm.at(&format!("{BASE}{depth}{end}"));
+            link(&from, &base)?;
+            tools::create_overlay(&vm.at(OVERLAY), &base, format)
+                .with_context(|| format!("cannot make the disk of '{}'", vm.name))?;
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// The words about networks of a copy.
+fn network(snapshot: &SnapshotRecord, name: &str, nets: &[String]) -> anyhow::Result<Vec<String>> {
+    let mut words = Vec::new();
+    let mut said = !nets.is_empty();
+    for word in &snapshot.record.network {
+        let Some((option, value)) = word.split_once('=') else {
+            continue;
+        };
+        match option {
+            // Its own, or somebody else's already.
+            "--name" | "--hostname" | "--publish" => {}
+            "--net" if !nets.is_empty() => {}
+            "--net" => {
+                said = true;
+                if value.starts_with("tap=") || value.starts_with("macvtap=") {
+                    bail!(
+                        "the VM '{}' has --net {value}, which no second VM can have: say another one, by --net",
+                        snapshot.vm
+                    );
+                }
+                let options = value.split(',').filter(|o| !o.starts_with("mac="));
+                words.push(format!("--net={}", options.collect::<Vec<_>>().join(",")));
+            }
+            _ => words.push(word.clone()),
+        }
+    }
+    words.extend(nets.iter().map(|net| format!("--net={net}")));
+    // It came by itself, and by itself might not come again, or come where there was none.
+    if !said {
+        let usual = if snapshot.network.is_empty() {
+            "none"
+        } else {
+            "user"
+        };
+        words.push(format!("--net={usual}"));
+    }
+    words.push(format!("--name={name}"));
+    Ok(words)
+}
+
+/// Makes a VM that is to go on from the snapshot.
+fn make(places: &Places, snapshot: &Snapshot, name: &str, args: &CopyArgs) -> anyhow::Result<Vm> {
+    let of = &snapshot.record;
+    let record = Record {
+        id: Record::new_id()?,
+        created_ms: now_ms(),
+        cpus: of.cpus,
+        memory_mib: of.memory_mib,
+        hostname: name.to_owned(),
+        network: network(of, name, &args.net)?,
+        published_free: Vec::new(),
+        remove: args.rm,
+        ..of.record.clone()
+    };
+    let vm = places.vms().create(name, &record)?;
+    if let Err(e) = lay_over(snapshot, &vm) {
+        forget(&vm);
+        return Err(e);
+    }
+    Ok(vm)
+}
+
+/// Removes what did not become a VM.
+fn forget(vm: &Vm) {
+    let removed = vm.lock().and_then(|lock| vm.clone().remove(&lock));
+    if let Err(e) = removed {
+        hint(&format!("warning: {e}"));
+    }
+}
+
+/// Makes copies, and prints their names when each is a VM of its own.
+pub(crate) fn restore(snapshot: &Snapshot, args: &CopyArgs) -> anyhow::Result<ExitCode> {
+    let places = Places::usual();
+    places.vms().sweep();
+    let _loading = snapshot.load()?;
+    let hooks = format!("--hooks-ms={}", args.hooks.as_millis());
+    let from = snapshot
+        .folder()
+        .to_str()
+        .with_context(|| format!("'{}' is no UTF-8", snapshot.folder().display()))?;
+    let mut result = ExitCode::SUCCESS;
+    let mut begun: std::collections::VecDeque<Begun> = std::collections::VecDeque::new();
+    for number in 1..=args.number {
+        let name = match (&args.name, args.number) {
+            (Some(name), 1) => name.clone(),
+            (Some(name), _) => format!("{name}-{number}"),
+            (None, _) => format!("{}-{}", snapshot.record.vm, Record::new_id()?),
+        };
+        let copy = make(&places, snapshot, &name, args)
+            .and_then(|vm| start_keeper(&vm, &["--from", from, &hooks]));
+        match copy {
+            Ok(copy) => begun.push_back(copy),
+            Err(e) => {
+                hint(&format!("{e:#}"));
+                result = ExitCode::FAILURE;
+                break;
+            }
+        }
+        if begun.len() >= AT_ONCE
+            && let Some(copy) = begun.pop_front()
+            && !runs(copy)?
+        {
+            result = ExitCode::FAILURE;
+            break;
+        }
+    }
+    for copy in begun {
+        if !runs(copy)? {
+            result = ExitCode::FAILURE;
+        }
+    }
+    Ok(result)
+}
+
+/// Waits until a copy runs; says what it is called, or why not.
+fn runs(mut copy: Begun) -> anyhow::Result<bool> {
+    let why = match copy.hear() {
+        Ok(word) if word == "runs" => {
+            print(&format!("{}\n", copy.vm.name))?;
+            return Ok(true);
+        }
+        Ok(why) => why,
+        Err(e) => format!("{e:#}"),
+    };
+    hint(&format!("the VM '{}' did not start: {why}", copy.vm.name));
+    // Its keeper is at its end, and it has never been anything.
+    let _ = copy.keeper.wait();
+    if copy.vm.again().is_ok() {
+        forget(&copy.vm);
+    }
+    Ok(false)
+}
+
+/// The machine of a VM that goes on from the snapshot in this folder.
+pub(super) fn restored(
+    places: &Places,
+    vm: &Vm,
+    from: &Path,
+    hooks: Option<Duration>,
+) -> anyhow::Result<Machine> {
+    let snapshot = Snapshot::open(from)?
+        .with_context(|| format!("there is no snapshot in '{}'", from.display()))?;
+    let disks = Disks::kept(places, vm)?;
+    let plugged = plug(vm, false)?;
+    let drives: Vec<Value> = disks
+        .drives
+        .iter()
+        .map(|d| json!({"drive_id": d.drive_id, "path_on_host": d.path_on_host, "format": d.format, "backing": d.backing}))
+        .collect();
+    let interfaces: Vec<Value> = plugged
+        .interfaces
+        .iter()
+        .map(|i| {
+            json!({
+                "iface_id": i.iface_id, "host_dev_name": i.host_dev_name, "link": i.link, "vhost_fds": i.vhost_fds,
+                "link_up": false,
+            })
+        })
+        .collect();
+    let load = json!({
+        "snapshot_path": snapshot.at("state"),
+        "mem_backend": {"backend_type": "File", "backend_path": snapshot.at("memory")},
+        "resume_vm": true,
+        "drive_overrides": drives,
+        "network_overrides": interfaces,
+        "vsock_override": {"uds_path": vm.socket("vsock")},
+    });
+    let load = hand_over(&without_nulls(load))?;
+    let mut monitor = std::process::Command::new(alveole_host::programs::vmm()?);
+    monitor
+        .arg("--load-snapshot")
+        .arg(path_of(&load))
+        .arg("--api-sock")
+        .arg(vm.socket("api"))
+        .args(["--id", &vm.record.id]);
+    keep_over_exec(&plugged.descriptors)?;
+    let identity = Identity::new(
+        &vm.record.hostname,
+        &snapshot.record.network,
+        &device_words(&plugged),
+    )?;
+    let links = plugged.interfaces.iter().map(|i| i.iface_id.clone());
+    let restored = Restored {
+        identity,
+        main_pid: snapshot.record.main_pid,
+        hooks,
+        links: links.collect(),
+    };
+    let mut held = disks.held;
+    held.push(Box::new(load));
+    held.push(Box::new(plugged.descriptors));
+    Ok(Machine {
+        monitor,
+        begin: Beginning::Restored(restored),
+        held,
+        discarded: discarded(&vm.record),
+    })
+}
+
+/// What is not said is left out.
+fn without_nulls(value: Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let said = fields.into_iter().filter(|(_, value)| !value.is_null());
+            said.map(|(name, value)| (name, without_nulls(value)))
+                .collect()
+        }
+        Value::Array(all) => all.into_iter().map(without_nulls).collect(),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(words: &[&str], devices: usize) -> SnapshotRecord {
+        let json = json!({
+            "version": 1, "created_ms": 1, "stood_still_us": 1, "vm": "web", "cpus": 1, "memory_mib": 64, "main_pid": 9,
+            "network": vec!["alveole.net=02:00:00:00:00:01"; devices],
+            "record": {
+                "version": 1, "id": "0123456789ab", "image": "x", "image_id": "", "created_ms": 1, "root_disk": "/x",
+                "kernel": "k", "cpus": 1, "memory_mib": 64, "disk_bytes": null, "read_only": false, "hostname": "web",
+                "network": words, "process": {}, "stop_signal": 15, "restart": "no", "remove": false,
+            },
+        });
+        serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn a_copy_has_names_and_addresses_of_its_own() {
+        let words = [
+            "--net=front,mac=02:00:00:00:00:07,queues=2",
+            "--net=user",
+            "--publish=8080:80",
+            "--hostname=w",
+            "--allow=to=any",
+            "--name=web",
+        ];
+        let own = network(&record(&words, 2), "copy", &[]).unwrap();
+        assert_eq!(
+            own,
+            [
+                "--net=front,queues=2",
+                "--net=user",
+                "--allow=to=any",
+                "--name=copy"
+            ]
+        );
+        let other = ["tap=t7".to_owned()];
+        let own = network(&record(&["--net=tap=t1"], 0), "copy", &other).unwrap();
+        assert_eq!(own, ["--net=tap=t7", "--name=copy"]);
+        let error = network(&record(&["--net=tap=t1"], 0), "copy", &[]).unwrap_err();
+        assert!(error.to_string().contains("tap=t1"), "{error}");
+    }
+
+    #[test]
+    fn what_came_by_itself_comes_again_or_not() {
+        let with = network(&record(&["--name=web"], 1), "copy", &[]).unwrap();
+        assert_eq!(with, ["--net=user", "--name=copy"]);
+        let without = network(&record(&[], 0), "copy", &[]).unwrap();
+        assert_eq!(without, ["--net=none", "--name=copy"]);
+    }
+
+    #[test]
+    fn what_is_not_said_is_left_out() {
+        let all = json!({"a": null, "b": [{"c": null, "d": 1}], "e": false});
+        assert_eq!(without_nulls(all), json!({"b": [{"d": 1}], "e": false}));
+    }
+}

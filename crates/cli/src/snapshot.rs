@@ -1,0 +1,228 @@
+//! `alveole snapshot`, `restore`, `fork`: moments of running VMs, and VMs that go on from them.
+
+use std::process::{Command, ExitCode};
+use std::time::{Duration, UNIX_EPOCH};
+
+use alveole_host::programs;
+use alveole_instance::{InstanceError, Snapshot};
+use anyhow::{Context, bail};
+use clap::Subcommand;
+use serde_json::json;
+
+use crate::guests::{self, CopyArgs, Format, table, take};
+use crate::places::Places;
+use crate::size::human;
+use crate::{hint, print};
+
+#[derive(clap::Args)]
+pub(crate) struct SnapshotArgs {
+    #[command(subcommand)]
+    command: SnapshotCommand,
+}
+
+#[derive(Subcommand)]
+enum SnapshotCommand {
+    /// Take a snapshot of a running VM, memory and disk of one moment; the VM goes on
+    Create {
+        /// The VM
+        vm: String,
+        /// What to call it [the VM's name, and -1, -2 and so on]
+        name: Option<String>,
+    },
+    /// Show the snapshots
+    Ls {
+        /// Names alone
+        #[arg(short, long)]
+        quiet: bool,
+        /// text or json
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+    },
+    /// Show everything that is known of snapshots, as JSON
+    Inspect {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Read snapshots as a load would, and say what is wrong with them
+    Verify {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Remove snapshots; VMs that go on from them stay
+    Rm {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+#[derive(clap::Args)]
+pub(crate) struct RestoreArgs {
+    #[command(flatten)]
+    copies: CopyArgs,
+    /// The snapshot
+    snapshot: String,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ForkArgs {
+    #[command(flatten)]
+    copies: CopyArgs,
+    /// A VM that runs, and goes on, or a snapshot
+    of: String,
+}
+
+pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
+    let places = Places::usual();
+    let all = places.snapshots();
+    match &args.command {
+        SnapshotCommand::Create { vm, name } => {
+            let vm = places.vms().find(vm)?;
+            let take = |folder: &std::path::Path| take(&vm, folder, true);
+            let made = match name {
+                Some(name) => all.create(name, take)?,
+                None => {
+                    let taken: Vec<_> = all.list()?.into_iter().map(|s| s.name).collect();
+                    let mut names = (1_u32..).map(|number| format!("{}-{number}", vm.name));
+                    let name = names
+                        .find(|name| !taken.contains(name))
+                        .context("too many snapshots")?;
+                    all.create(&name, take)?
+                }
+            };
+            hint(&format!(
+                "the VM '{}' stood still for {:.1} ms",
+                vm.name,
+                made.record.stood_still_us as f64 / 1000.0
+            ));
+            print(&format!("{}\n", made.name))?;
+        }
+        SnapshotCommand::Ls { quiet, format } => {
+            let list = all.list()?;
+            let text = match format {
+                _ if *quiet => list.iter().map(|s| format!("{}\n", s.name)).collect(),
+                Format::Json => {
+                    let facts: Vec<_> = list.iter().map(facts).collect();
+                    format!("{}\n", serde_json::to_string_pretty(&facts)?)
+                }
+                Format::Text => {
+                    let row = |s: &Snapshot| {
+                        let of = &s.record;
+                        vec![
+                            s.name.clone(),
+                            of.vm.clone(),
+                            guests::shortened(&of.record.image),
+                            created(of.created_ms),
+                            format!("{} MiB", of.memory_mib),
+                            human(s.taken_bytes()),
+                        ]
+                    };
+                    let head = ["NAME", "VM", "IMAGE", "TAKEN", "MEMORY", "ON DISK"];
+                    table(&head, list.iter().map(row).collect())
+                }
+            };
+            print(&text)?;
+        }
+        SnapshotCommand::Inspect { names } => {
+            let found: Result<Vec<_>, _> = names.iter().map(|name| all.find(name)).collect();
+            let facts: Vec<_> = found?.iter().map(facts).collect();
+            print(&format!("{}\n", serde_json::to_string_pretty(&facts)?))?;
+        }
+        SnapshotCommand::Verify { names } => {
+            return each(names, |name| verify(&all.find(name)?));
+        }
+        SnapshotCommand::Rm { names } => {
+            return each(names, |name| {
+                all.find(name)?.remove()?;
+                print(&format!("{name}\n"))
+            });
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// For each of these; what fails is told, and the others go on.
+fn each(names: &[String], how: impl Fn(&str) -> anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+    let mut result = ExitCode::SUCCESS;
+    for name in names {
+        if let Err(e) = how(name) {
+            hint(&format!("{e:#}"));
+            result = ExitCode::FAILURE;
+        }
+    }
+    Ok(result)
+}
+
+fn created(ms: u64) -> String {
+    let time = UNIX_EPOCH + Duration::from_secs(ms / 1000);
+    humantime::format_rfc3339_seconds(time).to_string()
+}
+
+fn facts(snapshot: &Snapshot) -> serde_json::Value {
+    let of = &snapshot.record;
+    json!({
+        "name": snapshot.name, "vm": of.vm, "image": of.record.image, "image_id": of.record.image_id,
+        "created_ms": of.created_ms, "stood_still_us": of.stood_still_us, "cpus": of.cpus, "memory_mib": of.memory_mib,
+        "taken_bytes": snapshot.taken_bytes(), "folder": snapshot.folder(), "record": of.record,
+    })
+}
+
+/// Has the monitor read it, who knows what is in it, and looks at what else a copy needs.
+fn verify(snapshot: &Snapshot) -> anyhow::Result<()> {
+    let record = &snapshot.record.record;
+    let mut wrong = Vec::new();
+    if !record.root_disk.exists() {
+        wrong.push(format!(
+            "the image's root disk '{}' is gone: pull '{}' again",
+            record.root_disk.display(),
+            record.image
+        ));
+    }
+    let places = Places::usual();
+    if let Err(e) = places.kernels().get(Some(&record.kernel)) {
+        wrong.push(format!("{e:#}"));
+    }
+    let read = Command::new(programs::vmm()?)
+        .arg("--verify-snapshot")
+        .arg(snapshot.at("state"))
+        .output()
+        .context("cannot start the monitor")?;
+    if !read.status.success() {
+        let said = String::from_utf8_lossy(&read.stderr);
+        wrong.push(said.trim().to_owned());
+    }
+    if !wrong.is_empty() {
+        bail!(
+            "the snapshot '{}' cannot be used: {}",
+            snapshot.name,
+            wrong.join("; ")
+        );
+    }
+    print(&format!("{}: whole\n", snapshot.name))
+}
+
+pub(crate) fn restore(args: &RestoreArgs) -> anyhow::Result<ExitCode> {
+    let snapshot = Places::usual().snapshots().find(&args.snapshot)?;
+    guests::restore(&snapshot, &args.copies)
+}
+
+pub(crate) fn fork(args: &ForkArgs) -> anyhow::Result<ExitCode> {
+    let places = Places::usual();
+    match places.vms().find(&args.of) {
+        Ok(vm) => {
+            let passing = places.snapshots().pass(|folder| take(&vm, folder, false))?;
+            guests::restore(passing.snapshot(), &args.copies)
+        }
+        Err(InstanceError::Unknown(name)) => match places.snapshots().find(&name) {
+            Ok(snapshot) => guests::restore(&snapshot, &args.copies),
+            Err(InstanceError::UnknownSnapshot(_)) => bail!(
+                "there is neither a VM nor a snapshot '{name}'; `alveole ps` shows the VMs that run, `alveole snapshot ls` the \
+                 snapshots"
+            ),
+            Err(e) => Err(e.into()),
+        },
+        Err(e) => Err(e.into()),
+    }
+}
