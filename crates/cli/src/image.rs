@@ -205,10 +205,13 @@ impl How {
     }
 }
 
-/// Root disks of VMs, which stay as long as these are there.
+/// Root disks of VMs and snapshots, which stay as long as these are there.
 pub(crate) fn in_use() -> anyhow::Result<Vec<PathBuf>> {
-    let vms = Places::usual().vms().list()?;
-    Ok(vms.into_iter().map(|vm| vm.record.root_disk).collect())
+    let places = Places::usual();
+    let of_vms = places.vms().list()?.into_iter().map(|vm| vm.record);
+    let snapshots = places.snapshots().list()?;
+    let of_snapshots = snapshots.into_iter().map(|s| s.record.record);
+    Ok(of_vms.chain(of_snapshots).map(|r| r.root_disk).collect())
 }
 
 /// The image of this name, from its registry if it is not here.

@@ -20,6 +20,7 @@ mod lab;
 mod login;
 mod net;
 mod places;
+mod pool;
 mod run;
 mod size;
 mod snapshot;
@@ -75,6 +76,8 @@ enum Command {
     Restore(snapshot::RestoreArgs),
     /// Make copies of a running VM, or of a snapshot, that go on from there, each a VM of its own
     Fork(snapshot::ForkArgs),
+    /// Keep copies of a snapshot ready, to be taken at once
+    Pool(pool::PoolArgs),
     #[command(flatten)]
     Guest(guests::GuestCommand),
     /// Show what all of it takes on this host's disk, and remove what nobody needs
@@ -130,6 +133,7 @@ fn main() -> ExitCode {
         Some(Command::Snapshot(args)) => snapshot::snapshot(&args),
         Some(Command::Restore(args)) => snapshot::restore(&args),
         Some(Command::Fork(args)) => snapshot::fork(&args),
+        Some(Command::Pool(args)) => pool::pool(&args),
         Some(Command::Guest(command)) => guests::guest(&command),
         Some(Command::System(args)) => system::system(&args),
         Some(Command::Generate(args)) => generate::generate(&args, Cli::command()),

@@ -83,6 +83,11 @@ impl Places {
         Snapshots::new(&self.state.join("snapshots"))
     }
 
+    /// Descriptions of pools.
+    pub(crate) fn pools(&self) -> PathBuf {
+        self.state.join("pools")
+    }
+
     /// Empty disks, to be copied.
     pub(crate) fn empty_disks(&self) -> PathBuf {
         self.data.join("empty-disks")

@@ -11,6 +11,7 @@ use serde_json::json;
 
 use crate::guests::{self, CopyArgs, Format, table, take};
 use crate::places::Places;
+use crate::pool;
 use crate::size::human;
 use crate::{hint, print};
 
@@ -135,7 +136,13 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
         }
         SnapshotCommand::Rm { names } => {
             return each(names, |name| {
-                all.find(name)?.remove()?;
+                let found = all.find(name)?;
+                if let Some(pool) = pool::of_snapshot(&places, name)? {
+                    bail!(
+                        "the pool '{pool}' is filled from the snapshot '{name}': remove that first (alveole pool rm {pool})"
+                    );
+                }
+                found.remove()?;
                 print(&format!("{name}\n"))
             });
         }
@@ -205,7 +212,14 @@ fn verify(snapshot: &Snapshot) -> anyhow::Result<()> {
 
 pub(crate) fn restore(args: &RestoreArgs) -> anyhow::Result<ExitCode> {
     let snapshot = Places::usual().snapshots().find(&args.snapshot)?;
-    guests::restore(&snapshot, &args.copies)
+    restored(&snapshot, &args.copies)
+}
+
+/// Makes copies, and prints the name of each.
+fn restored(snapshot: &Snapshot, args: &CopyArgs) -> anyhow::Result<ExitCode> {
+    guests::restore(snapshot, &args.into(), |vm| {
+        print(&format!("{}\n", vm.name))
+    })
 }
 
 pub(crate) fn fork(args: &ForkArgs) -> anyhow::Result<ExitCode> {
@@ -213,10 +227,10 @@ pub(crate) fn fork(args: &ForkArgs) -> anyhow::Result<ExitCode> {
     match places.vms().find(&args.of) {
         Ok(vm) => {
             let passing = places.snapshots().pass(|folder| take(&vm, folder, false))?;
-            guests::restore(passing.snapshot(), &args.copies)
+            restored(passing.snapshot(), &args.copies)
         }
         Err(InstanceError::Unknown(name)) => match places.snapshots().find(&name) {
-            Ok(snapshot) => guests::restore(&snapshot, &args.copies),
+            Ok(snapshot) => restored(&snapshot, &args.copies),
             Err(InstanceError::UnknownSnapshot(_)) => bail!(
                 "there is neither a VM nor a snapshot '{name}'; `alveole ps` shows the VMs that run, `alveole snapshot ls` the \
                  snapshots"

@@ -32,7 +32,7 @@ enum SystemCommand {
     },
     /// Remove VMs that have ended, and what no image and no VM needs
     #[command(
-        after_help = "What VMs wrote is gone with them. VMs that were made and never started stay, as do kernels and volumes (alveole volume prune)."
+        after_help = "What VMs wrote is gone with them. VMs that were made and never started stay, as do kernels, snapshots and volumes (alveole volume prune)."
     )]
     Prune {
         /// Images that no VM has, too
@@ -94,6 +94,13 @@ fn df(format: Format) -> anyhow::Result<ExitCode> {
         }
     }
     kinds.push(vms);
+    let snapshots = places.snapshots().list()?;
+    kinds.push(Kind {
+        name: "snapshots",
+        count: snapshots.len() as u64,
+        bytes: snapshots.iter().map(|s| taken(s.folder())).sum(),
+        unused_bytes: 0,
+    });
     let (count, bytes, unused_bytes) = crate::volume::usage(&places)?;
     kinds.push(Kind {
         name: "volumes",

@@ -292,18 +292,10 @@ pub(crate) fn guest(command: &GuestCommand) -> anyhow::Result<ExitCode> {
             done(&vm.name)
         }),
         GuestCommand::Rm { force, vms: names } => each(&vms, names, |vm| {
-            if *force && vm.is_kept()? {
-                end(&vm, &Ask::Kill, END_PATIENCE)?;
-            }
             let name = vm.name.clone();
-            // Of one that was to be removed with its end, nothing is left.
-            match vm.lock() {
-                Ok(lock) => match vm.remove(&lock) {
-                    Err(_) if vms.find(&name).is_err() => {}
-                    removed => removed?,
-                },
-                Err(_) if vms.find(&name).is_err() => {}
-                Err(e) => return Err(e.into()),
+            match *force {
+                true => end_and_remove(&vms, vm)?,
+                false => remove(&vms, vm)?,
             }
             done(&name)
         }),
@@ -324,6 +316,27 @@ pub(crate) fn guest(command: &GuestCommand) -> anyhow::Result<ExitCode> {
             vms.find(vm)?.rename(name)?;
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+/// Ends a VM that runs, and removes it.
+pub(crate) fn end_and_remove(vms: &Vms, vm: Vm) -> anyhow::Result<()> {
+    if vm.is_kept()? {
+        end(&vm, &Ask::Kill, END_PATIENCE)?;
+    }
+    remove(vms, vm)
+}
+
+fn remove(vms: &Vms, vm: Vm) -> anyhow::Result<()> {
+    let name = vm.name.clone();
+    // Of one that was to be removed with its end, nothing is left.
+    match vm.lock() {
+        Ok(lock) => match vm.remove(&lock) {
+            Err(_) if vms.find(&name).is_err() => Ok(()),
+            removed => Ok(removed?),
+        },
+        Err(_) if vms.find(&name).is_err() => Ok(()),
+        Err(e) => Err(e.into()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Copies of VMs: a snapshot of a running one, and VMs that go on from a snapshot, each with a disk layer, names and addresses of its own.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -16,10 +17,10 @@ use serde_json::{Value, json};
 
 use super::keep::{CHANGES, Disks, device_words, discarded, plug};
 use super::run::{Begun, now_ms, start_keeper};
+use crate::hint;
 use crate::interfaces::keep_over_exec;
 use crate::places::Places;
 use crate::run::{hand_over, path_of};
-use crate::{hint, print};
 
 /// Memory is written to a disk meanwhile.
 const TAKE_PATIENCE: Duration = Duration::from_secs(900);
@@ -48,6 +49,31 @@ pub(crate) struct CopyArgs {
     /// How long the guest's programs in /etc/alveole/renew.d may take, as 10s; with 0s they do not run
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
     hooks: Duration,
+}
+
+/// What copies are, however that was said.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Copies {
+    pub(crate) number: u32,
+    pub(crate) name: Option<String>,
+    pub(crate) net: Vec<String>,
+    pub(crate) remove: bool,
+    pub(crate) hooks: Duration,
+    /// Besides those of the VM.
+    pub(crate) labels: BTreeMap<String, String>,
+}
+
+impl From<&CopyArgs> for Copies {
+    fn from(args: &CopyArgs) -> Self {
+        Self {
+            number: args.number,
+            name: args.name.clone(),
+            net: args.net.clone(),
+            remove: args.rm,
+            hooks: args.hooks,
+            labels: BTreeMap::new(),
+        }
+    }
 }
 
 /// Takes a snapshot of a running VM into this folder. The guest goes on.
@@ -213,17 +239,22 @@ fn network(snapshot: &SnapshotRecord, name: &str, nets: &[String]) -> anyhow::Re
 }
 
 /// Makes a VM that is to go on from the snapshot.
-fn make(places: &Places, snapshot: &Snapshot, name: &str, args: &CopyArgs) -> anyhow::Result<Vm> {
+fn make(places: &Places, snapshot: &Snapshot, name: &str, copies: &Copies) -> anyhow::Result<Vm> {
     let of = &snapshot.record;
+    let mut labels = of.record.labels.clone();
+    // What this program says of a VM is not true of its copies.
+    labels.retain(|name, _| !name.starts_with("alveole."));
+    labels.extend(copies.labels.clone());
     let record = Record {
         id: Record::new_id()?,
         created_ms: now_ms(),
         cpus: of.cpus,
         memory_mib: of.memory_mib,
         hostname: name.to_owned(),
-        network: network(of, name, &args.net)?,
+        network: network(of, name, &copies.net)?,
         published_free: Vec::new(),
-        remove: args.rm,
+        remove: copies.remove,
+        labels,
         ..of.record.clone()
     };
     let vm = places.vms().create(name, &record)?;
@@ -242,55 +273,65 @@ fn forget(vm: &Vm) {
     }
 }
 
-/// Makes copies, and prints their names when each is a VM of its own.
-pub(crate) fn restore(snapshot: &Snapshot, args: &CopyArgs) -> anyhow::Result<ExitCode> {
+/// Makes copies; `ready` is given each when it is a VM of its own.
+pub(crate) fn restore(
+    snapshot: &Snapshot,
+    copies: &Copies,
+    mut ready: impl FnMut(&Vm) -> anyhow::Result<()>,
+) -> anyhow::Result<ExitCode> {
     let places = Places::usual();
     places.vms().sweep();
     let _loading = snapshot.load()?;
-    let hooks = format!("--hooks-ms={}", args.hooks.as_millis());
+    let hooks = format!("--hooks-ms={}", copies.hooks.as_millis());
     let from = snapshot
         .folder()
         .to_str()
         .with_context(|| format!("'{}' is no UTF-8", snapshot.folder().display()))?;
-    let mut result = ExitCode::SUCCESS;
-    let mut begun: std::collections::VecDeque<Begun> = std::collections::VecDeque::new();
-    for number in 1..=args.number {
-        let name = match (&args.name, args.number) {
+    let mut begun = VecDeque::new();
+    let mut well = true;
+    for number in 1..=copies.number {
+        let name = match (&copies.name, copies.number) {
             (Some(name), 1) => name.clone(),
             (Some(name), _) => format!("{name}-{number}"),
             (None, _) => format!("{}-{}", snapshot.record.vm, Record::new_id()?),
         };
-        let copy = make(&places, snapshot, &name, args)
+        let copy = make(&places, snapshot, &name, copies)
             .and_then(|vm| start_keeper(&vm, &["--from", from, &hooks]));
         match copy {
             Ok(copy) => begun.push_back(copy),
             Err(e) => {
                 hint(&format!("{e:#}"));
-                result = ExitCode::FAILURE;
-                break;
+                well = false;
             }
         }
-        if begun.len() >= AT_ONCE
+        if well
+            && begun.len() >= AT_ONCE
             && let Some(copy) = begun.pop_front()
-            && !runs(copy)?
         {
-            result = ExitCode::FAILURE;
+            well = runs(copy, &mut ready)?;
+        }
+        // What one cannot do the next cannot either.
+        if !well {
             break;
         }
     }
     for copy in begun {
-        if !runs(copy)? {
-            result = ExitCode::FAILURE;
-        }
+        well &= runs(copy, &mut ready)?;
     }
-    Ok(result)
+    Ok(match well {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
 }
 
-/// Waits until a copy runs; says what it is called, or why not.
-fn runs(mut copy: Begun) -> anyhow::Result<bool> {
+/// Waits until a copy runs; says if not, and why.
+fn runs(
+    mut copy: Begun,
+    ready: &mut impl FnMut(&Vm) -> anyhow::Result<()>,
+) -> anyhow::Result<bool> {
     let why = match copy.hear() {
         Ok(word) if word == "runs" => {
-            print(&format!("{}\n", copy.vm.name))?;
+            ready(&copy.vm)?;
             return Ok(true);
         }
         Ok(why) => why,
