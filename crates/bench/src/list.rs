@@ -182,6 +182,7 @@ fn record(number: u32) -> anyhow::Result<Record> {
         restart: Restart::No,
         remove: false,
         shm_bytes: None,
+        cpu_config: None,
         published_free: Vec::new(),
         volumes: Vec::new(),
         limits: Limits::default(),

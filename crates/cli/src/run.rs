@@ -10,7 +10,7 @@ use std::process::Command;
 use std::str::FromStr;
 
 use alveole_host::{doctor, in_lab, programs};
-use alveole_vm_config::{BootSource, Entropy, MachineConfig, VmConfig};
+use alveole_vm_config::{BootSource, CpuConfigSource, Entropy, MachineConfig, VmConfig};
 use anyhow::{Context, bail};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::FdFlags;
@@ -77,6 +77,11 @@ pub(crate) struct RunArgs {
 
     #[command(flatten)]
     pub(crate) network: NetworkArgs,
+
+    /// What the processors are to say of themselves, other than this host's: a file as of `PUT /cpu-config` of the API. With it a
+    /// snapshot can be loaded on hosts with fewer features
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cpu_config: Option<PathBuf>,
 
     /// Serial console: stdio, file:PATH, unix:PATH or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
@@ -216,6 +221,7 @@ fn describe(args: &RunArgs, plugged: &Plugged) -> VmConfig {
         network_interfaces: plugged.interfaces.clone(),
         vsock: args.vsock.as_ref().map(|vsock| vsock.0.clone()),
         entropy: Some(Entropy::default()),
+        cpu_config: args.cpu_config.clone().map(CpuConfigSource::File),
         ..VmConfig::default()
     }
 }

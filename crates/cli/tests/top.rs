@@ -65,6 +65,7 @@ impl Home {
             restart: Restart::No,
             remove: false,
             shm_bytes: None,
+            cpu_config: None,
             published_free: Vec::new(),
             volumes: Vec::new(),
             limits: Limits::default(),

@@ -519,6 +519,7 @@ pub(crate) fn test_vm(dir: &Path) -> Vm {
         limits: Default::default(),
         volumes: Vec::new(),
         shm_bytes: None,
+        cpu_config: None,
         published_free: Vec::new(),
     };
     let vms = Vms::new(&dir.join("vms"), &dir.join("run"));

@@ -27,6 +27,9 @@ pub struct Record {
     pub cpus: u8,
     /// Memory, in MiB.
     pub memory_mib: u64,
+    /// What the processors are to say of themselves: a file as the API's `PUT /cpu-config` has it.
+    #[serde(default)]
+    pub cpu_config: Option<PathBuf>,
     /// The size of the disk that takes the root's changes; none: they stay in memory.
     pub disk_bytes: Option<u64>,
     /// The root is not to be changed at all.

@@ -37,6 +37,7 @@ fn record() -> Record {
         restart: Restart::No,
         remove: false,
         shm_bytes: None,
+        cpu_config: None,
         published_free: Vec::new(),
         volumes: Vec::new(),
         limits: Limits::default(),

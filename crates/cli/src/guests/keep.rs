@@ -14,7 +14,8 @@ use alveole_instance::{
     Beginning, Content, Machine, Placed, Purpose, Record, Told, Vm, keep, reached, stages_file,
 };
 use alveole_vm_config::{
-    BootSource, CacheType, Drive, Entropy, LogLevel, Logger, MachineConfig, VmConfig, Vsock,
+    BootSource, CacheType, CpuConfigSource, Drive, Entropy, LogLevel, Logger, MachineConfig,
+    VmConfig, Vsock,
 };
 use anyhow::Context;
 use clap::Parser;
@@ -194,6 +195,7 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
             vsock_id: None,
         }),
         entropy: Some(Entropy::default()),
+        cpu_config: record.cpu_config.clone().map(CpuConfigSource::File),
         logger: stages_file().map(monitor_log),
         ..VmConfig::default()
     };

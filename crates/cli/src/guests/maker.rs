@@ -63,6 +63,7 @@ impl Maker {
             restart: Restart::No,
             limits: Limits::default(),
             shm_bytes: None,
+            cpu_config: None,
             published_free: Vec::new(),
             volumes: Vec::new(),
             remove: true,

@@ -266,6 +266,11 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
         true => ports::exposed_on_free(&args.network, &base.config.exposed_ports)?,
         false => Vec::new(),
     };
+    let cpu_config = args.cpu_config.as_ref().map(|path| {
+        path.canonicalize()
+            .with_context(|| format!("cannot use --cpu-config '{}'", path.display()))
+    });
+    let cpu_config = cpu_config.transpose()?;
     let id = Record::new_id()?;
     let name = args.network.name().unwrap_or_else(|| format!("vm-{id}"));
     network.push(format!("--name={name}"));
@@ -292,6 +297,7 @@ fn begin(args: &RunArgs, image_name: &str, mut network: Vec<String>) -> anyhow::
         restart: more.restart.unwrap_or_default(),
         remove: more.rm,
         limits,
+        cpu_config,
         shm_bytes: more.shm_size.map(|size| size.mib() << 20),
         volumes,
         id,
