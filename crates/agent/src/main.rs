@@ -3,6 +3,7 @@
 //!
 //! Deliberately does not know: images and registries, what people type, which monitor runs the guest.
 
+mod boot_id;
 mod changes;
 mod copy;
 #[expect(unsafe_code, reason = "ioctls that no library has")]

@@ -16,11 +16,11 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
-use crate::entropy;
 use crate::names::Names;
 use crate::process::{self, Running};
 use crate::reaper::Reaper;
 use crate::session::{Shared, set_clock};
+use crate::{boot_id, entropy};
 
 /// Where hooks are: an image brings them, or its user puts them there.
 const HOOKS: &str = "/etc/alveole/renew.d";
@@ -84,6 +84,8 @@ pub(crate) fn renew(request: &Renewal, shared: &Shared) -> Result<Renewed, Strin
     if let Some(id) = machine_id {
         let done = names.set_machine_id(id).map(|()| None);
         tell(&mut renewed, "machine-id", done);
+        // Kernels before Linux 5.2 cannot; no reason to have no copy.
+        tell(&mut renewed, "boot-id", Ok(boot_id::renew().err()));
     }
     if !interfaces.is_empty() {
         let done = network(interfaces, &mut names);

@@ -88,15 +88,30 @@ fn names_and_random_numbers_are_new_ones() {
         machine_id: Some(ID.to_uppercase()),
         ..Renewal::default()
     };
+    let boot_id = || said(&agent, "cat /proc/sys/kernel/random/boot_id");
+    let mut boot_ids = vec![boot_id()];
     // A second time it is what it is.
     for _ in 0..2 {
         let renewed = agent.guest().renew(&renewal).unwrap();
         assert_eq!(
             parts(&renewed),
-            [("entropy", true), ("hostname", true), ("machine-id", true)],
+            [
+                ("entropy", true),
+                ("hostname", true),
+                ("machine-id", true),
+                ("boot-id", true)
+            ],
             "{renewed:?}"
         );
         assert_eq!(renewed.failures(), Vec::<String>::new());
+        assert!(
+            renewed.parts.iter().all(|part| part.remark.is_none()),
+            "{renewed:?}"
+        );
+        let new = boot_id();
+        assert!(!boot_ids.contains(&new) && new.len() == 36, "{new}");
+        assert_eq!(new, boot_id(), "another one with each look");
+        boot_ids.push(new);
         assert_eq!((renewed.clock_off_ns, renewed.hooks.len()), (None, 0));
     }
     assert_ne!(before, "clone-7.front");
@@ -149,6 +164,7 @@ fn what_cannot_be_is_told_and_keeps_nothing_else_from_being_done() {
             ("clock", false),
             ("hostname", false),
             ("machine-id", false),
+            ("boot-id", true),
             ("network", false),
             ("hooks", true),
         ]
