@@ -13,12 +13,14 @@ use alveole_vm_config::LogLevel;
 pub(crate) const HELP: &str = "\
 alveole-vmm: runs one virtual machine in this process
 
-usage: alveole-vmm [--api-sock PATH] [--config-file FILE [--no-api]] [options]
+usage: alveole-vmm [--api-sock PATH] [{--config-file | --load-snapshot} FILE [--no-api]] [options]
 
   --api-sock PATH       serve Firecracker's API on a unix socket here
                         (default: /run/firecracker.socket, as Firecracker has it)
   --config-file FILE    description of the machine, as Firecracker reads it (JSON): the guest is
                         started at once, and not by a client of the API
+  --load-snapshot FILE  snapshot to load, as PUT /snapshot/load has it (JSON): at once, and not by a
+                        client of the API
   --no-api              no API socket: run what the file describes
   --http-api-max-payload-size BYTES
                         largest body that the API takes (default: 51200)
@@ -77,6 +79,7 @@ pub(crate) struct Args {
     pub(crate) metadata: Option<PathBuf>,
     pub(crate) metadata_limit_bytes: Option<usize>,
     pub(crate) config_file: Option<PathBuf>,
+    pub(crate) load_snapshot: Option<PathBuf>,
     pub(crate) no_api: bool,
     pub(crate) console: Option<ConsoleTarget>,
     pub(crate) boot_timer: bool,
@@ -105,6 +108,7 @@ impl Default for Args {
             metadata: None,
             metadata_limit_bytes: None,
             config_file: None,
+            load_snapshot: None,
             no_api: false,
             console: None,
             boot_timer: false,
@@ -179,6 +183,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "show-level" => args.show_level = true,
             "show-log-origin" => args.show_log_origin = true,
             "config-file" => args.config_file = Some(text()?.into()),
+            "load-snapshot" => args.load_snapshot = Some(text()?.into()),
             "api-sock" => args.api_sock = text()?.into(),
             "metadata" => args.metadata = Some(text()?.into()),
             "mmds-size-limit" => args.metadata_limit_bytes = Some(number(&name, &text()?)?),
@@ -203,9 +208,15 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
     if args.no_seccomp && args.seccomp_filter.is_some() {
         return Err("--no-seccomp and --seccomp-filter exclude each other; leave one out".into());
     }
-    if args.no_api && args.config_file.is_none() {
+    if args.config_file.is_some() && args.load_snapshot.is_some() {
         return Err(
-            "--no-api without --config-file: nobody could say what to run; add --config-file FILE"
+            "--config-file and --load-snapshot exclude each other: a snapshot says all of a machine; leave one out"
+                .into(),
+        );
+    }
+    if args.no_api && args.config_file.is_none() && args.load_snapshot.is_none() {
+        return Err(
+            "--no-api without --config-file: nobody could say what to run; add --config-file FILE, or --load-snapshot FILE"
                 .into(),
         );
     }
@@ -325,6 +336,8 @@ mod tests {
         .unwrap();
         assert_eq!(a.api_sock, PathBuf::from("/run/a.sock"));
         assert_eq!(a.max_body_bytes, 7);
+        let a = run("--load-snapshot l.json --no-api").unwrap();
+        assert_eq!(a.load_snapshot, Some("l.json".into()));
         let a = run("--seccomp-filter f.bpf").unwrap();
         assert_eq!(a.seccomp_filter, Some("f.bpf".into()));
         assert_eq!(

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-use alveole_vm_config::{Body, CpuConfig, CpuConfigSource, VmConfig};
+use alveole_vm_config::{Body, CpuConfig, CpuConfigSource, SnapshotLoad, VmConfig};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::exit::Failure;
@@ -26,6 +26,16 @@ pub(crate) fn read(path: &Path) -> Result<VmConfig, Failure> {
         config.cpu_config = Some(CpuConfigSource::Here(cpu_config));
     }
     Ok(config)
+}
+
+/// Reads which snapshot to load, and how, from the file at `path`.
+///
+/// # Errors
+/// It cannot be read, or it is wrong: what, why and what to do.
+pub(crate) fn read_load(path: &Path) -> Result<SnapshotLoad, Failure> {
+    let text = read_text(path)?;
+    let name = path.display().to_string();
+    SnapshotLoad::from_json_bytes(&text, &name).map_err(|e| Failure::Config(e.to_string()))
 }
 
 /// Reads the file at `path`, which is as long as a description may be.

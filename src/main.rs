@@ -62,6 +62,16 @@ fn run(args: &Args, started: Instant) -> Result<End, Failure> {
     let host = |e: &dyn std::error::Error| Failure::Host(e.to_string());
     let config = args.config_file.as_deref().map(description::read);
     let config = config.transpose()?;
+    let load = args.load_snapshot.as_deref().map(description::read_load);
+    let load = load.transpose()?;
+    if let Some(load) = &load
+        && args.no_api
+        && !load.resume_vm
+    {
+        return Err(Failure::Config(
+            "--no-api with a snapshot that is not resumed: nobody could let its guest go on; say \"resume_vm\": true".into(),
+        ));
+    }
     let at_once = config.is_some();
 
     let (mailbox, events) = Mailbox::new();
@@ -84,6 +94,8 @@ fn run(args: &Args, started: Instant) -> Result<End, Failure> {
 
     let mut machine = if at_once {
         session.build(workers)?
+    } else if let Some(load) = &load {
+        session.load(load, workers)?
     } else {
         match session.wait_for_start(&events)? {
             Started::Machine(machine) => *machine,

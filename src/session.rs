@@ -245,22 +245,18 @@ impl<'a> Session<'a> {
                     Err(why) => Err(Refusal::Failed(format!("cannot start the guest: {why}"))),
                 }
             }
-            (Ok(()), Command::LoadSnapshot(load)) => {
-                self.begun = (Instant::now(), "LoadSnapshot");
-                self.told = true;
-                match self.load(&load) {
-                    Ok(machine) => {
-                        self.desk.post(if load.resume_vm {
-                            State::Running
-                        } else {
-                            State::Paused
-                        });
-                        reply.send(Ok(Answer::Done));
-                        return Some(machine);
-                    }
-                    Err(why) => Err(Refusal::Failed(format!("{what}: {why}"))),
+            (Ok(()), Command::LoadSnapshot(load)) => match self.load(&load, Vec::new()) {
+                Ok(machine) => {
+                    self.desk.post(if load.resume_vm {
+                        State::Running
+                    } else {
+                        State::Paused
+                    });
+                    reply.send(Ok(Answer::Done));
+                    return Some(machine);
                 }
-            }
+                Err(why) => Err(Refusal::Failed(format!("{what}: {}", why.into_text()))),
+            },
             (Ok(()), Command::PutLogger(wanted)) => self.set_logger(wanted),
             (Ok(()), Command::PutMetrics(wanted)) => self.set_metrics(wanted),
             (Ok(()), other) => self.desk.carry_out(state, other),
@@ -277,32 +273,49 @@ impl<'a> Session<'a> {
         self.build(Vec::new()).map_err(Failure::into_text)
     }
 
-    /// The machine of a snapshot, whose description becomes ours.
-    fn load(&mut self, load: &SnapshotLoad) -> Result<Machine, String> {
+    /// The machine of a snapshot, whose description becomes ours. `workers` run on the machine's loop.
+    ///
+    /// # Errors
+    /// The snapshot is damaged, or not one of this host, or what it names is not there. Nothing is left behind.
+    pub(crate) fn load(
+        &mut self,
+        load: &SnapshotLoad,
+        workers: Vec<Box<dyn Worker>>,
+    ) -> Result<Machine, Failure> {
+        self.begun = (Instant::now(), "LoadSnapshot");
+        self.told = true;
         if !self.desk.is_blank() {
-            return Err("something of a machine has been said already, and a snapshot says all of it; load it into a new process, before anything but log and metrics".into());
+            return Err(Failure::Config("something of a machine has been said already, and a snapshot says all of it; load it into a new process, before anything but log and metrics".into()));
         }
-        let snapshot = Snapshot::open(load).map_err(|e| e.to_string())?;
+        let config = |e: &dyn std::error::Error| Failure::Config(e.to_string());
+        let host = |e: &dyn std::error::Error| Failure::Host(e.to_string());
+        let snapshot = Snapshot::open(load).map_err(|e| match e.blames_snapshot() {
+            true => config(&e),
+            false => host(&e),
+        })?;
         let valid = alveole_machine::validate(snapshot.config()).map_err(|broken| {
             let all: Vec<_> = broken.iter().map(ToString::to_string).collect();
-            all.join("; ")
+            Failure::Config(all.join("; "))
         })?;
         let resources = HostResources::open_devices(&valid, self.desk.metadata());
-        let resources = resources.map_err(|e| e.to_string())?;
-        let partition = KvmPartition::new().map_err(|e| e.to_string())?;
+        let resources = resources.map_err(|e| config(&e))?;
+        let partition = KvmPartition::new().map_err(|e| host(&e))?;
         self.desk.set_restored(snapshot.config().clone());
-        let (console, options) = self.console().map_err(Failure::into_text)?;
+        let (console, options) = self.console()?;
         alveole_machine::restore(
             &valid,
             resources,
             console,
             Box::new(partition),
-            Vec::new(),
+            workers,
             &self.mailbox,
             options,
             snapshot,
         )
-        .map_err(|e| e.to_string())
+        .map_err(|e| match e.blames_description() {
+            true => config(&e),
+            false => host(&e),
+        })
     }
 
     fn set_logger(&mut self, wanted: Logger) -> Result<Answer, Refusal> {

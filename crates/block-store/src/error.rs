@@ -26,6 +26,26 @@ pub enum StoreError {
         /// What the host says.
         source: io::Error,
     },
+    /// There is no file that could be copied.
+    #[error("its blocks lie in no file of the host")]
+    NoFile,
+    /// A device is not copied.
+    #[error(
+        "{} is a block device: pause the guest and copy it by means of its own, as a snapshot of LVM",
+        path.display()
+    )]
+    Device {
+        /// The store.
+        path: PathBuf,
+    },
+    /// The image cannot be copied.
+    #[error("cannot copy {}: {source}{}", path.display(), room(source))]
+    Copy {
+        /// The store.
+        path: PathBuf,
+        /// What the host says.
+        source: io::Error,
+    },
     /// The store cannot have that size.
     #[error("cannot make {} {size_bytes} bytes large: {reason}", path.display())]
     Resize {
@@ -37,6 +57,13 @@ pub enum StoreError {
         reason: String,
     },
 }
+fn room(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::StorageFull => "; make room, or name another disk",
+        _ => "",
+    }
+}
+
 /// Why something cannot be opened as a store.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {

@@ -313,6 +313,18 @@ fn identity_of(facts: &fs::Metadata) -> String {
     format!("{}{}{}", facts.dev(), facts.rdev(), facts.ino())
 }
 
+/// Who has the image at `path` open, to read or to write, if that is a plain file and somebody has; this process counts.
+#[must_use]
+pub fn holder_of(path: &Path) -> Option<String> {
+    if !fs::metadata(path).ok()?.is_file() {
+        return None;
+    }
+    match crate::lock::lock(&File::open(path).ok()?, path, true) {
+        Err(OpenError::Locked { holder, .. }) => Some(holder),
+        _ => None,
+    }
+}
+
 /// What [`crate::BlockStore::identity`] would be of a store that is opened at `path`; nothing is opened.
 ///
 /// # Errors

@@ -16,6 +16,7 @@
 mod bounce;
 mod carrier;
 mod chain;
+mod copy;
 mod error;
 mod file_queue;
 mod gate;
@@ -36,7 +37,7 @@ pub mod tools;
 mod uring;
 
 pub use error::{OpenError, StoreError};
-pub use host_file::identity_at;
+pub use host_file::{holder_of, identity_at};
 pub(crate) use open::engine_name;
 pub use open::{look, open};
 pub use options::{Backing, Cache, Engine, Format, OpenOptions};

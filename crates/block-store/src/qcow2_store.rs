@@ -1,6 +1,7 @@
 //! Blocks in a qcow2 image. Bytes that have their place go the same way as those of a raw image, through the engine; what
 //! changes tables is done on the thread that submits.
 
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use alveole_qcow2::{Image, ImageError, WriteExtent};
 
 use crate::carrier::{Carrier, changes_parts};
 use crate::chain::{Chain, Place};
+use crate::copy;
 use crate::file_queue::{self, Behind};
 use crate::gate::{Gate, SharedCarrier, lock};
 use crate::host_file::HostFile;
@@ -183,6 +185,14 @@ impl BlockStore for Qcow2Store {
 
     fn identity(&self) -> String {
         self.0.file().identity().to_owned()
+    }
+
+    fn may_copy_image(&self) -> Result<(), StoreError> {
+        copy::may_copy(self.0.file())
+    }
+
+    fn copy_image(&self, into: &File) -> Result<(), StoreError> {
+        copy::copy(self.0.file(), into)
     }
 }
 

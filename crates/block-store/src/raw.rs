@@ -1,10 +1,12 @@
 //! Blocks one after the other in a file or device.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::carrier::{changes_parts, write_alone};
+use crate::copy;
 use crate::file_queue::{self, Behind};
 use crate::gate::{SharedCarrier, lock};
 use crate::host_file::{HostFile, How};
@@ -135,6 +137,14 @@ impl BlockStore for RawStore {
 
     fn identity(&self) -> String {
         self.0.file.identity().to_owned()
+    }
+
+    fn may_copy_image(&self) -> Result<(), StoreError> {
+        copy::may_copy(&self.0.file)
+    }
+
+    fn copy_image(&self, into: &File) -> Result<(), StoreError> {
+        copy::copy(&self.0.file, into)
     }
 }
 

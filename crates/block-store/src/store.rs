@@ -1,5 +1,6 @@
 //! The port: what a store is, and one queue's way to it.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -158,4 +159,22 @@ pub trait BlockStore: Send + Sync {
 
     /// A name that stays the same as long as the file or device does.
     fn identity(&self) -> String;
+
+    /// Whether [`Self::copy_image`] can do anything.
+    ///
+    /// # Errors
+    /// It cannot: the blocks lie in no file of their own.
+    fn may_copy_image(&self) -> Result<(), StoreError> {
+        Err(StoreError::NoFile)
+    }
+
+    /// Copies the file that the blocks lie in, as it is, into the new and empty file `into`: as a clone that shares its extents where
+    /// the file system has such, else what is data of it. Of an image that is laid over others, only the image. Nothing may be in
+    /// flight meanwhile.
+    ///
+    /// # Errors
+    /// There is no such file, or the host cannot read the one or write the other.
+    fn copy_image(&self, _into: &File) -> Result<(), StoreError> {
+        self.may_copy_image()
+    }
 }

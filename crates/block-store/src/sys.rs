@@ -98,7 +98,47 @@ pub(crate) fn size(file: &File) -> io::Result<u64> {
     u64::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
+/// Has `into` share all extents of `from` (ioctl_ficlone(2)).
+pub(crate) fn clone_file(from: &File, into: &File) -> io::Result<()> {
+    // SAFETY: the request takes a descriptor by value.
+    done(unsafe { libc::ioctl(into.as_raw_fd(), FICLONE as _, from.as_raw_fd()) })
+}
+
+/// Copies up to `len` bytes from and to `offset` inside the kernel (copy_file_range(2)), and says how many.
+pub(crate) fn copy_range(from: &File, into: &File, offset: u64, len: usize) -> io::Result<usize> {
+    let (mut read_at, mut write_at) = (offset.cast_signed(), offset.cast_signed());
+    // SAFETY: the offsets are numbers of ours, which the call changes.
+    let n = unsafe {
+        libc::copy_file_range(
+            from.as_raw_fd(),
+            &raw mut read_at,
+            into.as_raw_fd(),
+            &raw mut write_at,
+            len,
+            0,
+        )
+    };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// The first range of data from `offset` on (lseek(2), `SEEK_DATA` and `SEEK_HOLE`); `None`: there is none up to the end. Where the
+/// file system does not know holes, all is data.
+pub(crate) fn next_data(file: &File, offset: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+    let seek = |offset: libc::off64_t, whence| {
+        // SAFETY: takes no pointer. All transfers name their offset, so nobody uses the position.
+        let n = unsafe { libc::lseek64(file.as_raw_fd(), offset, whence) };
+        u64::try_from(n).map_err(|_| io::Error::last_os_error())
+    };
+    let start = match seek(offset.cast_signed(), libc::SEEK_DATA) {
+        Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok(None),
+        other => other?,
+    };
+    let end = seek(start.cast_signed(), libc::SEEK_HOLE)?;
+    Ok(Some(start..end))
+}
+
 // include/uapi/linux/fs.h
+const FICLONE: libc::c_ulong = 0x4004_9409;
 const BLKROGET: libc::c_ulong = 0x125e;
 const BLKSSZGET: libc::c_ulong = 0x1268;
 const BLKDISCARD: libc::c_ulong = 0x1277;

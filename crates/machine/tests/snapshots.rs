@@ -7,11 +7,15 @@
 mod scripted;
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
+use alveole_block_store::Format;
+use alveole_block_store::tools::create_overlay;
 use alveole_guest_memory::test_server::{TestServer, may_serve};
 use alveole_hypervisor::fake::{FakePartition, Step};
 use alveole_machine::{
@@ -22,7 +26,8 @@ use alveole_mmds::Metadata;
 use alveole_saved_state::{SavedState, StateFile};
 use alveole_serial::{Console, ConsoleTarget};
 use alveole_vm_config::{
-    Drive, DriveOverride, Entropy, MemoryBackend, MemoryBackendType, SnapshotCreate, SnapshotLoad,
+    BackingPlace, DiskFormat, Drive, DriveCopy, DriveOverride, Entropy, LinkKind, MemoryBackend,
+    MemoryBackendType, NetworkInterface, NetworkOverride, SnapshotCreate, SnapshotLoad,
     SnapshotType, VmConfig, Vsock, VsockOverride,
 };
 use alveole_vm_control::{Answer, Command, Refusal, Reply, Request, State};
@@ -61,6 +66,17 @@ fn desk(config: VmConfig) -> Desk {
 impl Bench {
     /// One with every kind of device that needs nothing of the host, on `transport`, whose processors do what the scripts say.
     fn new(dir: &Path, transport: Transport, tracks: bool, scripts: Vec<Vec<Step>>) -> Self {
+        Self::with(dir, transport, tracks, scripts, |_| ())
+    }
+
+    /// The same, of which `more` says more.
+    fn with(
+        dir: &Path,
+        transport: Transport,
+        tracks: bool,
+        scripts: Vec<Vec<Step>>,
+        more: impl FnOnce(&mut VmConfig),
+    ) -> Self {
         let (mailbox, events) = Mailbox::new();
         let to_machine = mailbox.clone();
         let image = dir.join("disk");
@@ -87,6 +103,7 @@ impl Bench {
                 uds_path,
                 ..Vsock::default()
             });
+            more(config);
             described = config.clone();
         };
         let partition = FakePartition::new(scripts);
@@ -132,6 +149,25 @@ impl Bench {
             mem_file_path: dir.join(format!("{name}.memory")),
             snapshot_type: kind,
             live,
+            ..SnapshotCreate::default()
+        }))
+    }
+
+    /// A full snapshot, with copies of disks.
+    fn with_disks(&self, dir: &Path, name: &str, live: bool, drives: &[(&str, &str)]) -> Outcome {
+        self.ask(Command::CreateSnapshot(SnapshotCreate {
+            snapshot_path: dir.join(format!("{name}.state")),
+            mem_file_path: dir.join(format!("{name}.memory")),
+            live,
+            sync: false,
+            drives: drives
+                .iter()
+                .map(|(id, path)| DriveCopy {
+                    drive_id: (*id).into(),
+                    path_on_host: dir.join(path),
+                })
+                .collect(),
+            ..SnapshotCreate::default()
         }))
     }
 
@@ -152,6 +188,7 @@ fn load(dir: &Path, name: &str) -> SnapshotLoad {
         drive_overrides: vec![DriveOverride {
             drive_id: "a".into(),
             path_on_host: dir.join("disk"),
+            ..DriveOverride::default()
         }],
         vsock_override: Some(VsockOverride {
             uds_path: dir.join("w"),
@@ -331,6 +368,192 @@ fn a_snapshot_that_fails_leaves_the_machine_and_the_files_as_they_were() {
 }
 
 #[test]
+fn images_of_disks_are_copied_with_the_memory() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path();
+    // A hole of 8 MiB behind what is there.
+    fs::write(path.join("disk"), vec![7; 1 << 20]).unwrap();
+    let image = File::options().write(true).open(path.join("disk")).unwrap();
+    image.set_len(9 << 20).unwrap();
+    let bench = Bench::new(path, Transport::Pci, true, script());
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    let taken = bench.with_disks(path, "live", true, &[("a", "live.disk")]);
+    let Ok(Answer::Snapshot(taken)) = taken else {
+        panic!("{taken:?}");
+    };
+    assert!(
+        taken.disks_us > 0 && taken.disks_us < taken.stood_still_us,
+        "{taken:?}"
+    );
+    pause(&bench);
+    for kind in [SnapshotType::Full, SnapshotType::Diff] {
+        // Anew, over the copies that are there.
+        image
+            .write_all_at(format!("{kind:?}").as_bytes(), 5000)
+            .unwrap();
+        let create = SnapshotCreate {
+            snapshot_path: path.join("s.state"),
+            mem_file_path: path.join(format!("{kind:?}.memory")),
+            snapshot_type: kind,
+            drives: vec![DriveCopy {
+                drive_id: "a".into(),
+                path_on_host: path.join("s.disk"),
+            }],
+            ..SnapshotCreate::default()
+        };
+        assert_eq!(bench.ask(Command::CreateSnapshot(create)), Ok(Answer::Done));
+        let (disk, copy) = (fs::read(path.join("disk")), fs::read(path.join("s.disk")));
+        assert!(disk.unwrap() == copy.unwrap(), "{kind:?}");
+        let meta = fs::metadata(path.join("s.disk")).unwrap();
+        assert!(meta.blocks() * 512 < 2 << 20, "the hole is one of the copy");
+        assert_eq!(meta.mode() & 0o777, 0o600);
+    }
+    bench.end();
+    assert!(kinds(&path.join("s.state")).contains(&"drives".to_owned()));
+    // The copy is what the machine goes on with, and an older program may leave out where it is.
+    let load = SnapshotLoad {
+        drive_overrides: vec![DriveOverride {
+            drive_id: "a".into(),
+            path_on_host: path.join("live.disk"),
+            ..DriveOverride::default()
+        }],
+        ..load(path, "live")
+    };
+    goes_on(&load);
+    // Over the copy lies an image for each clone.
+    let overlay = path.join("clone.qcow2");
+    create_overlay(&overlay, &path.join("live.disk"), Format::Raw).unwrap();
+    let over = |format, backing| SnapshotLoad {
+        drive_overrides: vec![DriveOverride {
+            drive_id: "a".into(),
+            path_on_host: overlay.clone(),
+            format,
+            backing,
+        }],
+        ..load.clone()
+    };
+    goes_on(&over(Some(DiskFormat::Qcow2), Some(BackingPlace::Anywhere)));
+    goes_on(&over(None, None));
+    let raw = told(&over(Some(DiskFormat::Raw), None));
+    assert!(raw.contains("its disk had 9437184 bytes"), "{raw}");
+    let odd = told(&over(Some(DiskFormat::Raw), Some(BackingPlace::Anywhere)));
+    assert!(odd.contains("RawBacking"), "{odd}");
+}
+
+#[test]
+fn a_disk_that_cannot_be_copied_leaves_everything_as_it_was() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path();
+    fs::write(path.join("fixed"), vec![1; 4096]).unwrap();
+    let used = path.join("fixed");
+    let bench = Bench::with(path, Transport::Mmio, false, script(), |config| {
+        config.drives.push(Drive {
+            drive_id: "b".into(),
+            path_on_host: used,
+            is_read_only: true,
+            ..Drive::default()
+        });
+    });
+    pause(&bench);
+    for (drives, part) in [
+        (&[("c", "x")][..], "no such drive; it has a, b"),
+        (&[("a", "x"), ("a", "y")], "\"a\" twice"),
+        (&[("b", "x")], "drive \"b\" is read-only"),
+        (&[("a", "s.memory")], "both mem_file_path and path_on_host"),
+        (&[("a", "s.state")], "both snapshot_path and path_on_host"),
+        (&[("a", "disk")], "disk\" is an image in use: process"),
+        (&[("a", "fixed")], "fixed\" is an image in use: process"),
+        (&[("a", "no/x")], "drive \"a\": "),
+    ] {
+        let why = bench.with_disks(path, "s", false, drives).unwrap_err();
+        let why = why.to_string();
+        assert!(why.contains(part), "{why} / {part}");
+    }
+    let over = bench.ask(Command::CreateSnapshot(SnapshotCreate {
+        snapshot_path: path.join("s.state"),
+        mem_file_path: path.join("disk"),
+        ..SnapshotCreate::default()
+    }));
+    let why = over.unwrap_err().to_string();
+    assert!(why.contains("is an image in use"), "{why}");
+    let mut names: Vec<_> = fs::read_dir(path)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["disk", "fixed", "v"]);
+    assert_eq!(bench.state(), State::Paused);
+    bench.end();
+}
+
+#[test]
+fn the_cable_of_a_loaded_machine_is_where_it_was_or_is_said_to_be() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path();
+    let (ours, _far) = UnixDatagram::pair().unwrap();
+    let descriptor = |socket: &UnixDatagram| socket.as_raw_fd().to_string();
+    let number = descriptor(&ours);
+    let bench = Bench::with(path, Transport::Pci, false, script(), |config| {
+        config.network_interfaces.push(NetworkInterface {
+            iface_id: "n".into(),
+            host_dev_name: number,
+            link: LinkKind::Fd,
+            ..NetworkInterface::default()
+        });
+    });
+    let set = |bench: &Bench, up| {
+        let iface_id = "n".to_owned();
+        assert_eq!(
+            bench.ask(Command::SetLink { iface_id, up }),
+            Ok(Answer::Done)
+        );
+    };
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    pause(&bench);
+    let plugged = bench.snapshot(path, "in", SnapshotType::Full, false);
+    assert_eq!(plugged, Ok(Answer::Done));
+    set(&bench, false);
+    let unplugged = bench.snapshot(path, "out", SnapshotType::Full, false);
+    assert_eq!(unplugged, Ok(Answer::Done));
+    bench.end();
+    let (other, _far) = UnixDatagram::pair().unwrap();
+    for (name, anew, is_in) in [
+        ("in", None, true),
+        ("out", None, false),
+        ("in", Some(false), false),
+        ("in", Some(true), true),
+        ("out", Some(true), true),
+    ] {
+        let load = SnapshotLoad {
+            network_overrides: anew
+                .map(|link_up| NetworkOverride {
+                    iface_id: "n".into(),
+                    host_dev_name: descriptor(&other),
+                    link: Some(LinkKind::Fd),
+                    link_up,
+                    ..NetworkOverride::default()
+                })
+                .into_iter()
+                .collect(),
+            ..load(path, name)
+        };
+        let (mailbox, events) = Mailbox::new();
+        let partition = FakePartition::new(Vec::new());
+        let (machine, config) = restored(&load, &partition, &mailbox).unwrap();
+        let interface = machine.interfaces()[0].clone();
+        assert_eq!(interface.link_is_up(), is_in, "{name} {anew:?}");
+        let bench = Bench::run(machine, config, mailbox, events, None);
+        assert_eq!(bench.state(), State::Paused);
+        set(&bench, !is_in);
+        assert_eq!(interface.link_is_up(), !is_in, "{name}, paused");
+        assert_eq!(bench.ask(Command::Resume), Ok(Answer::Done));
+        set(&bench, is_in);
+        assert_eq!(interface.link_is_up(), is_in, "{name}, running");
+        bench.end();
+    }
+}
+
+#[test]
 fn a_diff_builds_upon_what_was_before() {
     let dir = TempDir::new().unwrap();
     let mut first = script();
@@ -358,7 +581,7 @@ fn a_diff_builds_upon_what_was_before() {
         snapshot_path: path.join("diff.state"),
         mem_file_path: path.join("full.memory"),
         snapshot_type: SnapshotType::Diff,
-        live: false,
+        ..SnapshotCreate::default()
     };
     let why = bench
         .ask(Command::CreateSnapshot(over))
@@ -475,6 +698,7 @@ fn what_does_not_belong_together_is_refused() {
         drive_overrides: vec![DriveOverride {
             drive_id: "z".into(),
             path_on_host: "z".into(),
+            ..DriveOverride::default()
         }],
         ..load(path, "b")
     };

@@ -1,6 +1,7 @@
 //! The device, and its owner's handle on it.
 
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -321,6 +322,24 @@ impl BlkHandle {
     #[must_use]
     pub fn medium_identity(&self) -> String {
         lock(&self.shared.store).identity()
+    }
+
+    /// Whether [`Self::copy_image`] can do anything.
+    ///
+    /// # Errors
+    /// There is no image: the disk is a device of the host.
+    pub fn may_copy_image(&self) -> Result<(), BlkError> {
+        let store = lock(&self.shared.store).clone();
+        store.may_copy_image().map_err(|e| self.store_error(e))
+    }
+
+    /// Copies the image file of the disk into the new and empty file `into`. The device stands still meanwhile.
+    ///
+    /// # Errors
+    /// There is none, or the host cannot copy it.
+    pub fn copy_image(&self, into: &File) -> Result<(), BlkError> {
+        let store = lock(&self.shared.store).clone();
+        store.copy_image(into).map_err(|e| self.store_error(e))
     }
 
     /// Puts another medium in. Requests in flight are finished on the old one; the guest is told of the new

@@ -323,6 +323,7 @@ impl VirtioDevice for VirtioNet {
             is_announcing: shared.is_announcing(),
             guest_offloads: shared.offload_bits(),
             mtu: shared.abilities.mtu,
+            cable_is_out: !shared.link_is_up(),
         };
         SavedState::pack(KIND, VERSION, &state)
     }
@@ -334,6 +335,7 @@ impl VirtioDevice for VirtioNet {
             is_announcing,
             guest_offloads,
             mtu,
+            cable_is_out,
         } = saved.unpack(KIND, VERSION)?;
         let invalid = |why: String| RestoreError::Invalid {
             kind: KIND.into(),
@@ -373,6 +375,7 @@ impl VirtioDevice for VirtioNet {
         shared.set_pairs(pairs);
         shared.set_announcing(is_announcing);
         shared.set_offload_bits(guest_offloads);
+        shared.restore_link(!cable_is_out);
         Ok(())
     }
 }

@@ -139,6 +139,11 @@ impl Shared {
         changed
     }
 
+    /// As [`Self::set_link`], of what the driver knows already.
+    pub(crate) fn restore_link(&self, up: bool) {
+        self.link_is_up.store(up, Ordering::Release);
+    }
+
     pub(crate) fn is_announcing(&self) -> bool {
         self.is_announcing.load(Ordering::Acquire)
     }

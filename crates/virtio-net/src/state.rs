@@ -21,4 +21,7 @@ pub(crate) struct NetStateV1 {
     pub(crate) guest_offloads: Option<u64>,
     /// The MTU that the driver may have read.
     pub(crate) mtu: Option<u16>,
+    /// The cable is out. Not told of one that is in, so that programs which did not know of it read such states.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) cable_is_out: bool,
 }

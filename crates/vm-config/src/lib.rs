@@ -27,8 +27,8 @@ pub use requests::{
     NetworkInterfaceUpdate, StateChange,
 };
 pub use snapshots::{
-    DriveOverride, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotCreate, SnapshotLoad,
-    SnapshotType, VsockOverride,
+    DriveCopy, DriveOverride, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotCreate,
+    SnapshotLoad, SnapshotType, VsockOverride,
 };
 pub use types::{
     BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Egress, EgressDefault,

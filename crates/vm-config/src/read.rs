@@ -187,7 +187,7 @@ pub(crate) fn network_interface(section: &mut Object<'_>) -> NetworkInterface {
     }
 }
 
-fn egress(section: &mut Object<'_>) -> Egress {
+pub(crate) fn egress(section: &mut Object<'_>) -> Egress {
     Egress {
         rules: section.entries("rules", Value::read),
         default: section.optional("default").unwrap_or_default(),

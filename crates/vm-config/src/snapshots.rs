@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use crate::object::Object;
 use crate::read;
+use crate::types::{BackingPlace, DiskFormat, Egress, LinkKind};
 
 /// Takes a snapshot.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotCreate {
     /// Where the state of processors and devices goes.
     pub snapshot_path: PathBuf,
@@ -16,6 +17,32 @@ pub struct SnapshotCreate {
     pub snapshot_type: SnapshotType,
     /// Whether the guest goes on while memory is written. It stands still for a moment; no need to pause it before.
     pub live: bool,
+    /// Disks whose images are copied, as they are at the same instant as memory.
+    pub drives: Vec<DriveCopy>,
+    /// Whether the files are on the medium when the snapshot is told to be whole. Without it a host that loses power may lose it.
+    pub sync: bool,
+}
+
+impl Default for SnapshotCreate {
+    fn default() -> Self {
+        Self {
+            snapshot_path: PathBuf::new(),
+            mem_file_path: PathBuf::new(),
+            snapshot_type: SnapshotType::default(),
+            live: false,
+            drives: Vec::new(),
+            sync: true,
+        }
+    }
+}
+
+/// A disk whose image is copied.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DriveCopy {
+    /// Its name.
+    pub drive_id: String,
+    /// Where the copy goes.
+    pub path_on_host: PathBuf,
 }
 
 /// How much of guest memory a snapshot has.
@@ -69,12 +96,33 @@ pub enum MemoryBackendType {
 }
 
 /// An interface that is carried by something else than in the snapshot.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetworkOverride {
     /// Its name.
     pub iface_id: String,
     /// What carries it.
     pub host_dev_name: String,
+    /// What `host_dev_name` names; none: the same as in the snapshot.
+    pub link: Option<LinkKind>,
+    /// The numbers of descriptors of `/dev/vhost-net`, of an interface with `vhost`; none: as in the snapshot.
+    pub vhost_fds: Option<String>,
+    /// What the guest may send by it; none: as in the snapshot.
+    pub egress: Option<Egress>,
+    /// Whether the cable is in. Out, the guest is told so as it goes on.
+    pub link_up: bool,
+}
+
+impl Default for NetworkOverride {
+    fn default() -> Self {
+        Self {
+            iface_id: String::new(),
+            host_dev_name: String::new(),
+            link: None,
+            vhost_fds: None,
+            egress: None,
+            link_up: true,
+        }
+    }
 }
 
 /// Where the sockets of the socket device are.
@@ -91,6 +139,10 @@ pub struct DriveOverride {
     pub drive_id: String,
     /// Where it lies.
     pub path_on_host: PathBuf,
+    /// How blocks lie in the file; none: as in the snapshot. One that is named has the default for `backing`, too.
+    pub format: Option<DiskFormat>,
+    /// Where the files that an image is laid over may lie; none: as in the snapshot.
+    pub backing: Option<BackingPlace>,
 }
 
 pub(crate) fn create(body: &mut Object<'_>) -> SnapshotCreate {
@@ -99,6 +151,11 @@ pub(crate) fn create(body: &mut Object<'_>) -> SnapshotCreate {
         mem_file_path: body.required("mem_file_path"),
         snapshot_type: body.optional("snapshot_type").unwrap_or_default(),
         live: body.optional("live").unwrap_or_default(),
+        drives: body.list("drives", |body| DriveCopy {
+            drive_id: body.required("drive_id"),
+            path_on_host: body.required("path_on_host"),
+        }),
+        sync: body.optional("sync").unwrap_or(true),
     }
 }
 
@@ -139,6 +196,10 @@ pub(crate) fn load(body: &mut Object<'_>) -> SnapshotLoad {
         network_overrides: body.list("network_overrides", |body| NetworkOverride {
             iface_id: body.required("iface_id"),
             host_dev_name: body.required("host_dev_name"),
+            link: body.optional("link"),
+            vhost_fds: body.optional("vhost_fds"),
+            egress: body.section("egress", read::egress),
+            link_up: body.optional("link_up").unwrap_or(true),
         }),
         vsock_override: body.section("vsock_override", |body| VsockOverride {
             uds_path: body.required("uds_path"),
@@ -146,6 +207,8 @@ pub(crate) fn load(body: &mut Object<'_>) -> SnapshotLoad {
         drive_overrides: body.list("drive_overrides", |body| DriveOverride {
             drive_id: body.required("drive_id"),
             path_on_host: body.required("path_on_host"),
+            format: body.optional("format"),
+            backing: body.optional("backing"),
         }),
         clock_realtime: body.optional("clock_realtime").unwrap_or_default(),
     }
@@ -208,6 +271,31 @@ mod tests {
         let body = r#"{"snapshot_path": "s", "mem_file_path": "m"}"#;
         let create = SnapshotCreate::from_json_bytes(body.as_bytes(), "body").unwrap();
         assert_eq!(create.snapshot_type, SnapshotType::Full);
-        assert!(!create.live);
+        assert!(!create.live && create.sync && create.drives.is_empty());
+    }
+
+    #[test]
+    fn what_is_named_anew_says_how_it_is_used() {
+        let body = r#"{"snapshot_path": "s",
+            "drive_overrides": [{"drive_id": "a", "path_on_host": "b", "format": "qcow2", "backing": "anywhere"}],
+            "network_overrides": [{"iface_id": "n", "host_dev_name": "7", "link": "fd", "vhost_fds": "8", "link_up": false,
+                                   "egress": {"default": "closed"}},
+                                  {"iface_id": "m", "host_dev_name": "tap1"}]}"#;
+        let load = load(body).unwrap();
+        let drive = &load.drive_overrides[0];
+        assert_eq!(drive.format, Some(DiskFormat::Qcow2));
+        assert_eq!(drive.backing, Some(BackingPlace::Anywhere));
+        let [fd, tap] = &load.network_overrides[..] else {
+            panic!("{load:?}");
+        };
+        assert_eq!((fd.link, fd.link_up), (Some(LinkKind::Fd), false));
+        assert_eq!(fd.vhost_fds.as_deref(), Some("8"));
+        assert!(fd.egress.is_some());
+        let plain = NetworkOverride {
+            iface_id: "m".into(),
+            host_dev_name: "tap1".into(),
+            ..NetworkOverride::default()
+        };
+        assert_eq!(*tap, plain, "the cable is in, and the rest as it was");
     }
 }

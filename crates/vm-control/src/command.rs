@@ -168,6 +168,8 @@ pub enum Answer {
 pub struct SnapshotTaken {
     /// How long the guest stood still, in microseconds.
     pub stood_still_us: u64,
+    /// Of it, how long images of disks were copied.
+    pub disks_us: u64,
     /// Bytes of guest memory that are in the memory file; pages of zeros are not.
     pub memory_bytes: u64,
 }

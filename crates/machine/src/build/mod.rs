@@ -9,6 +9,7 @@ mod seal;
 
 use std::sync::Arc;
 
+use alveole_counters::CounterSet;
 use alveole_event_loop::{EventLoopError, Worker};
 use alveole_guest_memory::{MapError, ServeError};
 use alveole_hypervisor::{MsrRefusal, Partition, PartitionError};
@@ -20,6 +21,7 @@ use alveole_vcpu::template::NoSuchLeaf;
 
 pub use alveole_boot_loader::Placement;
 
+use crate::catalog::interface_name;
 use crate::lifecycle::Lifecycle;
 use crate::snapshot::{MemorySource, ServerWatch};
 use crate::validate::NotForHost;
@@ -271,6 +273,7 @@ pub fn restore(
         resume,
         layers,
         memory: source,
+        cables,
         ..
     } = snapshot;
     let server = match source {
@@ -293,6 +296,13 @@ pub fn restore(
         // Some of the state is in memory, so that the server may be needed for it.
         Some(server) => server.watch_while(&ram, restored)??,
     };
+    for (id, is_in) in cables {
+        let name = interface_name(&id);
+        let mut all = machine.interfaces.iter();
+        if let Some(interface) = all.find(|i| i.counters().name() == name) {
+            interface.set_link(is_in);
+        }
+    }
     machine.tracking.layers = layers;
     machine.goes_on = resume;
     machine.may_hang = server.is_some();

@@ -200,7 +200,7 @@ impl Machine {
         }
     }
 
-    fn disk(&self, id: &str) -> Option<&BlkHandle> {
+    pub(crate) fn disk(&self, id: &str) -> Option<&BlkHandle> {
         let name = drive_name(id);
         self.disks.iter().find(|d| d.counters().name() == name)
     }

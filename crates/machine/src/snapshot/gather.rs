@@ -8,6 +8,7 @@ use alveole_guest_memory::PageSet;
 use alveole_hypervisor::CpuState;
 use alveole_saved_state::{SavedState, StateFile};
 use alveole_vcpu::{Order, ReportKind};
+use alveole_virtio_blk::BlkHandle;
 use alveole_vm_config::{SnapshotCreate, SnapshotType};
 use alveole_vm_control::{Answer, Command, Refusal, Reply, SnapshotTaken};
 
@@ -76,6 +77,10 @@ impl Machine {
         let what = Command::CreateSnapshot(create.clone()).to_string();
         if self.tracking.underway.is_some() {
             let why = "another one is being written; wait for its answer";
+            reply.send(Err(Refusal::Failed(format!("cannot {what}: {why}"))));
+            return None;
+        }
+        if let Err(why) = self.disks_to_copy(&create) {
             reply.send(Err(Refusal::Failed(format!("cannot {what}: {why}"))));
             return None;
         }
@@ -152,6 +157,8 @@ impl Machine {
                     true => Ok(Answer::Snapshot(SnapshotTaken {
                         stood_still_us: u64::try_from(underway.stood_still.as_micros())
                             .unwrap_or(u64::MAX),
+                        disks_us: u64::try_from(written.copying_disks.as_micros())
+                            .unwrap_or(u64::MAX),
                         memory_bytes: written.memory_bytes,
                     })),
                     false => Ok(Answer::Done),
@@ -206,6 +213,7 @@ impl Machine {
             None => self.pages_for(create.snapshot_type)?,
         };
         let job = SnapshotJob {
+            disks: self.disks_to_copy(&create)?,
             create,
             state,
             ram: self.ram.clone(),
@@ -219,6 +227,38 @@ impl Machine {
             }
             None => Err(String::from("this machine has no thread that writes files").into()),
         }
+    }
+
+    /// The disks whose images are to be copied.
+    fn disks_to_copy(&self, create: &SnapshotCreate) -> Result<Vec<BlkHandle>, String> {
+        let mut disks = Vec::new();
+        for (index, drive) in create.drives.iter().enumerate() {
+            let id = &drive.drive_id;
+            let Some(disk) = self.disk(id) else {
+                let known = self.desk.iter().flat_map(|d| &d.config().drives);
+                let known: Vec<_> = known.map(|d| &*d.drive_id).collect();
+                return Err(format!(
+                    "drives name {id:?}, and the machine has no such drive; it has {}",
+                    if known.is_empty() {
+                        "none".to_owned()
+                    } else {
+                        known.join(", ")
+                    }
+                ));
+            };
+            let mut earlier = create.drives.iter().take(index);
+            if earlier.any(|other| other.drive_id == *id) {
+                return Err(format!("drives name {id:?} twice; copy it once"));
+            }
+            if disk.geometry().read_only {
+                return Err(format!(
+                    "drive {id:?} is read-only: its image does not change, and needs no copy; leave it out"
+                ));
+            }
+            disk.may_copy_image().map_err(|e| e.to_string())?;
+            disks.push(disk.clone());
+        }
+        Ok(disks)
     }
 
     /// Which pages are to be written, and which files have the others.

@@ -16,7 +16,8 @@ use crate::build::{Options, Transport};
 use crate::resources::{self, ResourceError};
 use crate::snapshot::LAYOUT;
 use crate::snapshot::state::{
-    self, LayerV1, MARK, MARK_BYTES, MachineStateV1, MemoryStateV1, RangeV1, TransportV1,
+    self, DriveCopyV1, LayerV1, MARK, MARK_BYTES, MachineStateV1, MemoryStateV1, RangeV1,
+    TransportV1,
 };
 
 /// Why a snapshot cannot be loaded.
@@ -90,6 +91,17 @@ pub enum LoadError {
     Serve(#[from] ServeError),
 }
 
+impl LoadError {
+    /// Whether another snapshot, or one that is loaded otherwise, would help, and not another host.
+    #[must_use]
+    pub fn blames_snapshot(&self) -> bool {
+        match self {
+            Self::Serve(e) => matches!(e, ServeError::Connect { .. }),
+            _ => true,
+        }
+    }
+}
+
 /// A snapshot whose files are open: what the machine is, and what is put into it.
 pub struct Snapshot {
     config: VmConfig,
@@ -101,6 +113,8 @@ pub struct Snapshot {
     pub(crate) state: StateFile,
     pub(crate) clock: RestoredClock,
     pub(crate) resume: bool,
+    /// Interfaces that are named anew, and whether their cables are in.
+    pub(crate) cables: Vec<(String, bool)>,
 }
 
 /// Where memory comes from.
@@ -142,6 +156,11 @@ impl Snapshot {
             source,
         })?;
         name_anew(load, &mut config)?;
+        let copies = match state.take_if_any(state::DRIVES) {
+            Some(drives) => part(path, &drives, state::DRIVES, state::DRIVES_VERSION)?,
+            None => Vec::new(),
+        };
+        warn_of_originals(load, &copies);
         config.machine_config.track_dirty_pages = load.track_dirty_pages;
         Ok(Self {
             config,
@@ -155,6 +174,11 @@ impl Snapshot {
                 false => RestoredClock::AsSaved,
             },
             resume: load.resume_vm,
+            cables: load
+                .network_overrides
+                .iter()
+                .map(|new| (new.iface_id.clone(), new.link_up))
+                .collect(),
         })
     }
 
@@ -218,7 +242,16 @@ fn name_anew(load: &SnapshotLoad, config: &mut VmConfig) -> Result<(), LoadError
     for new in &load.network_overrides {
         let all = &mut config.network_interfaces;
         match all.iter_mut().find(|i| i.iface_id == new.iface_id) {
-            Some(interface) => interface.host_dev_name.clone_from(&new.host_dev_name),
+            Some(interface) => {
+                interface.host_dev_name.clone_from(&new.host_dev_name);
+                interface.link = new.link.unwrap_or(interface.link);
+                if new.vhost_fds.is_some() {
+                    interface.vhost_fds.clone_from(&new.vhost_fds);
+                }
+                if new.egress.is_some() {
+                    interface.egress.clone_from(&new.egress);
+                }
+            }
             None => {
                 let known = config.network_interfaces.iter().map(|i| &*i.iface_id);
                 return Err(unknown(
@@ -234,7 +267,13 @@ fn name_anew(load: &SnapshotLoad, config: &mut VmConfig) -> Result<(), LoadError
             .iter_mut()
             .find(|d| d.drive_id == new.drive_id)
         {
-            Some(drive) => drive.path_on_host.clone_from(&new.path_on_host),
+            Some(drive) => {
+                drive.path_on_host.clone_from(&new.path_on_host);
+                if new.format.is_some() {
+                    (drive.format, drive.backing) = (new.format, None);
+                }
+                drive.backing = new.backing.or(drive.backing);
+            }
             None => {
                 let known = config.drives.iter().map(|d| &*d.drive_id);
                 return Err(unknown(
@@ -256,6 +295,20 @@ fn name_anew(load: &SnapshotLoad, config: &mut VmConfig) -> Result<(), LoadError
         }
     }
     Ok(())
+}
+
+/// A disk that was copied, and is not named anew, is that with which the guest went on.
+fn warn_of_originals(load: &SnapshotLoad, copies: &[DriveCopyV1]) {
+    for DriveCopyV1 { drive_id, path } in copies {
+        let mut anew = load.drive_overrides.iter();
+        if !anew.any(|new| new.drive_id == *drive_id) {
+            log::warn!(
+                "drive {drive_id}: what the guest has written since the snapshot is on its disk; name its copy {}, or an image over it, \
+                 in drive_overrides",
+                path.display()
+            );
+        }
+    }
 }
 
 fn open_memory(load: &SnapshotLoad, memory: &MemoryStateV1) -> Result<MemorySource, LoadError> {

@@ -88,6 +88,20 @@ pub(crate) const ID_BYTES: usize = 16;
 /// Length of the mark.
 pub(crate) const MARK_BYTES: usize = MARK.len() + 2 * ID_BYTES;
 
+/// Optional: absent where no image was copied.
+pub(crate) const DRIVES: &str = "drives";
+pub(crate) const DRIVES_VERSION: u32 = 1;
+
+/// A disk whose image was copied at the instant of the snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DriveCopyV1 {
+    /// Its name in the description, which says where the image was that the guest went on with.
+    pub(crate) drive_id: String,
+    /// Where the copy was put: an absolute path.
+    pub(crate) path: PathBuf,
+}
+
 pub(crate) const PARTITION: &str = "partition";
 pub(crate) const PARTITION_VERSION: u32 = 1;
 pub(crate) const CPU_VERSION: u32 = 1;

@@ -6,12 +6,14 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use alveole_guest_memory::{GuestRam, PageKind, PageSet, PreparedCapture};
 use alveole_saved_state::{SavedState, StateFile};
+use alveole_virtio_blk::BlkHandle;
 use alveole_vm_config::SnapshotCreate;
 
-use crate::snapshot::state::{self, ID_BYTES, LayerV1, MARK, MemoryStateV1};
+use crate::snapshot::state::{self, DriveCopyV1, ID_BYTES, LayerV1, MARK, MemoryStateV1};
 
 /// Memory belongs to the user who runs the guest, as all its secrets are in it.
 const MODE: u32 = 0o600;
@@ -27,6 +29,8 @@ pub(crate) struct SnapshotJob {
     pub(crate) pages: PageSet,
     /// The files that have the others, the oldest first.
     pub(crate) base: Vec<LayerV1>,
+    /// The disks that `create` names, in its order.
+    pub(crate) disks: Vec<BlkHandle>,
 }
 
 /// What came of writing a snapshot.
@@ -48,6 +52,8 @@ pub(crate) struct Written {
     pub(crate) layers: Vec<LayerV1>,
     /// Bytes of memory in the newest.
     pub(crate) memory_bytes: u64,
+    /// How long images of disks were copied, for which the guest stood still.
+    pub(crate) copying_disks: Duration,
 }
 
 /// A live snapshot whose memory is being written ahead.
@@ -75,25 +81,93 @@ impl Ahead {
     }
 }
 
-/// The two files of a snapshot, not in their places yet.
+/// The files of a snapshot, not in their places yet.
 struct Files {
     memory: New,
     machine: New,
+    /// One for each disk that is copied.
+    disks: Vec<New>,
 }
 
 impl Files {
     fn make(create: &SnapshotCreate, base: &[LayerV1]) -> Result<Self, String> {
         let memory = New::beside(&create.mem_file_path)?;
-        memory.check_base(base)?;
         let machine = New::beside(&create.snapshot_path)?;
-        if memory.place == machine.place {
-            return Err(format!(
-                "{:?} is to be both mem_file_path and snapshot_path: give them different names",
-                create.snapshot_path
-            ));
+        let disks = create.drives.iter().map(|drive| {
+            New::beside(&drive.path_on_host)
+                .map_err(|why| format!("drive {:?}: {why}", drive.drive_id))
+        });
+        let files = Self {
+            memory,
+            machine,
+            disks: disks.collect::<Result<_, _>>()?,
+        };
+        files.check_base(base)?;
+        let mut named: Vec<(&str, &New)> = vec![
+            ("mem_file_path", &files.memory),
+            ("snapshot_path", &files.machine),
+        ];
+        for disk in &files.disks {
+            named.push(("path_on_host of a drive", disk));
         }
-        Ok(Self { memory, machine })
+        for (index, (name, file)) in named.iter().enumerate() {
+            let earlier = named.get(..index).unwrap_or_default();
+            if let Some((other, _)) = earlier.iter().find(|(_, e)| e.place == file.place) {
+                return Err(format!(
+                    "{:?} is to be both {other} and {name}: give them different names",
+                    file.named
+                ));
+            }
+            file.check_unused()?;
+        }
+        Ok(files)
     }
+
+    fn check_base(&self, base: &[LayerV1]) -> Result<(), String> {
+        self.memory.check_base(base)?;
+        self.machine.check_base(base)?;
+        self.disks.iter().try_for_each(|disk| disk.check_base(base))
+    }
+
+    /// Puts all into their places, the state last: it says of each that it is there.
+    fn put(self, sync: bool) -> Result<(), String> {
+        let Self {
+            memory,
+            machine,
+            disks,
+        } = self;
+        let all = || disks.iter().chain([&memory, &machine]);
+        if sync {
+            // Nothing takes its place before all are on the medium.
+            all().try_for_each(New::sync)?;
+        }
+        let folders: Vec<PathBuf> = all().filter_map(New::folder).collect();
+        // An older state must not be found with images that are not its own: of those nobody could see that.
+        if !disks.is_empty() {
+            machine.remove_older()?;
+        }
+        for disk in disks {
+            disk.put()?;
+        }
+        memory.put()?;
+        machine.put()?;
+        if sync {
+            sync_folders(folders)?;
+        }
+        Ok(())
+    }
+}
+
+/// What takes places in folders is there after a loss of power, too.
+fn sync_folders(mut folders: Vec<PathBuf>) -> Result<(), String> {
+    folders.sort();
+    folders.dedup();
+    for folder in folders {
+        File::open(&folder)
+            .and_then(|folder| folder.sync_data())
+            .map_err(|e| format!("{folder:?}: cannot sync this folder: {e}"))?;
+    }
+    Ok(())
 }
 
 /// Writes a snapshot. `captured` is called as soon as the guest may go on, where that is before all is written.
@@ -114,15 +188,22 @@ fn write(
         ram,
         pages,
         base,
+        disks,
     } = job;
     let (files, prepared) = match ahead {
         Some(Ahead { files, prepared }) => {
-            files.memory.check_base(&base)?;
+            files.check_base(&base)?;
             (files, Some(prepared))
         }
         None => (Files::make(&create, &base)?, None),
     };
-    let Files { memory, machine } = files;
+    let memory = &files.memory;
+    let start = Instant::now();
+    for (disk, copy) in disks.iter().zip(&files.disks) {
+        let copied = disk.copy_image(&copy.file);
+        copied.map_err(|e| copy.wrong(&e))?;
+    }
+    let copying_disks = start.elapsed();
     let map = match create.live {
         true => {
             let prepared = match prepared {
@@ -160,18 +241,30 @@ fn write(
         state::MEMORY_VERSION,
         &memory_state,
     ));
+    if !files.disks.is_empty() {
+        let copies = create.drives.iter().zip(&files.disks);
+        let copies: Vec<_> = copies
+            .map(|(drive, copy)| DriveCopyV1 {
+                drive_id: drive.drive_id.clone(),
+                path: copy.place.clone(),
+            })
+            .collect();
+        state.add_optional(SavedState::pack(
+            state::DRIVES,
+            state::DRIVES_VERSION,
+            &copies,
+        ));
+    }
+    let machine = &files.machine;
     machine
         .file
         .write_all_at(&state.to_bytes(), 0)
         .map_err(|e| machine.failed("write", &e))?;
-    // Nothing takes its place before both are on the medium.
-    memory.sync()?;
-    machine.sync()?;
-    memory.put()?;
-    machine.put()?;
+    files.put(create.sync)?;
     Ok(Written {
         layers: memory_state.layers,
         memory_bytes,
+        copying_disks,
     })
 }
 
@@ -235,12 +328,38 @@ impl New {
         })
     }
 
+    /// Whoever has an image open must not lose its name.
+    fn check_unused(&self) -> Result<(), String> {
+        match alveole_block_store::holder_of(&self.place) {
+            None => Ok(()),
+            Some(holder) => Err(format!(
+                "{:?} is an image in use: {holder}; give it another name",
+                self.named
+            )),
+        }
+    }
+
+    /// The folder that it goes to.
+    fn folder(&self) -> Option<PathBuf> {
+        self.place.parent().map(Path::to_owned)
+    }
+
+    /// Takes away what is in its place.
+    fn remove_older(&self) -> Result<(), String> {
+        match fs::remove_file(&self.place) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                Err(self.failed("take away the older one before", &e))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A diff must not take away what it builds upon.
     fn check_base(&self, base: &[LayerV1]) -> Result<(), String> {
         match base.iter().any(|layer| layer.path == self.place) {
             false => Ok(()),
             true => Err(format!(
-                "{:?} has memory that this diff snapshot builds upon: give it another mem_file_path",
+                "{:?} has memory that this diff snapshot builds upon: give it another name",
                 self.named
             )),
         }

@@ -88,6 +88,12 @@ const READERS: &[Read] = &[
     ("InstanceActionInfo", said::<Action>, "@", ""),
     ("Vm", said::<StateChange>, "@", ""),
     ("SnapshotCreateParams", said::<SnapshotCreate>, "@", ""),
+    (
+        "DriveCopy",
+        said::<SnapshotCreate>,
+        r#"{"drives": [@]}"#,
+        "drives[0].",
+    ),
     ("SnapshotLoadParams", said::<SnapshotLoad>, "@", ""),
     (
         "MemoryBackend",

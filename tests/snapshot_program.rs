@@ -1,0 +1,151 @@
+//! Snapshots of the real program: taken of a guest that runs, loaded by the command line, and what is wrong with either.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+mod api_client;
+#[expect(dead_code, reason = "tests/bad_input.rs uses the rest")]
+mod tiny_guest;
+
+use std::fs;
+use std::path::PathBuf;
+
+use api_client::Client;
+use nix::sys::signal::Signal::{SIGKILL, SIGTERM};
+use serde_json::{Value, json};
+use tiny_guest::{Bench, Running, no_kvm, out};
+
+/// The description, or the snapshot, is wrong.
+const CONFIG: i32 = 152;
+/// The command line is wrong.
+const USAGE: i32 = 153;
+/// Of SIGTERM.
+const TERMINATED: i32 = 143;
+
+/// A guest that prints an x now and then, for ever.
+fn ticking() -> Vec<u8> {
+    let mut code = out(0x3f8, b'x');
+    // mov ecx, 0x20_0000; loop to itself
+    code.extend([0xb9, 0x00, 0x00, 0x20, 0x00, 0xe2, 0xfe]);
+    let back = i8::try_from(code.len() + 2).unwrap().wrapping_neg();
+    code.extend([0xeb, back.cast_unsigned()]);
+    code
+}
+
+/// Starts the program with its console in this file.
+fn start<'a>(bench: &'a Bench, console: &str, more: &[&str]) -> Running<'a> {
+    let console = format!("file:{console}");
+    let arguments = [&["--console", &console], more].concat();
+    bench.start_command(bench.command(&arguments))
+}
+
+fn has_printed(bench: &Bench, console: &str) -> bool {
+    fs::read(bench.file(console)).is_ok_and(|bytes| bytes.contains(&b'x'))
+}
+
+fn socket(bench: &Bench) -> PathBuf {
+    bench.file("api")
+}
+
+/// A guest with a disk that ticks, behind the API.
+fn ticking_guest(bench: &Bench) -> (Running<'_>, Client) {
+    fs::write(bench.file("disk"), vec![7; 1 << 20]).unwrap();
+    let mut running = start(bench, "first", &["--api-sock", "api"]);
+    let mut client = Client::at(&socket(bench));
+    let source = json!({"kernel_image_path": "kernel"});
+    client.done("PUT", "/boot-source", source);
+    let machine = json!({"vcpu_count": 1, "mem_size_mib": 64});
+    client.done("PUT", "/machine-config", machine);
+    let drive = json!({"drive_id": "a", "path_on_host": "disk", "is_root_device": false});
+    client.done("PUT", "/drives/a", drive);
+    client.done("PUT", "/actions", json!({"action_type": "InstanceStart"}));
+    assert!(running.wait_until(|| has_printed(bench, "first")));
+    (running, client)
+}
+
+fn create() -> Value {
+    json!({"snapshot_path": "s", "mem_file_path": "m", "live": true, "sync": false,
+        "drives": [{"drive_id": "a", "path_on_host": "d"}]})
+}
+
+/// What a load says, with this resumed or not.
+fn load(resume: bool) -> Value {
+    json!({"snapshot_path": "s", "resume_vm": resume, "mem_backend": {"backend_type": "File", "backend_path": "m"},
+        "drive_overrides": [{"drive_id": "a", "path_on_host": "d"}]})
+}
+
+fn write_load(bench: &Bench, load: &Value) {
+    bench.write("load.json", load.to_string().as_bytes());
+}
+
+fn kill(mut running: Running<'_>) {
+    running.signal(SIGKILL);
+    running.child.wait().unwrap();
+}
+
+#[test]
+fn a_snapshot_is_loaded_by_the_command_line() {
+    if no_kvm("a_snapshot_is_loaded_by_the_command_line") {
+        return;
+    }
+    let bench = Bench::new(&ticking());
+    let (running, mut client) = ticking_guest(&bench);
+    let mut elsewhere = create();
+    elsewhere["drives"][0]["path_on_host"] = json!("disk");
+    let why = client.refused("PUT", "/snapshot/create", elsewhere);
+    assert!(
+        why.contains("\"disk\" is an image in use: process"),
+        "{why}"
+    );
+    let taken = client.ask("PUT", "/snapshot/create", &create());
+    assert_eq!(taken.status, 200, "{taken:?}");
+    for field in ["stood_still_us", "disks_us", "memory_bytes"] {
+        assert!(taken.body[field].as_u64().unwrap() > 0, "{taken:?}");
+    }
+    kill(running);
+    assert!(fs::read(bench.file("d")).unwrap() == vec![7; 1 << 20]);
+
+    write_load(&bench, &load(true));
+    let arguments = ["--load-snapshot", "load.json", "--no-api"];
+    let mut running = start(&bench, "second", &arguments);
+    assert!(running.wait_until(|| has_printed(&bench, "second")));
+    running.signal(SIGTERM);
+    assert_eq!(running.end().code(), Some(TERMINATED));
+
+    write_load(&bench, &load(false));
+    fs::remove_file(socket(&bench)).unwrap();
+    let arguments = ["--load-snapshot", "load.json", "--api-sock", "api"];
+    let mut running = start(&bench, "third", &arguments);
+    let mut client = Client::at(&socket(&bench));
+    assert_eq!(client.get("/")["state"], "Paused");
+    assert_eq!(client.get("/vm/config")["drives"][0]["path_on_host"], "d");
+    assert!(!has_printed(&bench, "third"));
+    client.done("PATCH", "/vm", json!({"state": "Resumed"}));
+    assert!(running.wait_until(|| has_printed(&bench, "third")));
+    // It goes on in the middle of what it was: a snapshot of it can be taken, too.
+    client.done("PATCH", "/vm", json!({"state": "Paused"}));
+    let again = json!({"snapshot_path": "s2", "mem_file_path": "m2"});
+    client.done("PUT", "/snapshot/create", again);
+    kill(running);
+}
+
+#[test]
+fn what_cannot_be_loaded_at_the_start_is_told() {
+    let bench = Bench::new(&ticking());
+    let run = |more: &[&str]| {
+        let load = ["--console", "none", "--load-snapshot", "load.json"];
+        bench.run_with(&[&load[..], more].concat())
+    };
+    run(&["--no-api"]).assert(CONFIG, &["load.json", "is the path right?"]);
+    bench.write("load.json", b"{}");
+    run(&["--no-api"]).assert(CONFIG, &["\"snapshot_path\": this field is required"]);
+    write_load(&bench, &load(false));
+    run(&["--no-api"]).assert(CONFIG, &["nobody could let its guest go on"]);
+    run(&["--config-file", "vm.json"]).assert(
+        USAGE,
+        &["--config-file and --load-snapshot exclude each other"],
+    );
+    write_load(&bench, &load(true));
+    run(&["--no-api"]).assert(CONFIG, &["cannot open the snapshot \"s\""]);
+    bench.write("s", b"no snapshot");
+    run(&["--no-api"]).assert(CONFIG, &["\"s\": "]);
+}
