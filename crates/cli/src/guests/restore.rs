@@ -367,7 +367,7 @@ pub(super) fn restored(
         .iter()
         .map(|i| {
             json!({
-                "iface_id": i.iface_id, "host_dev_name": i.host_dev_name, "link": i.link, "vhost_fds": i.vhost_fds,
+                "iface_id": i.iface_id, "host_dev_name": i.host_dev_name, "link": i.link, "vhost_fds": i.vhost_fds, "egress": i.egress,
                 "link_up": false,
             })
         })
