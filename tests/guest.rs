@@ -29,6 +29,8 @@ mod disks;
 mod ends;
 #[path = "guest/files.rs"]
 mod files;
+#[path = "guest/forks.rs"]
+mod forks;
 #[path = "guest/images.rs"]
 mod images;
 #[path = "guest/interrupted.rs"]

@@ -133,7 +133,7 @@ impl Drop for Machine {
 
 /// `alveole net ...` on networks kept in `state`; what it said.
 #[track_caller]
-fn net(state: &Path, words: &str) -> String {
+pub(super) fn net(state: &Path, words: &str) -> String {
     let (good, said) = try_net(state, words);
     assert!(good, "alveole net {words}: {said}");
     said
@@ -153,17 +153,17 @@ fn try_net(state: &Path, words: &str) -> (bool, String) {
 }
 
 /// Networks that are gone with the test, whatever becomes of it: their resolvers are processes.
-struct State(TempDir);
+pub(super) struct State(TempDir);
 
 impl State {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = TempDir::new().unwrap();
         // Resolvers run as nobody.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         Self(dir)
     }
 
-    fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         self.0.path()
     }
 
