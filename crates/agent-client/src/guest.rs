@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use alveole_agent_protocol::{
     AGENT_PORT, Answer, Exit, MAX_HOOKS_MS, Metrics, Process, Renewal, Renewed, Request, Shutdown,
@@ -12,6 +12,11 @@ use alveole_agent_protocol::{
 use crate::AgentError;
 use crate::session::Session;
 use crate::streams::{Controls, Streams};
+
+/// So often a clock is read, until an answer was quick enough: a host that starts many guests at once lets each of them wait.
+const CLOCK_TRIES: u32 = 16;
+/// Between a question and its answer.
+const CLOCK_WANTED_NS: i128 = 4_000_000;
 
 /// The longest line that a monitor says when it connects: `OK` and a port.
 const MAX_LINE_BYTES: usize = 64;
@@ -171,6 +176,36 @@ impl Guest {
         self.done(&Request::SetClock { unix_ns })
     }
 
+    /// Corrects the guest's clock by steps, which are right however long they are under way, and gives how far it may be off after
+    /// that: half of the time of the quickest answer. An agent that is busy is asked again, some times.
+    ///
+    /// # Errors
+    ///
+    /// The agent does not answer, cannot, or is too old to know what this is ([`Refusal::UNKNOWN_REQUEST`]).
+    ///
+    /// [`Refusal::UNKNOWN_REQUEST`]: alveole_agent_protocol::Refusal::UNKNOWN_REQUEST
+    pub fn correct_clock(&self) -> Result<Duration, AgentError> {
+        // How far the guest is ahead: at least, at most.
+        let (mut least, mut most) = (i128::MIN, i128::MAX);
+        for _ in 0..CLOCK_TRIES {
+            let session = self.session()?;
+            let before = now_ns();
+            let guest = i128::from(step(session, 0)?);
+            let after = now_ns();
+            // It was read some time in between.
+            least = least.max(guest - after);
+            most = most.min(guest - before);
+            if most - least <= CLOCK_WANTED_NS {
+                break;
+            }
+        }
+        let ahead = least.midpoint(most);
+        let by_ns = i64::try_from(-ahead).unwrap_or(if ahead > 0 { i64::MIN } else { i64::MAX });
+        step(self.session()?, by_ns)?;
+        let off = u64::try_from((most - least) / 2).unwrap_or(u64::MAX);
+        Ok(Duration::from_nanos(off))
+    }
+
     /// Makes the guest somebody else, and says what became of it, part by part; none of it is proved. Its hooks have their time besides the
     /// patience for the agent. To `unix_ns`, which is the time of the call, what it takes to reach the agent is added.
     ///
@@ -225,4 +260,19 @@ impl Guest {
             }),
         }
     }
+}
+
+fn step(session: Session, by_ns: i64) -> Result<u64, AgentError> {
+    match session.ask(&Request::StepClock { by_ns })? {
+        Answer::Clock { unix_ns } => Ok(unix_ns),
+        _ => Err(AgentError::Unexpected {
+            what: "another answer than a time",
+        }),
+    }
+}
+
+/// Nanoseconds since 1970.
+fn now_ns() -> i128 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| i128::try_from(now.as_nanos()).unwrap_or(i128::MAX))
 }

@@ -79,6 +79,11 @@ pub enum Request {
         /// Nanoseconds since 1970.
         unix_ns: u64,
     },
+    /// Step the clock by so much, or, by nothing, read it. A step, unlike a time, is not late when it comes. Answer: [`Answer::Clock`].
+    StepClock {
+        /// Nanoseconds, forwards or backwards.
+        by_ns: i64,
+    },
     /// Become somebody else, as a copy of a guest, or one that goes on from an earlier moment, must. Answer: [`Answer::Renewed`],
     /// also where some of it failed.
     Renew(Box<Renewal>),
@@ -122,6 +127,11 @@ pub enum Answer {
     Metrics(Box<Metrics>),
     /// What became of a renewal.
     Renewed(Box<Renewed>),
+    /// The clock, after a step.
+    Clock {
+        /// Nanoseconds since 1970.
+        unix_ns: u64,
+    },
 }
 
 /// How a process has ended.

@@ -11,8 +11,9 @@ use alveole_agent_protocol::{READY_PORT, Setup, ShutdownHow};
 use alveole_network::guest_config::{self, DeviceConfig};
 use vsock::{VMADDR_CID_HOST, VsockStream};
 
+use crate::clock::set_clock;
 use crate::names::Names;
-use crate::session::{Shared, set_clock};
+use crate::session::Shared;
 use crate::{mount, serve, shutdown};
 
 /// The modules that the guest needs, one file name a line, each after those it needs itself.

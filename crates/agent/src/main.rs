@@ -5,6 +5,7 @@
 
 mod boot_id;
 mod changes;
+mod clock;
 mod copy;
 #[expect(unsafe_code, reason = "ioctls that no library has")]
 mod entropy;

@@ -14,12 +14,13 @@ use alveole_agent_protocol::{
 use alveole_network::guest_config::{self, Change};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::time::{ClockId, Timespec, clock_gettime};
+use rustix::time::Timespec;
 
+use crate::clock::{now_ns, set_clock};
 use crate::names::Names;
 use crate::process::{self, Running};
 use crate::reaper::Reaper;
-use crate::session::{Shared, set_clock};
+use crate::session::Shared;
 use crate::{boot_id, entropy};
 
 /// Where hooks are: an image brings them, or its user puts them there.
@@ -109,12 +110,6 @@ fn tell(renewed: &mut Renewed, part: &str, done: Done) {
         failed,
         remark,
     });
-}
-
-/// Nanoseconds since 1970, as this guest has it.
-fn now_ns() -> i128 {
-    let now = clock_gettime(ClockId::Realtime);
-    i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec)
 }
 
 fn network(interfaces: &[RenewedInterface], names: &mut Names) -> Done {

@@ -14,8 +14,9 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use rustix::process::{Pid, Signal};
-use rustix::time::{ClockId, Timespec, clock_settime};
+use rustix::time::Timespec;
 
+use crate::clock::{set_clock, step_clock};
 use crate::mount::Hidden;
 use crate::names::Names;
 use crate::parked::Parked;
@@ -97,6 +98,10 @@ pub(crate) fn serve(connection: OwnedFd, shared: &Arc<Shared>, first: bool) -> R
         }
         Ok(Request::Metrics) => Answer::Metrics(Box::new(metrics::gather())),
         Ok(Request::SetClock { unix_ns }) => done(set_clock(unix_ns)),
+        Ok(Request::StepClock { by_ns }) => match step_clock(by_ns) {
+            Ok(unix_ns) => Answer::Clock { unix_ns },
+            Err(text) => failed(text),
+        },
         Ok(Request::Renew(renewal)) => match renew::renew(&renewal, shared) {
             Ok(renewed) => Answer::Renewed(Box::new(renewed)),
             Err(text) => failed(text),
@@ -123,18 +128,6 @@ fn failed(text: String) -> Answer {
         code: Refusal::FAILED.into(),
         text,
     })
-}
-
-/// Sets the clock.
-pub(crate) fn set_clock(unix_ns: u64) -> Result<(), String> {
-    let act =
-        |e: &dyn std::fmt::Display| format!("cannot set the clock to {unix_ns} ns since 1970: {e}");
-    let time = Timespec {
-        tv_sec: i64::try_from(unix_ns / 1_000_000_000).map_err(|e| act(&e))?,
-        #[expect(clippy::cast_possible_wrap, reason = "less than a second")]
-        tv_nsec: (unix_ns % 1_000_000_000) as i64,
-    };
-    clock_settime(ClockId::Realtime, time).map_err(|e| act(&e))
 }
 
 fn signal_process(shared: &Shared, pid: u32, signal: u8) -> Answer {

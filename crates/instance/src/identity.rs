@@ -148,6 +148,12 @@ pub fn renew(
             own.parts.len()
         )));
     }
+    // The time that it was told was late by as long as it was under way.
+    match guest.correct_clock() {
+        Ok(off) => log::debug!("the clock of '{}' is at most {off:?} off", vm.name),
+        Err(AgentError::Refused(refusal)) if refusal.code == Refusal::UNKNOWN_REQUEST => {}
+        Err(e) => return Err(failed(format!("its clock cannot be corrected: {e}"))),
+    }
     Ok(renewed)
 }
 
@@ -166,20 +172,25 @@ mod tests {
 
     const WITHIN: Duration = Duration::from_millis(700);
 
-    /// A monitor, with an agent behind it that answers once.
+    /// Takes a session, as a monitor with an agent behind it does.
+    fn taken(listener: &UnixListener) -> Session {
+        use std::io::{Read, Write};
+        let (mut connection, _) = listener.accept().unwrap();
+        let mut line = [0; "CONNECT 1024\n".len()];
+        connection.read_exact(&mut line).unwrap();
+        connection.write_all(b"OK 1\n").unwrap();
+        Session::begin(connection, Duration::from_secs(5)).unwrap()
+    }
+
+    /// A monitor, with an agent behind it that answers once, and then says what its clock is: an hour behind.
     fn agent(
         vm: &Vm,
         answer: impl FnOnce(&Renewal) -> Option<Answer> + Send + 'static,
     ) -> mpsc::Receiver<Renewal> {
-        use std::io::{Read, Write};
         let listener = UnixListener::bind(vm.socket("vsock")).unwrap();
         let (tell, told) = mpsc::channel();
         thread::spawn(move || {
-            let (mut connection, _) = listener.accept().unwrap();
-            let mut line = [0; "CONNECT 1024\n".len()];
-            connection.read_exact(&mut line).unwrap();
-            connection.write_all(b"OK 1\n").unwrap();
-            let mut session = Session::begin(connection, Duration::from_secs(5)).unwrap();
+            let mut session = taken(&listener);
             let Request::Renew(renewal) = session.request().unwrap() else {
                 panic!("another request");
             };
@@ -188,6 +199,19 @@ mod tests {
             match answer {
                 Some(answer) => session.answer_with(&answer).unwrap(),
                 None => thread::sleep(WITHIN * 2),
+            }
+            let mut behind_ns = 3_600_000_000_000;
+            loop {
+                let mut session = taken(&listener);
+                let Request::StepClock { by_ns } = session.request().unwrap() else {
+                    panic!("another request");
+                };
+                behind_ns -= by_ns;
+                if by_ns != 0 {
+                    assert!(behind_ns.abs() < 1_000_000_000, "{behind_ns}");
+                }
+                let unix_ns = now_ns().saturating_add_signed(-behind_ns);
+                session.answer_with(&Answer::Clock { unix_ns }).unwrap();
             }
         });
         told
