@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::images::Home;
 use super::networks::{State, host, net};
-use crate::harness::images::path;
+use crate::harness::images::{path, tool};
 use crate::harness::{patience, skip};
 
 /// Words of a run, with what processors of this machine's own kernel need to be restored.
@@ -160,6 +160,22 @@ fn what_cannot_be_copied_says_why_and_leaves_nothing() {
     assert_eq!(home.does(&["snapshot", "create", "web", "one"]), "one");
     let said = refused(&["snapshot", "create", "web", "one"]);
     assert!(said.contains("already"), "{said}");
+    // Carried away and back, it is the same; something else is refused.
+    let archive = home.dir.path().join("one.tar");
+    home.does(&["snapshot", "export", "one", "-o", path(&archive)]);
+    assert_eq!(
+        home.does(&["snapshot", "import", path(&archive), "two"]),
+        "two"
+    );
+    home.does(&["restore", "two", "--name", "carried", "--rm"]);
+    home.wait_until(30, "ticks", || ticks(&home, "carried").len() > 2);
+    home.does(&["rm", "-f", "carried"]);
+    assert!(home.does(&["snapshot", "ls", "-q"]) == "one\ntwo");
+    let files = path(&home.files);
+    let other = home.dir.path().join("other.tar");
+    assert!(tool("tar", &["-C", files, "-cf", path(&other), "."]));
+    let said = refused(&["snapshot", "import", path(&other), "three"]);
+    assert!(said.contains("is no file"), "{said}");
     // A memory that is not what was taken.
     let memory = home.dir.path().join("home/state/snapshots/one/memory");
     let file = std::fs::File::options().write(true).open(&memory).unwrap();

@@ -1,11 +1,13 @@
 //! `alveole snapshot`, `restore`, `fork`: moments of running VMs, and VMs that go on from them.
 
-use std::process::{Command, ExitCode};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, UNIX_EPOCH};
 
 use alveole_host::programs;
-use alveole_instance::{InstanceError, Snapshot};
-use anyhow::{Context, bail};
+use alveole_instance::{InstanceError, Snapshot, SnapshotRecord};
+use anyhow::{Context, anyhow, bail};
 use clap::Subcommand;
 use serde_json::json;
 
@@ -51,6 +53,22 @@ enum SnapshotCommand {
         #[arg(required = true)]
         names: Vec<String>,
     },
+    /// Write a snapshot to an archive, as it is; the image of its VM is not in it (alveole image export)
+    Export {
+        /// Its name
+        name: String,
+        /// The file, or - for standard output
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+    },
+    /// Get a snapshot from an archive that `export` has written, on this host or another one. Who made it can have a VM that is made of it read
+    /// what this user can read: take those of people you trust
+    Import {
+        /// The file, or - for standard input
+        file: PathBuf,
+        /// What to call it
+        name: String,
+    },
     /// Remove snapshots; VMs that go on from them stay
     Rm {
         /// Their names
@@ -81,7 +99,7 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
     match &args.command {
         SnapshotCommand::Create { vm, name } => {
             let vm = places.vms().find(vm)?;
-            let take = |folder: &std::path::Path| take(&vm, folder, true);
+            let take = |folder: &Path| take(&vm, folder, true);
             let made = match name {
                 Some(name) => all.create(name, take)?,
                 None => {
@@ -134,6 +152,11 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
         SnapshotCommand::Verify { names } => {
             return each(names, |name| verify(&all.find(name)?));
         }
+        SnapshotCommand::Export { name, output } => export(&all.find(name)?, output)?,
+        SnapshotCommand::Import { file, name } => {
+            let made = all.create(name, |folder| import(file, folder))?;
+            print(&format!("{}\n", made.name))?;
+        }
         SnapshotCommand::Rm { names } => {
             return each(names, |name| {
                 let found = all.find(name)?;
@@ -148,6 +171,63 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Packs what lies in its folder, by the host's tar, which knows holes.
+fn export(snapshot: &Snapshot, output: &Path) -> anyhow::Result<()> {
+    let _loading = snapshot.load()?;
+    let done = Command::new("tar")
+        .args(["--create", "--sparse", "--format=posix", "--file"])
+        .arg(output)
+        .arg("--directory")
+        .arg(snapshot.folder())
+        .arg(".")
+        .stdin(Stdio::null())
+        .status()
+        .context("cannot start tar: install it")?;
+    if !done.success() {
+        if output != Path::new("-") {
+            // What is not whole is no archive.
+            let _ = fs::remove_file(output);
+        }
+        bail!("cannot write '{}': tar says why", output.display());
+    }
+    Ok(())
+}
+
+/// Unpacks an archive, and sees that it has what a snapshot has and nothing else.
+fn import(file: &Path, folder: &Path) -> anyhow::Result<SnapshotRecord> {
+    let done = Command::new("tar")
+        .args([
+            "--extract",
+            "--no-same-owner",
+            "--no-same-permissions",
+            "--file",
+        ])
+        .arg(file)
+        .arg("--directory")
+        .arg(folder)
+        .status()
+        .context("cannot start tar: install it")?;
+    if !done.success() {
+        bail!("cannot read '{}': tar says why", file.display());
+    }
+    let not_one = |what: &str| anyhow!("'{}' is no snapshot of alveole: {what}", file.display());
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        // A link would have a VM read, or write, what it leads to.
+        if !entry.file_type()?.is_file() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            return Err(not_one(&format!("'{name}' in it is no file")));
+        }
+    }
+    let found = Snapshot::open(folder)?.ok_or_else(|| not_one("it has no snapshot.json"))?;
+    for name in ["state", "memory"] {
+        if !folder.join(name).exists() {
+            return Err(not_one(&format!("it has no '{name}'")));
+        }
+    }
+    Ok(found.record)
 }
 
 /// For each of these; what fails is told, and the others go on.
@@ -180,14 +260,10 @@ fn facts(snapshot: &Snapshot) -> serde_json::Value {
 fn verify(snapshot: &Snapshot) -> anyhow::Result<()> {
     let record = &snapshot.record.record;
     let mut wrong = Vec::new();
-    if !record.root_disk.exists() {
-        wrong.push(format!(
-            "the image's root disk '{}' is gone: pull '{}' again",
-            record.root_disk.display(),
-            record.image
-        ));
-    }
     let places = Places::usual();
+    if let Err(e) = guests::root_disk(&places, record) {
+        wrong.push(format!("{e:#}"));
+    }
     if let Err(e) = places.kernels().get(Some(&record.kernel)) {
         wrong.push(format!("{e:#}"));
     }

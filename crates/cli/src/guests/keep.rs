@@ -36,6 +36,11 @@ const MODULES: &str = "modules";
 /// A guest's own address among sockets of its monitor; each has a monitor of its own.
 const GUEST_CID: u64 = 3;
 
+/// A guest whose process has not begun by now is worth a word.
+const SLOW: Duration = Duration::from_secs(15);
+const SLOW_WORDS: &str = "the guest has not come up yet: its console is in the VM's folder, and alveole doctor --probe-kvm says whether this \
+                          machine's KVM can run it (if not: alveole run --lab)";
+
 /// What a line begins with that is for people, and no word about how far it is.
 pub(super) const NOTE: &str = "note: ";
 
@@ -102,6 +107,17 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
             client: client.as_ref(),
         },
     };
+    let runs = Arc::new(AtomicBool::new(false));
+    // The lab's KVM can, and is slow.
+    if !args.serve && !in_lab() {
+        let runs = Arc::clone(&runs);
+        std::thread::spawn(move || {
+            std::thread::sleep(SLOW);
+            if !runs.load(Ordering::Relaxed) {
+                say(&format!("{NOTE}{SLOW_WORDS}"));
+            }
+        });
+    }
     let hooks = args.hooks_ms.filter(|ms| *ms > 0);
     let hooks = hooks.map(Duration::from_millis);
     let mut from = args.from.as_deref();
@@ -121,6 +137,7 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
             Told::Serves => say("serves"),
             Told::Runs => {
                 told_all = true;
+                runs.store(true, Ordering::Relaxed);
                 say("runs");
                 // Who waits for more waits for the end of this.
                 close_output();
@@ -128,6 +145,7 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
             Told::Failed(why) if !told_all => {
                 // Nobody reads what further starts have to say, and a pipe that is full is waited for.
                 told_all = true;
+                runs.store(true, Ordering::Relaxed);
                 say(&one_line(why));
                 close_output();
             }

@@ -238,6 +238,24 @@ fn network(snapshot: &SnapshotRecord, name: &str, nets: &[String]) -> anyhow::Re
     Ok(words)
 }
 
+/// The image's root disk, which on another host, or for another user, lies somewhere else.
+pub(crate) fn root_disk(places: &Places, record: &Record) -> anyhow::Result<PathBuf> {
+    if record.root_disk.exists() {
+        return Ok(record.root_disk.clone());
+    }
+    let found = match record.image_id.as_str() {
+        "" => None,
+        id => places.images()?.resolve(id).ok(),
+    };
+    found.map(|image| image.root_disk).with_context(|| {
+        format!(
+            "the image '{}' of the snapshot is not here (it was '{}'): pull or import it",
+            record.image,
+            record.root_disk.display()
+        )
+    })
+}
+
 /// Makes a VM that is to go on from the snapshot.
 fn make(places: &Places, snapshot: &Snapshot, name: &str, copies: &Copies) -> anyhow::Result<Vm> {
     let of = &snapshot.record;
@@ -247,6 +265,7 @@ fn make(places: &Places, snapshot: &Snapshot, name: &str, copies: &Copies) -> an
     labels.extend(copies.labels.clone());
     let record = Record {
         id: Record::new_id()?,
+        root_disk: root_disk(places, &of.record)?,
         created_ms: now_ms(),
         cpus: of.cpus,
         memory_mib: of.memory_mib,
