@@ -150,7 +150,6 @@ fn what_cannot_be_copied_says_why_and_leaves_nothing() {
             &["fork", "web", "--name", "web"],
             "there is a VM 'web' already",
         ),
-        (&["fork", "web", "--net", "user"], "1 network interfaces"),
         (&["snapshot", "rm", "nothing"], "no snapshot 'nothing'"),
         (&["pool", "take", "nothing"], "no pool 'nothing'"),
     ] {
