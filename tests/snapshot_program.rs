@@ -118,12 +118,17 @@ fn a_snapshot_is_loaded_by_the_command_line() {
     kill(running);
     assert!(fs::read(bench.file("d")).unwrap() == vec![7; 1 << 20]);
 
-    write_load(&bench, &load(true));
-    let arguments = ["--load-snapshot", "load.json", "--no-api"];
-    let mut running = start(&bench, "second", &arguments);
-    assert!(running.wait_until(|| has_printed(&bench, "second")));
-    running.signal(SIGTERM);
-    assert_eq!(running.end().code(), Some(TERMINATED));
+    for (console, recorded) in [("second", false), ("once more", true)] {
+        let mut load = load(true);
+        load["working_set_path"] = json!("w");
+        write_load(&bench, &load);
+        assert_eq!(bench.file("w").exists(), recorded);
+        let arguments = ["--load-snapshot", "load.json", "--no-api"];
+        let mut running = start(&bench, console, &arguments);
+        assert!(running.wait_until(|| has_printed(&bench, console)));
+        running.signal(SIGTERM);
+        assert_eq!(running.end().code(), Some(TERMINATED));
+    }
 
     write_load(&bench, &load(false));
     fs::remove_file(socket(&bench)).unwrap();

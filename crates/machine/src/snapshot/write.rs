@@ -274,7 +274,7 @@ fn write(
 }
 
 /// A file that is not in its place yet; dropped before, it is gone.
-struct New {
+pub(super) struct New {
     file: File,
     /// What was asked for, for messages.
     named: PathBuf,
@@ -285,7 +285,7 @@ struct New {
 }
 
 impl New {
-    fn beside(named: &Path) -> Result<Self, String> {
+    pub(super) fn beside(named: &Path) -> Result<Self, String> {
         let wrong = |why: String| format!("{named:?}: {why}");
         let Some(name) = named.file_name() else {
             return Err(wrong("it names no file; give it one".into()));
@@ -374,7 +374,11 @@ impl New {
         self.file.sync_data().map_err(|e| self.failed("sync", &e))
     }
 
-    fn put(mut self) -> Result<(), String> {
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(super) fn put(mut self) -> Result<(), String> {
         if let Some(beside) = self.beside.take() {
             let renamed = fs::rename(&beside, &self.place);
             if renamed.is_err() {
