@@ -31,6 +31,18 @@ fn ticking() -> Vec<u8> {
     code
 }
 
+/// The same, once it has written to so many pages of its memory, from 2 MiB on.
+fn filling(pages: u32) -> Vec<u8> {
+    // mov edi, 0x20_0000; mov ecx, pages
+    let mut code = vec![0xbf, 0x00, 0x00, 0x20, 0x00, 0xb9];
+    code.extend(pages.to_le_bytes());
+    // mov byte [rdi], 1; add rdi, 0x1000; dec ecx; jnz to the first
+    code.extend([0xc6, 0x07, 0x01, 0x48, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00]);
+    code.extend([0xff, 0xc9, 0x75, 0xf2]);
+    code.extend(ticking());
+    code
+}
+
 /// Starts the program with its console in this file.
 fn start<'a>(bench: &'a Bench, console: &str, more: &[&str]) -> Running<'a> {
     let console = format!("file:{console}");
@@ -46,14 +58,16 @@ fn socket(bench: &Bench) -> PathBuf {
     bench.file("api")
 }
 
-/// A guest with a disk that ticks, behind the API.
-fn ticking_guest(bench: &Bench) -> (Running<'_>, Client) {
+/// A guest with a disk, that ticks, behind the API.
+fn ticking_guest(bench: &Bench, mib: u32) -> (Running<'_>, Client) {
     fs::write(bench.file("disk"), vec![7; 1 << 20]).unwrap();
+    // What another one has printed says nothing of this one.
+    let _ = fs::remove_file(bench.file("first"));
     let mut running = start(bench, "first", &["--api-sock", "api"]);
     let mut client = Client::at(&socket(bench));
     let source = json!({"kernel_image_path": "kernel"});
     client.done("PUT", "/boot-source", source);
-    let machine = json!({"vcpu_count": 1, "mem_size_mib": 64});
+    let machine = json!({"vcpu_count": 1, "mem_size_mib": mib});
     client.done("PUT", "/machine-config", machine);
     let drive = json!({"drive_id": "a", "path_on_host": "disk", "is_root_device": false});
     client.done("PUT", "/drives/a", drive);
@@ -88,7 +102,7 @@ fn a_snapshot_is_loaded_by_the_command_line() {
         return;
     }
     let bench = Bench::new(&ticking());
-    let (running, mut client) = ticking_guest(&bench);
+    let (running, mut client) = ticking_guest(&bench, 64);
     let mut elsewhere = create();
     elsewhere["drives"][0]["path_on_host"] = json!("disk");
     let why = client.refused("PUT", "/snapshot/create", elsewhere);
@@ -104,12 +118,17 @@ fn a_snapshot_is_loaded_by_the_command_line() {
     kill(running);
     assert!(fs::read(bench.file("d")).unwrap() == vec![7; 1 << 20]);
 
-    write_load(&bench, &load(true));
-    let arguments = ["--load-snapshot", "load.json", "--no-api"];
-    let mut running = start(&bench, "second", &arguments);
-    assert!(running.wait_until(|| has_printed(&bench, "second")));
-    running.signal(SIGTERM);
-    assert_eq!(running.end().code(), Some(TERMINATED));
+    for (console, recorded) in [("second", false), ("once more", true)] {
+        let mut load = load(true);
+        load["working_set_path"] = json!("w");
+        write_load(&bench, &load);
+        assert_eq!(bench.file("w").exists(), recorded);
+        let arguments = ["--load-snapshot", "load.json", "--no-api"];
+        let mut running = start(&bench, console, &arguments);
+        assert!(running.wait_until(|| has_printed(&bench, console)));
+        running.signal(SIGTERM);
+        assert_eq!(running.end().code(), Some(TERMINATED));
+    }
 
     write_load(&bench, &load(false));
     fs::remove_file(socket(&bench)).unwrap();
@@ -125,6 +144,58 @@ fn a_snapshot_is_loaded_by_the_command_line() {
     client.done("PATCH", "/vm", json!({"state": "Paused"}));
     let again = json!({"snapshot_path": "s2", "mem_file_path": "m2"});
     client.done("PUT", "/snapshot/create", again);
+    kill(running);
+}
+
+/// Files in the making, by their names.
+fn hidden(bench: &Bench) -> Vec<String> {
+    let entries = fs::read_dir(bench.path()).unwrap();
+    let names = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.starts_with('.')).collect()
+}
+
+#[test]
+fn what_a_monitor_leaves_that_is_killed_while_it_writes_is_removed_by_the_next() {
+    if no_kvm("what_a_monitor_leaves_that_is_killed_while_it_writes_is_removed_by_the_next") {
+        return;
+    }
+    const PAGES: u32 = 100_000;
+    let bench = Bench::new(&filling(PAGES));
+    for name in ["s", "m", "d"] {
+        bench.write(name, b"an older one");
+    }
+    let (running, mut client) = ticking_guest(&bench, 512);
+    let asking = std::thread::spawn(move || {
+        // It never answers.
+        let ask = || client.ask("PUT", "/snapshot/create", &create());
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(ask)).is_err()
+    });
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while hidden(&bench).is_empty() {
+        assert!(std::time::Instant::now() < until, "nothing is written");
+        std::thread::yield_now();
+    }
+    kill(running);
+    assert!(asking.join().unwrap(), "it was done before it was killed");
+    let left = hidden(&bench);
+    assert_eq!(left.len(), 3, "{left:?}");
+    for name in ["s", "m", "d"] {
+        assert_eq!(fs::read(bench.file(name)).unwrap(), b"an older one");
+    }
+    // What somebody is writing still is not touched, nor what has another name.
+    let theirs = fs::File::create(bench.file(".m.1")).unwrap();
+    assert!(alveole_block_store::lock_alone(&theirs).unwrap());
+    bench.write(".m.1x", b"");
+    bench.write(".mm.1", b"");
+    fs::remove_file(socket(&bench)).unwrap();
+    let (running, mut client) = ticking_guest(&bench, 512);
+    let taken = client.ask("PUT", "/snapshot/create", &create());
+    assert_eq!(taken.status, 200, "{taken:?}");
+    assert!(taken.body["memory_bytes"].as_u64().unwrap() >= u64::from(PAGES) * 4096);
+    let mut left = hidden(&bench);
+    left.sort();
+    assert_eq!(left, [".m.1", ".m.1x", ".mm.1"]);
+    assert!(fs::read(bench.file("d")).unwrap() == vec![7; 1 << 20]);
     kill(running);
 }
 

@@ -38,6 +38,7 @@ mod uring;
 
 pub use error::{OpenError, StoreError};
 pub use host_file::{holder_of, identity_at};
+pub use lock::lock_alone;
 pub(crate) use open::engine_name;
 pub use open::{look, open};
 pub use options::{Backing, Cache, Engine, Format, OpenOptions};

@@ -64,6 +64,19 @@ pub(crate) fn lock(file: &File, path: &Path, write: bool) -> Result<(), OpenErro
     }
 }
 
+/// Locks a file that is open to write for whoever has it open here alone, until it is closed; false: somebody else has a lock
+/// of it. Not for images, whose locks say how they are used.
+///
+/// # Errors
+/// It cannot be locked here.
+pub fn lock_alone(file: &File) -> io::Result<bool> {
+    match sys::lock_whole(file) {
+        Ok(()) => Ok(true),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
 /// Somebody else has it.
 struct Conflict;
 

@@ -258,6 +258,15 @@ pub(crate) fn lock_byte_shared(file: &File, at: u64) -> io::Result<()> {
     done(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })
 }
 
+/// Locks all of the file for this open one alone, for as long as it is open anywhere. It is open to write.
+pub(crate) fn lock_whole(file: &File) -> io::Result<()> {
+    let mut lock = byte_lock(libc::F_WRLCK, 0);
+    // To the end of the file and beyond.
+    lock.l_len = 0;
+    // SAFETY: reads one `flock`.
+    done(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })
+}
+
 /// Takes all locks of this open file back.
 pub(crate) fn unlock(file: &File) {
     let mut lock = byte_lock(libc::F_UNLCK, 0);

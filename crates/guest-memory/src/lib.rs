@@ -34,7 +34,7 @@ pub use plan::{HOLE_END, HOLE_START, MAX_SIZE_BYTES, MemoryPlan, PlanError, RamR
 pub use ram::{AccessError, GuestRam, MapError, VmMemory};
 pub use save::SaveError;
 pub use served::{PageServer, ServeError};
-pub use snapshot::MAX_MAPPINGS;
+pub use snapshot::{MAX_MAPPINGS, read_ahead};
 pub use vm_memory;
 pub use vm_memory::{ByteValued, GuestAddress};
 pub use written::{WriteLog, WriteLogSlice};

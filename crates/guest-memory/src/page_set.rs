@@ -217,6 +217,17 @@ impl PageSet {
         })
     }
 
+    /// As [`Self::runs`], of those among `pages`.
+    pub fn runs_in(&self, pages: &Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let (mut at, last) = (pages.start, pages.end.min(self.pages));
+        std::iter::from_fn(move || {
+            let start = self.next(at, true).filter(|start| *start < last)?;
+            let end = self.next(start, false).unwrap_or(last).min(last);
+            at = end;
+            Some(start..end)
+        })
+    }
+
     /// The first page from `from` on that is in the set, or (`wanted` false) that is not.
     fn next(&self, from: u64, wanted: bool) -> Option<u64> {
         if from >= self.pages {
@@ -286,6 +297,10 @@ mod tests {
             prop_assert_eq!(&back, &bits);
             prop_assert_eq!(set.count(), bits.iter().filter(|b| **b).count() as u64);
             prop_assert_eq!(set.is_empty(), set.count() == 0);
+            let (low, high) = (bits.len() as u64 / 3, bits.len() as u64 * 2 / 3);
+            let within: Vec<u64> = set.runs_in(&(low..high)).flatten().collect();
+            let want: Vec<u64> = set.runs().flatten().filter(|p| (low..high).contains(p)).collect();
+            prop_assert_eq!(within, want);
             let again = PageSet::from_runs(set.ram_pages(), set.runs()).unwrap();
             prop_assert_eq!(&again, &set);
             for (page, bit) in (0..).zip(&bits) {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use crate::memory_map::{LayerRun, newest_of_layers};
@@ -106,6 +107,41 @@ impl GuestRam {
         }
         Ok(())
     }
+}
+
+/// Has the host begin to read `pages` of a snapshot of these layers into its page cache (readahead(2)): it waits for nothing and maps
+/// nothing, so that it costs a guest no memory. Pages that are zeroes are in no file and left out. It ends early when `goes_on` says no.
+///
+/// # Errors
+/// Maps that do not make up this RAM ([`MapError::Maps`]), or what the host says.
+pub fn read_ahead(
+    layers: &[(&File, &MemoryMap)],
+    pages: &PageSet,
+    mut goes_on: impl FnMut() -> bool,
+) -> Result<(), MapError> {
+    let maps: Vec<_> = layers.iter().map(|(_, map)| *map).collect();
+    for LayerRun { layer, run } in newest_of_layers(pages.ram_pages(), &maps)? {
+        let of_run = run.first_page..run.first_page + run.pages;
+        if run.kind != PageKind::Data {
+            continue;
+        }
+        for wanted in pages.runs_in(&of_run) {
+            if !goes_on() {
+                return Ok(());
+            }
+            let (offset, len) = (
+                wanted.start * PAGE_SIZE,
+                (wanted.end - wanted.start) * PAGE_SIZE,
+            );
+            let fd = layers[layer].0.as_raw_fd();
+            // SAFETY: takes no pointer.
+            let got = unsafe { libc::readahead(fd, offset.cast_signed(), len as usize) };
+            if got < 0 {
+                return Err(placed(layer, &wanted, io::Error::last_os_error()));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn placed(layer: usize, pages: &Range<u64>, source: io::Error) -> MapError {

@@ -121,6 +121,10 @@ fn serve(
         return Ok(());
     }
     let (stream, _) = listener.accept()?;
+    // Whoever connects may say nothing.
+    if !wait(stream.as_raw_fd(), until) {
+        return Ok(());
+    }
     let (message, uffd) = receive(&stream)?;
     // Nothing in it but names, punctuation and five numbers a range.
     let numbers: Vec<u64> = message

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use alveole_guest_memory::{
     GuestRam, MAX_MAPPINGS, MapError, MemoryMap, MemoryPlan, PAGE_SIZE, PageKind, PageRun, PageSet,
-    SaveError,
+    SaveError, read_ahead,
 };
 use proptest::prelude::*;
 
@@ -298,6 +298,18 @@ fn prefetched_pages_are_there_and_others_are_not() {
     let clone = GuestRam::map_snapshot(&plan, &[(&file, &map)]).unwrap();
     assert!(clone.touched(&pagemap).unwrap().is_empty());
     let wanted = PageSet::from_runs(4096, [10..20, 2000..2600]).unwrap();
+    // Read ahead is into the page cache, and nothing is mapped.
+    let layers = [(&file, &map)];
+    let mut asked = 0;
+    read_ahead(&layers, &wanted, || {
+        asked += 1;
+        true
+    })
+    .unwrap();
+    assert_eq!(asked, 2, "once for each run");
+    let other = PageSet::all(5000);
+    assert!(read_ahead(&layers, &other, || true).is_err());
+    assert!(clone.touched(&pagemap).unwrap().is_empty());
     clone.prefetch(&wanted).unwrap();
     let there = clone.touched(&pagemap).unwrap();
     for page in wanted.runs().flatten() {

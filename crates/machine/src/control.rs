@@ -28,7 +28,7 @@ use alveole_vm_control::Request;
 use crate::build::{OnSigterm, Options};
 use crate::catalog::{Running, SharedPart, SharedTransport};
 use crate::lifecycle::{Change, Lifecycle, next};
-use crate::snapshot::{Taken, Tracking};
+use crate::snapshot::{Taken, Tracking, WorkingSet};
 use crate::{Desk, End, Files, Opened};
 
 /// Of this architecture.
@@ -117,6 +117,8 @@ pub struct Machine {
     pub(crate) tracking: Tracking,
     /// A machine that is paused when it is built is to run at once.
     pub(crate) goes_on: bool,
+    /// Who reads or records what it touches first.
+    pub(crate) working_set: Option<WorkingSet>,
     /// Another process serves its memory: whoever touches a page may wait for ever.
     pub(crate) may_hang: bool,
     /// What clients have said and are told; none: nobody can ask.
@@ -407,6 +409,9 @@ impl Machine {
             log::warn!(
                 "{left} threads wait for pages of guest memory that nobody has put in; they end with this process"
             );
+        }
+        if let Some(working_set) = self.working_set.take() {
+            working_set.end();
         }
         if let Some(vsock) = &self.vsock {
             vsock.remove_socket();

@@ -486,6 +486,85 @@ fn a_disk_that_cannot_be_copied_leaves_everything_as_it_was() {
     bench.end();
 }
 
+/// The pages of a working set, from its file.
+fn working_set(path: &Path) -> Vec<(u64, u64)> {
+    let mut file = StateFile::read(&fs::read(path).unwrap()).unwrap();
+    let set: Value = serde_json::from_slice(&file.take("working set").unwrap().bytes).unwrap();
+    serde_json::from_value(set["runs"].clone()).unwrap()
+}
+
+#[test]
+fn what_a_guest_touches_first_is_recorded_and_read_ahead() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path();
+    taken(path, "s", Transport::Pci);
+    taken(path, "other", Transport::Pci);
+    let set_path = path.join("s.set");
+    let of = |name: &str, ms| SnapshotLoad {
+        working_set_path: Some(set_path.clone()),
+        working_set_ms: ms,
+        resume_vm: true,
+        ..load(path, name)
+    };
+    // Touches a page, far from all that others do, and runs for ever.
+    let run = |load: &SnapshotLoad, page: u64, until: &dyn Fn() -> bool| {
+        let (mailbox, events) = Mailbox::new();
+        let script = vec![vec![
+            Step::RamWrite(page * PAGE, vec![1]),
+            Step::PortRead(SCRATCH, 1),
+        ]];
+        let partition = FakePartition::new(script);
+        let (machine, config) = restored(load, &partition, &mailbox).unwrap();
+        let bench = Bench::run(machine, config, mailbox, events, None);
+        let patience = Instant::now() + PATIENCE;
+        while partition.reads().is_empty() || !until() {
+            assert!(Instant::now() < patience, "it is not recorded");
+            std::thread::yield_now();
+        }
+        bench.end();
+    };
+    let has = |page: u64| {
+        let set = working_set(&set_path);
+        set.iter()
+            .any(|(first, pages)| (*first..first + pages).contains(&page))
+    };
+    run(&of("s", Some(1)), 8000, &|| set_path.exists());
+    assert!(has(8000) && !has(9000), "{:?}", working_set(&set_path));
+    let first = fs::read(&set_path).unwrap();
+    run(&of("s", None), 9000, &|| true);
+    assert_eq!(fs::read(&set_path).unwrap(), first, "it is used, and stays");
+    // Of another snapshot it is made anew; that of a guest which ends soon, at its end.
+    run(&of("other", None), 9000, &|| true);
+    assert!(has(9000) && !has(8000), "{:?}", working_set(&set_path));
+
+    // What is none is not written over, and a hostile one is none.
+    let refused = |load: &SnapshotLoad, part: &str| {
+        let why = told(load);
+        assert!(why.contains(part), "{why} / {part}");
+    };
+    let good = fs::read(&set_path).unwrap();
+    fs::write(&set_path, &good[..good.len() - 1]).unwrap();
+    refused(&of("s", None), "working_set_path");
+    fs::write(&set_path, "my thesis").unwrap();
+    refused(&of("s", None), "name another file, or remove it");
+    assert_eq!(fs::read(&set_path).unwrap(), b"my thesis");
+    fs::write(&set_path, &good).unwrap();
+    with_section(&set_path, "working set", |section| {
+        let text = String::from_utf8(section.bytes.clone()).unwrap();
+        let at = text.find("\"runs\":[[").unwrap();
+        section.bytes = format!("{}\"runs\":[[{},{}]]}}", &text[..at], u64::MAX, u64::MAX).into();
+    });
+    run(&of("other", None), 9000, &|| true);
+    let without = SnapshotLoad {
+        working_set_path: None,
+        ..of("s", Some(1))
+    };
+    refused(&without, "working_set_ms is given without working_set_path");
+    let hidden = fs::read_dir(path).unwrap().flatten();
+    let hidden = hidden.filter(|n| n.file_name().as_encoded_bytes().starts_with(b"."));
+    assert_eq!(hidden.count(), 0);
+}
+
 #[test]
 fn the_cable_of_a_loaded_machine_is_where_it_was_or_is_said_to_be() {
     let dir = TempDir::new().unwrap();

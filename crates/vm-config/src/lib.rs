@@ -28,7 +28,7 @@ pub use requests::{
 };
 pub use snapshots::{
     DriveCopy, DriveOverride, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotCreate,
-    SnapshotLoad, SnapshotType, VsockOverride,
+    SnapshotLoad, SnapshotType, VsockOverride, WORKING_SET_MS,
 };
 pub use types::{
     BackingPlace, BootSource, CacheType, CpuTemplate, DiskFormat, Drive, Egress, EgressDefault,

@@ -74,7 +74,15 @@ pub struct SnapshotLoad {
     pub drive_overrides: Vec<DriveOverride>,
     /// Whether the guest's clock goes on from the time of now, and not from that of the snapshot.
     pub clock_realtime: bool,
+    /// A file that says which pages a guest of this snapshot touches first: they are read from the memory file while it goes on. If it is not
+    /// there, it is made of what this guest touches.
+    pub working_set_path: Option<PathBuf>,
+    /// After which time of running that is looked at, in milliseconds; none: [`WORKING_SET_MS`].
+    pub working_set_ms: Option<u64>,
 }
+
+/// For how long a guest's touching of memory is of interest, in milliseconds, where nothing is said.
+pub const WORKING_SET_MS: u64 = 1000;
 
 /// Who has the memory of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -211,6 +219,8 @@ pub(crate) fn load(body: &mut Object<'_>) -> SnapshotLoad {
             backing: body.optional("backing"),
         }),
         clock_realtime: body.optional("clock_realtime").unwrap_or_default(),
+        working_set_path: body.optional("working_set_path"),
+        working_set_ms: body.optional("working_set_ms"),
     }
 }
 

@@ -23,7 +23,7 @@ pub use alveole_boot_loader::Placement;
 
 use crate::catalog::interface_name;
 use crate::lifecycle::Lifecycle;
-use crate::snapshot::{MemorySource, ServerWatch};
+use crate::snapshot::{MemorySource, ServerWatch, WorkingSet};
 use crate::validate::NotForHost;
 use crate::{HostResources, Machine, Mailbox, Snapshot, ValidConfig};
 
@@ -274,12 +274,18 @@ pub fn restore(
         layers,
         memory: source,
         cables,
+        working_set,
         ..
     } = snapshot;
-    let server = match source {
-        MemorySource::Files(_) => None,
-        MemorySource::Server(server) => Some(Arc::new(server)),
+    let (files, server) = match source {
+        MemorySource::Files(files) => (files, None),
+        MemorySource::Server(server) => (Vec::new(), Some(Arc::new(server))),
     };
+    // Before all else: what is to be read is needed soon.
+    let working_set = working_set.map(|plan| {
+        WorkingSet::start(plan, files, layers.clone(), ram.clone()).map_err(BuildError::Thread)
+    });
+    let working_set = working_set.transpose()?;
     let watch = server
         .clone()
         .map(|server| Box::new(ServerWatch::new(server, mailbox)) as Box<dyn Worker>);
@@ -303,6 +309,7 @@ pub fn restore(
             interface.set_link(is_in);
         }
     }
+    machine.working_set = working_set;
     machine.tracking.layers = layers;
     machine.goes_on = resume;
     machine.may_hang = server.is_some();

@@ -31,6 +31,7 @@ impl WithProcessors {
         let mut machine = Machine {
             state,
             goes_on: false,
+            working_set: None,
             may_hang: false,
             vcpus: Vec::new(),
             console: self.console,

@@ -172,6 +172,9 @@ impl Machine {
             vcpu.order(Order::Run);
         }
         let _ = self.change(Change::Resume);
+        if let Some(working_set) = &self.working_set {
+            working_set.guest_runs();
+        }
         log::info!("resumed");
     }
 

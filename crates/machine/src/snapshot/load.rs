@@ -4,13 +4,14 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use alveole_guest_memory::{PageServer, ServeError};
 use alveole_hypervisor::RestoredClock;
 use alveole_saved_state::{
     FormatError, Header, MAX_FILE_BYTES, RestoreError, SavedState, StateFile,
 };
-use alveole_vm_config::{ConfigError, MemoryBackendType, SnapshotLoad, VmConfig};
+use alveole_vm_config::{ConfigError, MemoryBackendType, SnapshotLoad, VmConfig, WORKING_SET_MS};
 
 use crate::build::{Options, Transport};
 use crate::resources::{self, ResourceError};
@@ -19,6 +20,7 @@ use crate::snapshot::state::{
     self, DriveCopyV1, LayerV1, MARK, MARK_BYTES, MachineStateV1, MemoryStateV1, RangeV1,
     TransportV1,
 };
+use crate::snapshot::working_set::WorkingSetPlan;
 
 /// Why a snapshot cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +91,9 @@ pub enum LoadError {
     /// The process that is to serve memory is not there.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// The working set cannot be used.
+    #[error("{0}")]
+    WorkingSet(String),
 }
 
 impl LoadError {
@@ -115,6 +120,7 @@ pub struct Snapshot {
     pub(crate) resume: bool,
     /// Interfaces that are named anew, and whether their cables are in.
     pub(crate) cables: Vec<(String, bool)>,
+    pub(crate) working_set: Option<WorkingSetPlan>,
 }
 
 /// Where memory comes from.
@@ -162,10 +168,13 @@ impl Snapshot {
         };
         warn_of_originals(load, &copies);
         config.machine_config.track_dirty_pages = load.track_dirty_pages;
+        let source = open_memory(load, &memory)?;
+        let working_set = plan_working_set(load, &memory, &source)?;
         Ok(Self {
             config,
             machine,
-            memory: open_memory(load, &memory)?,
+            memory: source,
+            working_set,
             layers: memory.layers,
             ranges: memory.ranges,
             state,
@@ -295,6 +304,28 @@ fn name_anew(load: &SnapshotLoad, config: &mut VmConfig) -> Result<(), LoadError
         }
     }
     Ok(())
+}
+
+fn plan_working_set(
+    load: &SnapshotLoad,
+    memory: &MemoryStateV1,
+    source: &MemorySource,
+) -> Result<Option<WorkingSetPlan>, LoadError> {
+    let wrong = |why: &str| Err(LoadError::WorkingSet(why.to_owned()));
+    match (&load.working_set_path, source) {
+        (None, _) if load.working_set_ms.is_some() => {
+            wrong("working_set_ms is given without working_set_path: add that, or leave it out")
+        }
+        (None, _) => Ok(None),
+        (Some(_), MemorySource::Server(_)) => wrong(
+            "working_set_path is given, and memory is served by a process, which puts in pages as it likes: leave it out",
+        ),
+        (Some(path), MemorySource::Files(_)) => {
+            let after = Duration::from_millis(load.working_set_ms.unwrap_or(WORKING_SET_MS));
+            let plan = WorkingSetPlan::open(path, after, memory.layers.last());
+            plan.map_err(LoadError::WorkingSet)
+        }
+    }
 }
 
 /// A disk that was copied, and is not named anew, is that with which the guest went on.

@@ -8,6 +8,7 @@
 //! | `load.rs` | main, before any sandbox | reads the state, opens the memory, says what the machine is |
 //! | `restore.rs` | the same | puts the state into a machine that was just built |
 //! | `served.rs` | one of its own | notices that the process that serves memory is gone |
+//! | `working_set.rs` | one of its own | reads what guests of a snapshot touch first, or finds out what that is |
 //! | `state.rs` | | the forms of what is not a device's |
 //!
 //! A snapshot is two files, as Firecracker's is: the state (see `alveole_saved_state`), and the memory, page by page, with a
@@ -20,6 +21,7 @@ mod load;
 mod restore;
 mod served;
 mod state;
+mod working_set;
 mod write;
 
 pub(crate) use gather::Tracking;
@@ -29,5 +31,6 @@ pub(crate) use restore::{cpu_state, partition_state, restore_devices};
 pub(crate) use served::ServerWatch;
 pub use state::SNAPSHOT_VERSION;
 pub(crate) use state::{LAYOUT, RangeV1};
+pub(crate) use working_set::WorkingSet;
 pub use write::Taken;
 pub(crate) use write::{Ahead, SnapshotJob, take};

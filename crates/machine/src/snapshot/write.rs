@@ -1,10 +1,11 @@
 //! Memory and state into files, on the thread that opens files. New files come into being beside those that may be there, and take
 //! their place when they are whole: memory first, then the state, which says by an id which memory it belongs to.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,10 @@ use crate::snapshot::state::{self, DriveCopyV1, ID_BYTES, LayerV1, MARK, MemoryS
 /// Memory belongs to the user who runs the guest, as all its secrets are in it.
 const MODE: u32 = 0o600;
 const PAGE_BYTES: u64 = 4096;
+/// Most names that are tried for a file in the making.
+const MAX_TRIES: u32 = 64;
+/// Most entries of a folder that are looked through for what was left there.
+const MAX_ENTRIES: usize = 100_000;
 
 /// A snapshot to write.
 pub(crate) struct SnapshotJob {
@@ -269,7 +274,7 @@ fn write(
 }
 
 /// A file that is not in its place yet; dropped before, it is gone.
-struct New {
+pub(super) struct New {
     file: File,
     /// What was asked for, for messages.
     named: PathBuf,
@@ -280,7 +285,7 @@ struct New {
 }
 
 impl New {
-    fn beside(named: &Path) -> Result<Self, String> {
+    pub(super) fn beside(named: &Path) -> Result<Self, String> {
         let wrong = |why: String| format!("{named:?}: {why}");
         let Some(name) = named.file_name() else {
             return Err(wrong("it names no file; give it one".into()));
@@ -305,21 +310,9 @@ impl New {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(wrong(e.to_string())),
         }
-        let mut hidden = OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}", std::process::id()));
-        let beside = folder.join(hidden);
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(MODE);
-        let file = match options.open(&beside) {
-            // Left by a process of this number that was killed; nobody else has such names.
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                fs::remove_file(&beside).and_then(|()| options.open(&beside))
-            }
-            other => other,
-        };
-        let file =
-            file.map_err(|e| wrong(format!("cannot make it: {e}; may this user write there?")))?;
+        remove_leftovers(&folder, name);
+        let (file, beside) = make_hidden(&folder, name)
+            .map_err(|e| wrong(format!("cannot make it: {e}; may this user write there?")))?;
         Ok(Self {
             file,
             named: named.to_owned(),
@@ -381,7 +374,11 @@ impl New {
         self.file.sync_data().map_err(|e| self.failed("sync", &e))
     }
 
-    fn put(mut self) -> Result<(), String> {
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(super) fn put(mut self) -> Result<(), String> {
         if let Some(beside) = self.beside.take() {
             let renamed = fs::rename(&beside, &self.place);
             if renamed.is_err() {
@@ -397,6 +394,66 @@ impl Drop for New {
     fn drop(&mut self) {
         if let Some(beside) = &self.beside {
             let _ = fs::remove_file(beside);
+        }
+    }
+}
+
+/// Makes a file that becomes `name`, in the same folder, and locks it for as long as somebody has it open: whoever finds it without a
+/// lock knows that nobody will finish it. A number of a process says little where each has numbers of its own.
+fn make_hidden(folder: &Path, name: &OsStr) -> io::Result<(File, PathBuf)> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true).mode(MODE);
+    let mut number = 0u32;
+    loop {
+        let mut hidden = OsString::from(".");
+        hidden.push(name);
+        hidden.push(format!(".{}", std::process::id()));
+        if number > 0 {
+            hidden.push(format!("-{number}"));
+        }
+        let beside = folder.join(hidden);
+        match options.open(&beside) {
+            Ok(file) => match alveole_block_store::lock_alone(&file) {
+                // Somebody took it for a leftover before it was locked.
+                Ok(false) => {}
+                Ok(true) if file.metadata()?.nlink() == 0 => {}
+                // Without locks it is never removed by others.
+                Ok(true) | Err(_) => return Ok((file, beside)),
+            },
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists && number < MAX_TRIES => {}
+            Err(e) => return Err(e),
+        }
+        number += 1;
+    }
+}
+
+/// Removes what processes that were killed have left of files that were to become `name`. What cannot be seen or removed stays.
+fn remove_leftovers(folder: &Path, name: &OsStr) {
+    let mut start = OsString::from(".");
+    start.push(name);
+    start.push(".");
+    let Ok(entries) = fs::read_dir(folder) else {
+        return;
+    };
+    for entry in entries.flatten().take(MAX_ENTRIES) {
+        let found = entry.file_name();
+        let number = found.as_bytes().strip_prefix(start.as_bytes());
+        let is_ours = number.is_some_and(|number| {
+            number.first().is_some_and(u8::is_ascii_digit)
+                && number.iter().all(|b| b.is_ascii_digit() || *b == b'-')
+        });
+        if !is_ours || !entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            continue;
+        }
+        let path = entry.path();
+        if let Ok(file) = File::options().read(true).write(true).open(&path)
+            && alveole_block_store::lock_alone(&file).is_ok_and(|alone| alone)
+            && fs::remove_file(&path).is_ok()
+        {
+            log::info!(
+                "removed {}, which a process that was killed had left",
+                path.display()
+            );
         }
     }
 }
