@@ -2,6 +2,7 @@
 //!
 //! It writes `bench_fill=` MiB with words of which no page repeats another, sends one byte, and from then on changes a word of each of
 //! the next sixteen pages of the first `bench_window=` MiB, sends the byte of a beat, sleeps `bench_pause=` microseconds, and so on.
+//! With a window of 0 it changes nothing: what else is written by such a guest is its kernel's.
 //!
 //! It has no libc and needs no file but `/dev/console`. It does not know which VMM runs it. `alveole-bench` compiles it with `rustc` alone.
 
@@ -54,7 +55,7 @@ extern "C" fn main(stack: *const usize) -> ! {
     let fill_bytes = number(stack, b"bench_fill=") << 20;
     let window_bytes = number(stack, b"bench_window=") << 20;
     let pause_us = number(stack, b"bench_pause=");
-    if window_bytes == 0 || window_bytes > fill_bytes {
+    if fill_bytes == 0 || window_bytes > fill_bytes {
         end();
     }
     let memory = call(
@@ -83,7 +84,7 @@ extern "C" fn main(stack: *const usize) -> ! {
     let pages = window_bytes / PAGE_BYTES;
     let mut page = 0;
     loop {
-        for _ in 0..PAGES_OF_A_BEAT {
+        for _ in 0..PAGES_OF_A_BEAT.min(pages) {
             word = next(word);
             // SAFETY: as above.
             unsafe { memory.add(page * (PAGE_BYTES / 8)).write_volatile(word) };
