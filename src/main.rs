@@ -49,6 +49,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, started: Instant) -> Result<End, Failure> {
+    alveole_thread_sandbox::share_heap();
     logger::start(args.id.as_deref().unwrap_or(session::DEFAULT_ID));
     raise_descriptor_limit();
     if args.no_seccomp {

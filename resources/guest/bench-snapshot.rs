@@ -1,7 +1,8 @@
 //! The first process of a guest of which snapshots are taken: fills memory, then changes a part of it for ever and beats.
 //!
 //! It writes `bench_fill=` MiB with words of which no page repeats another, sends one byte, and from then on changes a word of each of
-//! the next sixteen pages of the first `bench_window=` MiB, sends the byte of a beat, sleeps `bench_pause=` microseconds, and so on.
+//! the next `bench_pages=` pages of the first `bench_window=` MiB, sends the byte of a beat, sleeps `bench_pause=` microseconds, and so on.
+//! With a window of 0 it changes nothing: what else is written by such a guest is its kernel's.
 //!
 //! It has no libc and needs no file but `/dev/console`. It does not know which VMM runs it. `alveole-bench` compiles it with `rustc` alone.
 
@@ -13,9 +14,6 @@ use core::arch::{asm, global_asm};
 /// Neither is ever part of a kernel message.
 const FILLED: u8 = 0x02;
 const BEAT: u8 = 0x07;
-
-/// Pages that are changed between two beats.
-const PAGES_OF_A_BEAT: usize = 16;
 
 const PAGE_BYTES: usize = 4096;
 
@@ -53,8 +51,9 @@ fn call(number: usize, a: [usize; 6]) -> isize {
 extern "C" fn main(stack: *const usize) -> ! {
     let fill_bytes = number(stack, b"bench_fill=") << 20;
     let window_bytes = number(stack, b"bench_window=") << 20;
+    let beat_pages = number(stack, b"bench_pages=");
     let pause_us = number(stack, b"bench_pause=");
-    if window_bytes == 0 || window_bytes > fill_bytes {
+    if fill_bytes == 0 || window_bytes > fill_bytes {
         end();
     }
     let memory = call(
@@ -83,11 +82,14 @@ extern "C" fn main(stack: *const usize) -> ! {
     let pages = window_bytes / PAGE_BYTES;
     let mut page = 0;
     loop {
-        for _ in 0..PAGES_OF_A_BEAT {
+        for _ in 0..beat_pages.min(pages) {
             word = next(word);
             // SAFETY: as above.
             unsafe { memory.add(page * (PAGE_BYTES / 8)).write_volatile(word) };
-            page = (page + 1) % pages;
+            page += 1;
+            if page >= pages {
+                page = 0;
+            }
         }
         send(BEAT);
         let time = [pause_us / 1_000_000, pause_us % 1_000_000 * 1000];

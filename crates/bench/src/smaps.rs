@@ -19,6 +19,10 @@ pub(crate) struct Use {
     pub(crate) rss: u64,
     pub(crate) pss: u64,
     pub(crate) private_dirty: u64,
+    /// Mapped by nobody else; of a single process pages of the file, too.
+    pub(crate) private: u64,
+    /// Pages of no file: what was changed, and the program's own.
+    pub(crate) anonymous: u64,
 }
 
 impl AddAssign for Use {
@@ -26,6 +30,8 @@ impl AddAssign for Use {
         self.rss += other.rss;
         self.pss += other.pss;
         self.private_dirty += other.private_dirty;
+        self.private += other.private;
+        self.anonymous += other.anonymous;
     }
 }
 
@@ -58,14 +64,22 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Mapping>, String> {
         let Some(mapping) = mappings.last_mut() else {
             return Err(bad());
         };
-        let field = match key {
-            "Rss" => &mut mapping.use_.rss,
-            "Pss" => &mut mapping.use_.pss,
-            "Private_Dirty" => &mut mapping.use_.private_dirty,
-            _ => continue,
-        };
+        let wanted = ["Rss", "Pss", "Private_Clean", "Private_Dirty", "Anonymous"];
+        if !wanted.contains(&key) {
+            continue;
+        }
         let kib = rest.trim().strip_suffix(" kB").ok_or_else(bad)?;
-        *field = kib.trim().parse().map_err(|_| bad())?;
+        let kib: u64 = kib.trim().parse().map_err(|_| bad())?;
+        let use_ = &mut mapping.use_;
+        match key {
+            "Rss" => use_.rss = kib,
+            "Pss" => use_.pss = kib,
+            "Anonymous" => use_.anonymous = kib,
+            _ => use_.private += kib,
+        }
+        if key == "Private_Dirty" {
+            use_.private_dirty = kib;
+        }
     }
     Ok(mappings)
 }
@@ -140,14 +154,18 @@ KernelPageSize:        4 kB
 Rss:                 300 kB
 Pss:                 150 kB
 Pss_Dirty:             0 kB
+Private_Clean:        20 kB
 Private_Dirty:         0 kB
+Anonymous:             0 kB
 THPeligible:           0
 ProtectionKey:         0
 VmFlags: rd ex mr mw me
 7f0000000000-7f0010000000 rw-p 00000000 00:00 0 
 Rss:               27648 kB
 Pss:               27648 kB
+Private_Clean:         4 kB
 Private_Dirty:     27648 kB
+Anonymous:         27640 kB
 VmFlags: rd wr mr mw me ac sd hg
 ";
         let mappings = parse(text).unwrap();
@@ -158,7 +176,9 @@ VmFlags: rd wr mr mw me ac sd hg
             Use {
                 rss: 300,
                 pss: 150,
-                private_dirty: 0
+                private_dirty: 0,
+                private: 20,
+                anonymous: 0,
             }
         );
         assert_eq!(
@@ -166,7 +186,9 @@ VmFlags: rd wr mr mw me ac sd hg
             Use {
                 rss: 27648,
                 pss: 27648,
-                private_dirty: 27648
+                private_dirty: 27648,
+                private: 27652,
+                anonymous: 27640,
             }
         );
     }
@@ -189,6 +211,8 @@ VmFlags: rd wr mr mw me ac sd hg
             rss: 1,
             pss: 1,
             private_dirty: 1,
+            private: 1,
+            anonymous: 1,
         };
         ranges
             .iter()

@@ -24,6 +24,7 @@ mod worker;
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 pub use backend::raw_mode::restore_terminal;
 pub use console::{Console, ConsoleHandle};
@@ -39,6 +40,9 @@ pub const OUTPUT_BUFFER_BYTES: usize = 256 * 1024;
 /// console nobody reads: after one such wait without a byte moving, writes drop at once until
 /// something moves again. It also bounds how long pausing that vCPU takes.
 pub const STALL_BUDGET_MS: u64 = 250;
+/// How long after a byte of a stream the loop looks once more before it goes to rest. A stream of output thus costs the vCPU no
+/// wake-up, and a person at the console does not notice. Bytes that come less often are no stream.
+pub(crate) const LINGER: Duration = Duration::from_millis(1);
 /// Input that waits for the guest. Abused by a guest that never reads its UART while somebody pastes a
 /// file: beyond this a pipe or socket is left alone, and what is typed at a terminal is dropped.
 pub const INPUT_BUFFER_BYTES: usize = 64 * 1024;

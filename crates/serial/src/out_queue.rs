@@ -1,8 +1,9 @@
 //! The bounded queue between the UART and the console.
 //!
 //! vCPU threads push single bytes, the event loop takes them in chunks. A push wakes the loop only
-//! when the loop has gone to rest: after it has emptied the queue it looks once more a moment later
-//! by itself, so that a stream of bytes costs one wake-up and not one for each.
+//! when the loop has gone to rest: in a stream it looks once more a moment after it has emptied the queue, by
+//! itself, so that a stream of bytes costs two wake-ups and not one for each. For a byte now and then it does not: looking
+//! for more would be a second wake-up each time.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};

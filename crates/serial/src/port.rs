@@ -5,11 +5,12 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::backend::{Backend, Got, Wrote};
 use crate::out_queue::OutQueue;
 use crate::uart::Registers;
-use crate::{INPUT_BUFFER_BYTES, SerialCounters};
+use crate::{INPUT_BUFFER_BYTES, LINGER, SerialCounters};
 
 const CHUNK_BYTES: usize = 4096;
 /// Chunks moved in one go. Abused by a guest that floods its console: the other workers on the loop
@@ -22,6 +23,8 @@ pub(crate) struct Port {
     counters: Arc<SerialCounters>,
     chunk: Chunk,
     input: VecDeque<u8>,
+    /// When the loop last found output.
+    found: Option<Instant>,
 }
 
 /// Output taken from the queue and not written yet.
@@ -34,9 +37,9 @@ struct Chunk {
 /// How far output has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Drained {
-    /// There was nothing; the next byte wakes the loop.
+    /// There is nothing; the next byte wakes the loop.
     AtRest,
-    /// All is written; look again in a moment.
+    /// All of a stream is written; look again in a moment.
     Empty,
     /// There is more.
     More,
@@ -61,6 +64,7 @@ impl Port {
             counters,
             chunk,
             input: VecDeque::new(),
+            found: None,
         }
     }
 
@@ -69,20 +73,24 @@ impl Port {
         if !self.backend.write_own() {
             return Drained::Blocked;
         }
-        let mut wrote = false;
+        let (mut wrote, mut is_stream) = (false, false);
         for _ in 0..CHUNKS_PER_TURN {
             if self.chunk.from == self.chunk.to {
                 self.chunk.from = 0;
-                self.chunk.to = self.queue.take(&mut self.chunk.bytes, !wrote);
+                self.chunk.to = self.queue.take(&mut self.chunk.bytes, !is_stream);
                 if self.chunk.to == 0 {
-                    return if wrote {
+                    return if is_stream {
                         Drained::Empty
                     } else {
                         Drained::AtRest
                     };
                 }
             }
-            wrote = true;
+            if !wrote {
+                wrote = true;
+                let before = self.found.replace(Instant::now());
+                is_stream = before.is_some_and(|before| before.elapsed() < LINGER);
+            }
             let bytes = self
                 .chunk
                 .bytes
@@ -144,5 +152,36 @@ impl Port {
     /// Bytes of output that wait to be written.
     pub(crate) fn waiting(&self) -> usize {
         self.chunk.to - self.chunk.from + self.queue.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+    use crate::out_queue::Fate;
+
+    #[test]
+    fn a_stream_keeps_the_loop_awake_and_a_single_byte_does_not() {
+        let bell = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let queue = Arc::new(OutQueue::new(bell, Arc::default(), Fate::Queued));
+        let mut port = Port::new(Backend::None, queue.clone(), Arc::default());
+        assert_eq!(port.drain(), Drained::AtRest);
+        for _ in 0..3 {
+            queue.push(b'x');
+            assert_eq!(port.drain(), Drained::AtRest);
+            thread::sleep(LINGER * 2);
+        }
+        // However busy this machine is: somewhere two bytes come at once.
+        let mut is_stream = false;
+        for _ in 0..1000 {
+            queue.push(b'x');
+            is_stream |= port.drain() == Drained::Empty;
+        }
+        assert!(is_stream);
+        assert_eq!(port.drain(), Drained::AtRest);
     }
 }

@@ -1,7 +1,6 @@
 //! The worker on the event loop that serves one console.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use alveole_event_loop::{Event, EventLoopError, Interest, Ops, Token, Worker};
 use vmm_sys_util::eventfd::EventFd;
@@ -10,17 +9,13 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::backend::{ROLES, Role, Watches};
 use crate::port::{Drained, Port};
 use crate::uart::Registers;
-use crate::{ConsoleEvent, OnConsoleEvent};
+use crate::{ConsoleEvent, LINGER, OnConsoleEvent};
 
 const BELL: Token = Token(0);
 const TIMER: Token = Token(1);
 /// Tokens from here on are roles of the back end.
 const FIRST_ROLE: u32 = 2;
 const ROLE_LIST: [Role; ROLES] = [Role::Input, Role::Output, Role::Listener];
-
-/// How long after the last byte the worker looks once more before it goes to rest. A stream of output
-/// thus costs the vCPU no wake-up, and a person at the console does not notice.
-const LINGER: Duration = Duration::from_millis(1);
 
 /// Carries bytes between the UART and the console; to be attached to an event loop.
 pub struct ConsoleWorker {

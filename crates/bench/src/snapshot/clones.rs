@@ -13,6 +13,7 @@ use anyhow::{Context, bail};
 use super::life::{Arrivals, Files, Process, Shape};
 use super::table::{Case, Place, Row};
 use super::{Plan, Samples, milliseconds};
+use crate::smaps;
 use crate::vmm::Vmm;
 
 /// How often all copies together beat: the more there are the calmer is each, so that processors are left to those that start.
@@ -41,7 +42,9 @@ pub(super) fn measure(
     for &count in counts {
         let shape = Shape {
             memory_mib: mib,
-            window_mib: 1,
+            // Idle, but for its beats: what else changes is what its kernel writes.
+            window_mib: 0,
+            beat_pages: 0,
             pause_us: u32::try_from(count * 1_000_000 / BEATS_A_SECOND)?,
             tracks_pages: false,
         };
@@ -53,7 +56,7 @@ pub(super) fn measure(
             number: count,
         };
         let mut add = |row, value| samples.push((case, row, value));
-        many(plan, vmm, &files, usize::try_from(count)?, &mut add)
+        many(plan, vmm, &files, mib, usize::try_from(count)?, &mut add)
             .with_context(|| format!("{count} copies"))?;
     }
     Ok(())
@@ -63,6 +66,7 @@ fn many(
     plan: &Plan,
     vmm: &Vmm,
     files: &Files,
+    mib: u64,
     count: usize,
     add: &mut dyn FnMut(Row, f64),
 ) -> anyhow::Result<()> {
@@ -85,7 +89,7 @@ fn many(
             clones.push(Clone { process, cpu });
         }
     };
-    let start = Instant::now();
+    let (start, host_before) = (Instant::now(), host_cpu()?);
     let clones: anyhow::Result<Vec<Vec<Clone>>> = thread::scope(|scope| {
         let threads: Vec<_> = arrivals
             .iter()
@@ -99,6 +103,7 @@ fn many(
     });
     let mut clones: Vec<_> = clones?.into_iter().flatten().collect();
     let answered = start.elapsed();
+    let host = host_cpu()?.saturating_sub(host_before);
     for clone in &mut clones {
         clone.process.beat()?;
     }
@@ -113,24 +118,30 @@ fn many(
     let running = used()?.saturating_sub(before);
     let mut memory = Memory::default();
     for clone in &clones {
-        let file = format!("/proc/{}/smaps_rollup", clone.process.run.id());
+        let file = format!("/proc/{}/smaps", clone.process.run.id());
         let text = fs::read_to_string(&file)
             .map_err(|e| anyhow::anyhow!(clone.process.run.failure(&format!("{file}: {e}"))))?;
-        memory.add(&text)?;
+        let mappings = smaps::parse(&text).map_err(anyhow::Error::msg)?;
+        let split = smaps::split(&mappings, mib << 20).map_err(anyhow::Error::msg)?;
+        memory.guest += split.guest;
+        memory.rest += split.rest;
     }
     let starts: Duration = clones.iter().map(|clone| clone.cpu).sum();
     let each = |value: f64| value / count as f64;
     let mib = |kib: u64| each(kib as f64 / 1024.0);
     add(Row::Cpu, each(milliseconds(starts)));
+    add(Row::HostCpu, milliseconds(host));
     add(
         Row::Running,
         each(milliseconds(running) / rested.as_secs_f64()),
     );
     add(Row::AllAnswered, milliseconds(answered));
     add(Row::AllBeaten, milliseconds(beaten));
-    add(Row::Pss, mib(memory.pss));
-    add(Row::Unique, mib(memory.private));
-    add(Row::Anonymous, mib(memory.anonymous));
+    let (guest, rest) = (memory.guest, memory.rest);
+    add(Row::Pss, mib(guest.pss + rest.pss));
+    add(Row::Unique, mib(guest.private + rest.private));
+    add(Row::GuestsOwn, mib(guest.anonymous));
+    add(Row::VmmsOwn, mib(rest.anonymous));
     Ok(())
 }
 
@@ -157,32 +168,30 @@ fn cpu(process: u32) -> anyhow::Result<Duration> {
     Ok(sum)
 }
 
-/// What some processes take, in KiB.
-#[derive(Debug, Default, PartialEq)]
-struct Memory {
-    pss: u64,
-    /// Mapped by nobody else; of a single process pages of the file, too.
-    private: u64,
-    /// Pages of no file: what was changed, and the program's own.
-    anonymous: u64,
+/// Time on a processor of the whole host, in ticks of ten milliseconds: what the kernel does elsewhere for those who start, and what
+/// starting them takes here.
+fn host_cpu() -> anyhow::Result<Duration> {
+    let text = fs::read_to_string("/proc/stat")?;
+    busy(&text).context("/proc/stat is not understood")
 }
 
-impl Memory {
-    /// Adds a process by its `smaps_rollup`, proc_pid_smaps(5).
-    fn add(&mut self, text: &str) -> anyhow::Result<()> {
-        let field = |name: &str| -> anyhow::Result<u64> {
-            let mut lines = text.lines();
-            let found = lines.find_map(|line| {
-                let kib = line.strip_prefix(name)?.strip_prefix(':')?.trim();
-                kib.strip_suffix(" kB")?.parse().ok()
-            });
-            found.with_context(|| format!("no {name} in smaps_rollup"))
-        };
-        self.pss += field("Pss")?;
-        self.private += field("Private_Clean")? + field("Private_Dirty")?;
-        self.anonymous += field("Anonymous")?;
-        Ok(())
-    }
+/// The times of the first line of `/proc/stat` but those of an idle or stolen processor, and of guests, which are in the first two:
+/// proc_stat(5).
+fn busy(text: &str) -> Option<Duration> {
+    let line = text.lines().next()?.strip_prefix("cpu ")?;
+    let ticks: Vec<u64> = line
+        .split_whitespace()
+        .map_while(|n| n.parse().ok())
+        .collect();
+    let busy = ticks.get(..3)?.iter().chain(ticks.get(5..7)?).sum::<u64>();
+    Some(Duration::from_millis(busy * 10))
+}
+
+/// What some processes take, guest RAM and everything else.
+#[derive(Debug, Default)]
+struct Memory {
+    guest: smaps::Use,
+    rest: smaps::Use,
 }
 
 #[cfg(test)]
@@ -190,23 +199,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_of_processes_is_summed() {
-        let text = "55d0-7ffe ---p 00000000 00:00 0    [rollup]\nRss:      900 kB\nPss:      400 kB\n\
-                    Pss_Dirty:      30 kB\nPrivate_Clean:     8 kB\nPrivate_Dirty:    30 kB\n\
-                    Anonymous:       20 kB\n";
-        let mut memory = Memory::default();
-        memory.add(text).unwrap();
-        memory.add(text).unwrap();
-        let want = Memory {
-            pss: 800,
-            private: 76,
-            anonymous: 40,
-        };
-        assert_eq!(memory, want);
-        assert!(memory.add("Pss: 1 kB\n").is_err());
-        let own = fs::read_to_string("/proc/self/smaps_rollup").unwrap();
-        memory.add(&own).unwrap();
-        assert!(memory.anonymous > 40);
+    fn time_of_the_host_is_without_that_of_idle_processors() {
+        let text = "cpu  100 20 30 5000 600 7 8 9 50 5\ncpu0 1 2 3 4 5 6 7 8 9 10\n";
+        assert_eq!(busy(text), Some(Duration::from_millis(1650)));
+        assert_eq!(busy("cpu  1 2 3\n"), None);
+        assert!(host_cpu().unwrap() > Duration::ZERO);
     }
 
     #[test]

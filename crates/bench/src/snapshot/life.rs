@@ -24,13 +24,17 @@ pub(super) const ARGUMENTS: &str = "console=ttyS0 quiet reboot=k panic=-1 tsc=re
 /// What the guest's init sends when memory is filled, and between two changes of memory.
 pub(super) const FILLED: u8 = 0x02;
 pub(super) const BEAT: u8 = 0x07;
-/// How much the guest changes between two beats.
-const BEAT_BYTES: u64 = 16 << 12;
+/// How many pages the guest changes between two beats, where nothing else is said.
+pub(super) const BEAT_PAGES: u64 = 16;
+const PAGE_BYTES: u64 = 4096;
 
 /// A guest as it differs from others of the same plan.
 pub(super) struct Shape {
     pub(super) memory_mib: u64,
+    /// What it changes for ever, at most half of memory; 0 for a guest that is idle.
     pub(super) window_mib: u64,
+    /// How much of that between two beats.
+    pub(super) beat_pages: u64,
     /// Between two beats.
     pub(super) pause_us: u32,
     pub(super) tracks_pages: bool,
@@ -66,7 +70,7 @@ pub(super) struct Process {
 /// The two files of a snapshot.
 pub(super) struct Files {
     state: PathBuf,
-    memory: PathBuf,
+    pub(super) memory: PathBuf,
 }
 
 impl Files {
@@ -78,7 +82,7 @@ impl Files {
     }
 
     /// So that the next is not written over it.
-    fn remove(&self) {
+    pub(super) fn remove(&self) {
         let _ = fs::remove_file(&self.state);
         let _ = fs::remove_file(&self.memory);
     }
@@ -100,11 +104,19 @@ impl Drop for Files {
 }
 
 /// What a snapshot of a guest took.
-struct Stood {
+pub(super) struct Stood {
     /// From before it was told to stand still until it was said to go on.
     still: Duration,
     /// The snapshot alone.
     create: Duration,
+}
+
+/// What a snapshot of a guest that goes on took.
+pub(super) struct Live {
+    /// How long the guest stood still, by the VMM's own word.
+    pub(super) still: Duration,
+    /// Until all was written.
+    pub(super) written: Duration,
 }
 
 impl Process {
@@ -141,9 +153,10 @@ impl Process {
     ) -> anyhow::Result<Self> {
         let mut process = Self::start(plan, vmm, &plan.scratch.join("first"), arrivals)?;
         let line = format!(
-            "{ARGUMENTS} bench_fill={} bench_window={} bench_pause={}",
+            "{ARGUMENTS} bench_fill={} bench_window={} bench_pages={} bench_pause={}",
             shape.memory_mib / 2,
             shape.window_mib.min(shape.memory_mib / 2),
+            shape.beat_pages,
             shape.pause_us
         );
         let source = json!({
@@ -170,7 +183,7 @@ impl Process {
     }
 
     /// Takes a snapshot while the guest stands still, in place of the one that is there.
-    fn take(&mut self, files: &Files, kind: &str) -> anyhow::Result<Stood> {
+    pub(super) fn take(&mut self, files: &Files, kind: &str) -> anyhow::Result<Stood> {
         files.remove();
         let body = files.body(json!({"snapshot_type": kind}))?;
         // Whoever writes for ever finds room in the pipe.
@@ -189,10 +202,10 @@ impl Process {
         self.take(files, "Full").map(|_| ())
     }
 
-    /// Takes a snapshot while the guest goes on: how long it stood still by the VMM's own word, and until all was written.
-    fn take_live(&mut self, files: &Files) -> anyhow::Result<(Duration, Duration)> {
+    /// Takes a snapshot while the guest goes on.
+    pub(super) fn take_live(&mut self, files: &Files, kind: &str) -> anyhow::Result<Live> {
         files.remove();
-        let body = files.body(json!({"live": true}))?;
+        let body = files.body(json!({"snapshot_type": kind, "live": true}))?;
         self.run.drain();
         let start = Instant::now();
         self.client.send("PUT", "/snapshot/create", &body)?;
@@ -203,7 +216,10 @@ impl Process {
         let still = answer["stood_still_us"]
             .as_u64()
             .with_context(|| format!("stood_still_us is not in {answer}"))?;
-        Ok((Duration::from_micros(still), written))
+        Ok(Live {
+            still: Duration::from_micros(still),
+            written,
+        })
     }
 
     /// Loads a snapshot into a process that has no machine, and has the guest go on; how long the answer took.
@@ -213,6 +229,15 @@ impl Process {
             "mem_backend": {"backend_type": "File", "backend_path": utf8(&files.memory)?},
         });
         self.ask("PUT", "/snapshot/load", &body.to_string())
+    }
+
+    /// Waits until the guest has changed its whole window once more.
+    pub(super) fn change_all(&mut self, shape: &Shape) -> anyhow::Result<()> {
+        self.run.drain();
+        let window_pages = (shape.window_mib.min(shape.memory_mib / 2) << 20) / PAGE_BYTES;
+        let beats = usize::try_from(window_pages / shape.beat_pages)?;
+        let beaten = self.run.wait_for_many(BEAT, beats);
+        beaten.map(drop).map_err(anyhow::Error::msg)
     }
 
     /// Waits until the guest has beaten; how long after the start of the process.
@@ -234,6 +259,7 @@ pub(super) fn measure(
     let mut shape = Shape {
         memory_mib: mib,
         window_mib,
+        beat_pages: BEAT_PAGES,
         pause_us: 500,
         tracks_pages: false,
     };
@@ -247,9 +273,9 @@ pub(super) fn measure(
     add(Row::SecondCreate, milliseconds(second.create));
     // Peers know no such thing.
     if vmm.kind == Kind::Alveole {
-        let (still, written) = guest.take_live(&files)?;
-        add(Row::Live, milliseconds(still));
-        add(Row::LiveWritten, milliseconds(written));
+        let live = guest.take_live(&files, "Full")?;
+        add(Row::Live, milliseconds(live.still));
+        add(Row::LiveWritten, milliseconds(live.written));
         guest.take_full(&files).context("third full snapshot")?;
     }
     drop(guest);
@@ -261,13 +287,7 @@ pub(super) fn measure(
     let mut guest =
         Process::boot(plan, vmm, &shape, &arrivals).context("boot with track_dirty_pages")?;
     guest.take_full(&full).context("full snapshot")?;
-    guest.run.drain();
-    let window_bytes = window_mib.min(mib / 2) << 20;
-    let beats = usize::try_from(window_bytes / BEAT_BYTES)?;
-    guest
-        .run
-        .wait_for_many(BEAT, beats)
-        .map_err(anyhow::Error::msg)?;
+    guest.change_all(&shape)?;
     let stood = guest.take(&diff, "Diff").context("diff snapshot")?;
     add(Row::Diff, milliseconds(stood.still));
     let blocks = fs::metadata(&diff.memory)?.blocks();
@@ -302,7 +322,8 @@ mod tests {
         for want in [
             format!("const FILLED: u8 = {FILLED:#04x};"),
             format!("const BEAT: u8 = {BEAT:#04x};"),
-            format!("const PAGES_OF_A_BEAT: usize = {};", BEAT_BYTES >> 12),
+            format!("const PAGE_BYTES: usize = {PAGE_BYTES};"),
+            "b\"bench_pages=\"".to_owned(),
         ] {
             assert!(SNAPSHOT_INIT.contains(&want), "{want}");
         }

@@ -5,7 +5,9 @@
 
 mod clones;
 mod life;
+mod live;
 mod table;
+mod touches;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,6 +29,8 @@ const CPU_CONFIG: &str = "ALVEOLE_NATIVE_CPU_CONFIG";
 const PATIENCE: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
 /// What the guests change for ever, so that there is always something to write again.
 const WINDOW_MIB: u64 = 64;
+/// Most copies: they take a gigabyte or two of the host, and five threads each.
+const MOST_CLONES: u64 = 1000;
 
 #[derive(Debug, Args)]
 pub(crate) struct Snapshot {
@@ -39,8 +43,11 @@ pub(crate) struct Snapshot {
     /// Memory of the guests that stand still and are restored, half of it filled [256,512,1024; 128 in a smoke run]
     #[arg(long, value_name = "MIB,...", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(64..=1 << 20))]
     sizes: Vec<u64>,
+    /// Memory of the guests that go on while a snapshot is taken; 0 for none [256,1024,4096; 128 in a smoke run]
+    #[arg(long, value_name = "MIB,...", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(0..=1 << 20))]
+    live: Vec<u64>,
     /// How many copies are made of one snapshot; 0 for none [1,10,100; 1,2 in a smoke run]
-    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(0..=200))]
+    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(0..=MOST_CLONES))]
     clones: Vec<u64>,
     /// Memory of the guest that is copied
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(64..=1 << 20))]
@@ -51,7 +58,7 @@ pub(crate) struct Snapshot {
     /// Where snapshots are, in memory
     #[arg(long, value_name = "PATH", default_value = "/dev/shm")]
     dir: PathBuf,
-    /// Measure standing still and restoring with the snapshots here as well, on a disk
+    /// Measure standing still and restoring with the snapshots here as well, on a disk, and first touches of a file that is cold
     #[arg(long, value_name = "PATH")]
     disk: Option<PathBuf>,
     /// A VMM and where it is; names begin with alveole or firecracker
@@ -89,14 +96,16 @@ pub(crate) fn snapshot(args: &Snapshot) -> anyhow::Result<ExitCode> {
     let sizes = or_default(&args.sizes, if smoke { &[128] } else { &[256, 512, 1024] });
     let mut counts = or_default(&args.clones, if smoke { &[1, 2] } else { &[1, 10, 100] });
     counts.retain(|&count| count != 0);
+    let mut lives = or_default(&args.live, if smoke { &[128] } else { &[256, 1024, 4096] });
+    lives.retain(|&mib| mib != 0);
+    raise_descriptor_limit()?;
     let (vmms, missing) = find(args)?;
     for line in &missing {
         eprintln!("alveole-bench: {line}");
     }
 
-    let scratch = tempfile::Builder::new()
-        .prefix("alveole-snapshot.")
-        .tempdir()?;
+    // Sockets in memory, too, as in /run: on a disk each takes the tenth of a millisecond.
+    let scratch = place(&args.dir)?;
     let scratch_path = fs::canonicalize(scratch.path())?;
     let memory = place(&args.dir)?;
     let disk = args.disk.as_deref().map(place).transpose()?;
@@ -142,10 +151,33 @@ pub(crate) fn snapshot(args: &Snapshot) -> anyhow::Result<ExitCode> {
                 });
             }
         }
+        // Peers know no such thing.
+        let is_ours = column.vmm.kind == Kind::Alveole;
+        for &mib in lives.iter().filter(|_| is_ours) {
+            let place = table::Place::Live;
+            column.measure(Case { place, number: mib }, |vmm, add| {
+                live::measure(&plan, vmm, mib, WINDOW_MIB, memory.path(), add)
+            });
+        }
+        for &(place, folder) in &places {
+            let is_disk = place == table::Place::Disk;
+            let place = match is_disk {
+                true => table::Place::Cold,
+                false => table::Place::Warm,
+            };
+            let number = args.memory;
+            column.measure_many(Case { place, number }, |vmm, samples| {
+                touches::measure(&plan, vmm, number, folder, is_disk, samples)
+            });
+        }
         if counts.is_empty() {
             continue;
         }
-        column.measure_many(&counts, |vmm, samples| {
+        let case = Case {
+            place: table::Place::Clones,
+            number: counts[0],
+        };
+        column.measure_many(case, |vmm, samples| {
             clones::measure(&plan, vmm, args.memory, &counts, memory.path(), samples)
         });
     }
@@ -157,7 +189,7 @@ pub(crate) fn snapshot(args: &Snapshot) -> anyhow::Result<ExitCode> {
         life::ARGUMENTS
     ));
     lines.push(format!(
-        "Snapshots in {}{}; copies of a guest of {} MiB that changes 1 MiB",
+        "Snapshots in {}{}; copies of an idle guest of {} MiB",
         args.dir.display(),
         args.disk
             .as_ref()
@@ -209,6 +241,14 @@ fn find(args: &Snapshot) -> anyhow::Result<(Vec<Vmm>, Vec<String>)> {
         bail!("there is nothing to measure: {}", missing.join("; "));
     }
     Ok((vmms, missing))
+}
+
+/// Each copy takes four descriptors.
+fn raise_descriptor_limit() -> anyhow::Result<()> {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).context("cannot raise the limit on open files")
 }
 
 /// A folder of its own for snapshots.

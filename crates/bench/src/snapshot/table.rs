@@ -20,7 +20,12 @@ const MOST_FAILURES: u32 = 2;
 pub(super) enum Place {
     Memory,
     Disk,
+    /// A guest that goes on.
+    Live,
     Clones,
+    /// Memory that is touched after a restore: of a file in the page cache, and of one that is on the disk only.
+    Warm,
+    Cold,
 }
 
 /// What was measured how large: `number` is MiB, or how many copies.
@@ -34,7 +39,9 @@ impl Case {
     fn title(self) -> String {
         let number = self.number;
         match self.place {
-            Place::Memory => format!("{number} MiB"),
+            Place::Memory | Place::Live => format!("{number} MiB"),
+            Place::Warm => format!("{number} MiB, page cache"),
+            Place::Cold => format!("{number} MiB, disk, cold"),
             Place::Disk => format!("{number} MiB, disk"),
             Place::Clones => format!("{number}"),
         }
@@ -51,20 +58,28 @@ pub(super) enum Row {
     LiveWritten,
     Diff,
     DiffMib,
+    LiveFull,
+    LiveFullWritten,
+    LiveDiff,
+    LiveDiffWritten,
     Load,
     Answered,
     Beat,
+    FirstTouch,
+    SecondTouch,
     Unique,
-    Anonymous,
+    GuestsOwn,
+    VmmsOwn,
     Pss,
     Cpu,
+    HostCpu,
     Running,
     AllAnswered,
     AllBeaten,
 }
 
 /// The tables: a title, and the rows.
-const TABLES: [(&str, &[Row]); 3] = [
+const TABLES: [(&str, &[Row]); 5] = [
     (
         "The guest stands still, ms",
         &[
@@ -77,14 +92,29 @@ const TABLES: [(&str, &[Row]); 3] = [
             Row::DiffMib,
         ],
     ),
+    (
+        "The guest goes on while its memory is written, ms",
+        &[
+            Row::LiveFull,
+            Row::LiveFullWritten,
+            Row::LiveDiff,
+            Row::LiveDiffWritten,
+        ],
+    ),
     ("Restore, ms", &[Row::Load, Row::Answered, Row::Beat]),
+    (
+        "Memory after a restore",
+        &[Row::FirstTouch, Row::SecondTouch],
+    ),
     (
         "Copies of one snapshot",
         &[
             Row::Unique,
-            Row::Anonymous,
+            Row::GuestsOwn,
+            Row::VmmsOwn,
             Row::Pss,
             Row::Cpu,
+            Row::HostCpu,
             Row::Running,
             Row::AllAnswered,
             Row::AllBeaten,
@@ -109,13 +139,30 @@ impl Row {
             ),
             Self::Diff => ("diff_ms", "diff: pause, create, resume"),
             Self::DiffMib => ("diff_mib", "diff: MiB in the file"),
+            Self::LiveFull => ("live_full_still_ms", "full: stood still"),
+            Self::LiveFullWritten => ("live_full_written_ms", "full: until written"),
+            Self::LiveDiff => ("live_diff_still_ms", "diff: stood still"),
+            Self::LiveDiffWritten => ("live_diff_written_ms", "diff: until written"),
+            Self::FirstTouch => ("first_touch_us", "a page is written for the first time, us"),
+            Self::SecondTouch => ("second_touch_us", "a page is written again, us"),
             Self::Load => ("load_ms", "PUT /snapshot/load with resume_vm"),
             Self::Answered => ("answered_ms", "process start → load answered"),
             Self::Beat => ("beat_ms", "process start → first byte of the guest"),
             Self::Unique => ("unique_mib", "memory of its own, each, MiB (USS)"),
-            Self::Anonymous => ("anonymous_mib", "of which not the file's, MiB (Anonymous)"),
+            Self::GuestsOwn => (
+                "guests_own_mib",
+                "what the guest has written, each, MiB (Anonymous)",
+            ),
+            Self::VmmsOwn => (
+                "vmms_own_mib",
+                "what the VMM has written, each, MiB (Anonymous)",
+            ),
             Self::Pss => ("pss_mib", "PSS, each, MiB"),
             Self::Cpu => ("cpu_ms", "CPU until load answered, each, ms"),
+            Self::HostCpu => (
+                "host_cpu_ms",
+                "CPU of the host until all loads are answered, ms",
+            ),
             Self::Running => ("running_cpu_ms_s", "CPU of a copy that runs, each, ms/s"),
             Self::AllAnswered => ("all_answered_ms", "until all loads are answered, ms"),
             Self::AllBeaten => ("all_beaten_ms", "until all guests have beaten, ms"),
@@ -149,23 +196,17 @@ impl Column {
         case: Case,
         life: impl FnOnce(&Vmm, &mut dyn FnMut(Row, f64)) -> anyhow::Result<()>,
     ) {
-        self.attempt(case, |vmm, samples| {
+        self.measure_many(case, |vmm, samples| {
             life(vmm, &mut |row, value| samples.push((case, row, value)))
         });
     }
 
-    /// Measures as many cases as there are `counts` of copies, which stand or fall together.
+    /// Measures what says its cases itself, all of which stand or fall with `case`.
     pub(super) fn measure_many(
         &mut self,
-        counts: &[u64],
+        case: Case,
         life: impl FnOnce(&Vmm, &mut Samples) -> anyhow::Result<()>,
     ) {
-        let number = counts.first().copied().unwrap_or_default();
-        let place = Place::Clones;
-        self.attempt(Case { place, number }, life);
-    }
-
-    fn attempt(&mut self, case: Case, life: impl FnOnce(&Vmm, &mut Samples) -> anyhow::Result<()>) {
         let failed = self.failed.entry(case).or_default();
         if *failed >= MOST_FAILURES {
             return;
@@ -245,6 +286,7 @@ pub(super) fn json(columns: &[Column]) -> Value {
         for ((row, case), values) in &column.samples {
             let name = match case.place {
                 Place::Clones => format!("{} copies", case.number),
+                Place::Live => format!("{} MiB, live", case.number),
                 _ => case.title(),
             };
             let of = samples.entry(name).or_default();
@@ -281,15 +323,18 @@ mod tests {
     #[test]
     fn tables_and_failures() {
         let mut ours = column("alveole", 50.0);
-        ours.measure_many(&[7], |_, samples| {
-            let place = Place::Clones;
-            samples.push((Case { place, number: 7 }, Row::Pss, 3.0));
+        let case = Case {
+            place: Place::Clones,
+            number: 7,
+        };
+        ours.measure_many(case, |_, samples| {
+            samples.push((case, Row::Pss, 3.0));
             Ok(())
         });
         let mut peer = column("firecracker", 100.0);
         let mut tries = 0;
         for _ in 0..4 {
-            peer.measure_many(&[7], |_, _| {
+            peer.measure_many(case, |_, _| {
                 tries += 1;
                 anyhow::bail!("it says no")
             });

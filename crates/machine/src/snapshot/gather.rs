@@ -112,11 +112,12 @@ impl Machine {
             .hand_over(events, tick)
             .and_then(|()| self.wait_for_capture(events, tick));
         if !matches!(captured, Err(Stopped::Ended(_))) {
-            self.end_ahead();
             if ran {
                 self.resume();
                 self.stood_still_since(start);
             }
+            // Nobody needs to stand still for that.
+            self.end_ahead();
         }
         match captured {
             Ok(None) => {}

@@ -427,7 +427,10 @@ fn read_bounded(path: &Path) -> Result<Vec<u8>, LoadError> {
         source,
     };
     let file = resources::open("snapshot", path)?;
-    let mut bytes = Vec::new();
+    let len = file.metadata().map_err(failed)?.len();
+    // And one, so that the end is found without growing.
+    let room = usize::try_from(len).map_or(MAX_FILE_BYTES, |len| len.saturating_add(1));
+    let mut bytes = Vec::with_capacity(room.min(MAX_FILE_BYTES));
     file.take(MAX_FILE_BYTES as u64 + 1)
         .read_to_end(&mut bytes)
         .map_err(failed)?;
