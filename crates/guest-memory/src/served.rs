@@ -300,8 +300,9 @@ impl GuestRam {
         Ok(ram)
     }
 
-    /// Has all pages that are not there yet read as zeroes, and lets those who wait for one go on.
-    fn stop_being_served(&self) {
+    /// Has all pages that are not there yet read as zeroes, and lets those who wait for one go on: for when nobody is left who could do
+    /// anything with them. Nothing to do where nobody serves RAM.
+    pub fn stop_being_served(&self) {
         let Some(uffd) = self.served_by() else { return };
         for (range, host_addr) in self.mapped_ranges() {
             let mut range = abi::Range {

@@ -405,6 +405,12 @@ impl Machine {
             left += self.threads.stop_by(until);
         }
         self.threads.stop();
+        // KVM has pages brought in by workers of the kernel's while a processor waits (asynchronous page faults), and waits for those
+        // before a partition is gone: for ever, uninterruptibly, if nobody puts the pages in any more.
+        // Not while a snapshot is written: it would be one of zeroes.
+        if self.may_hang && left == 0 && !self.tracking.is_underway() {
+            self.ram.stop_being_served();
+        }
         if left > 0 {
             log::warn!(
                 "{left} threads wait for pages of guest memory that nobody has put in; they end with this process"

@@ -22,6 +22,20 @@ pub const UART_PORTS: u64 = 8;
 
 /// Offset of the transmitter holding register.
 const THR: u8 = 0;
+/// Offset of the interrupt enable register, unless the divisor latch is there, and its bit for received data.
+const IER: u8 = 1;
+const IER_RECEIVED: u8 = 1;
+/// Offset of the interrupt identification register, what tells the interrupts apart in it, and two of those.
+const IIR: u8 = 2;
+const IIR_WHICH: u8 = 0x0f;
+const IIR_NONE: u8 = 0x01;
+const IIR_RECEIVED: u8 = 0x04;
+/// Offset of the line control register, and its bit that puts the divisor latch at 0 and 1.
+const LCR: u8 = 3;
+const LCR_DIVISOR: u8 = 0x80;
+/// Offset of the line status register, and its bit for received data.
+const LSR: u8 = 5;
+const LSR_RECEIVED: u8 = 1;
 /// Offset of the modem control register, which ends loop-back mode.
 const MCR: u8 = 4;
 
@@ -48,7 +62,11 @@ impl BusDevice for Uart {
         let (Some(port), [byte]) = (Self::port(offset), into) else {
             return Outcome::Refused;
         };
-        *byte = self.registers.lock().read(port);
+        let mut serial = self.registers.lock();
+        *byte = serial.read(port);
+        if port == IIR && *byte & IIR_WHICH == IIR_NONE && has_input(&mut serial) {
+            *byte = *byte & !IIR_WHICH | IIR_RECEIVED;
+        }
         Outcome::Done
     }
 
@@ -80,6 +98,15 @@ impl Saves for Uart {
         let state: UartStateV1 = saved.unpack(KIND, VERSION)?;
         self.registers.restore(&state.registers())
     }
+}
+
+/// Whether the guest is to be told that there is input for as long as there is, as by a 16550. `vm-superio` forgets it with the first
+/// byte that is read: a driver that reads some and then asks whether that was all (Linux does after 256) would leave the rest
+/// until somebody types more.
+fn has_input(serial: &mut Inner) -> bool {
+    serial.read(LCR) & LCR_DIVISOR == 0
+        && serial.read(IER) & IER_RECEIVED != 0
+        && serial.read(LSR) & LSR_RECEIVED != 0
 }
 
 type Inner = Serial<Edge, RxBell, Output>;

@@ -309,6 +309,27 @@ fn input_interrupts_a_guest_that_asks_for_it() {
     assert_eq!(m.receive(1), b"x");
 }
 
+/// A driver reads some, and then asks whether that was all: Linux does, after 256 bytes.
+#[test]
+fn input_that_is_left_is_told_of_until_it_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("console.sock");
+    let mut m = Machine::with(&ConsoleTarget::Socket(path.clone()));
+    m.write(1, 1);
+    let mut client = UnixStream::connect(&path).unwrap();
+    client.write_all(b"abc").unwrap();
+    eventually("input", || m.read(5) & 1 == 1);
+    assert_eq!(m.receive(1), b"a");
+    for _ in 0..2 {
+        assert_eq!(m.read(2) & 0xf, 4, "IIR: received data available");
+    }
+    m.write(1, 0);
+    assert_eq!(m.read(2) & 0xf, 1, "IIR: nobody asks for it");
+    m.write(1, 1);
+    assert_eq!(m.receive(2), b"bc");
+    assert_eq!(m.read(2) & 0xf, 1, "IIR: no interrupt");
+}
+
 #[test]
 fn input_waits_for_the_end_of_loopback() {
     let dir = tempfile::tempdir().unwrap();

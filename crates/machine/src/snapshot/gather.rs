@@ -34,6 +34,13 @@ pub(crate) struct Tracking {
     pub(crate) ahead_waits: bool,
 }
 
+impl Tracking {
+    /// Whether a snapshot is being written.
+    pub(crate) fn is_underway(&self) -> bool {
+        self.underway.is_some()
+    }
+}
+
 /// A snapshot that is being written.
 pub(super) struct Underway {
     what: String,

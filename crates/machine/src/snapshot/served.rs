@@ -8,6 +8,8 @@
 //! - Control orders everybody to stop, waits a moment, and leaves behind who still waits for a page ([`crate::Machine::run`] returns): they
 //!   end with the process. Nobody lets them go on: the page would read as zeroes, and a disk's thread would write those to the disk. A
 //!   processor whose page comes after all looks at its orders before it runs the guest again.
+//! - Where nobody had to be left behind, control lets kernel workers go on, with zeroes that nobody will see: KVM has pages brought in by them
+//!   while processors stand still, and closing a partition waits for its workers, uninterruptibly.
 //!
 //! The same holds where the process is there but serves no page: a signal, or any other end, ends the monitor all the same.
 
