@@ -3,6 +3,7 @@
 //! ```text
 //! NAME/snapshot.json    what it is
 //! NAME/state, memory    as the monitor writes them
+//! NAME/working-set      what its guests touch first, once one has been loaded
 //! NAME/changes...       the disk that took the root's changes, of the same moment, and what it is laid over
 //! NAME/volumeN.erofs    copies of this host's folders that the VM had
 //! ```
@@ -235,6 +236,13 @@ impl Snapshot {
         &self.folder
     }
 
+    /// Whether it has no name, and goes with the command that has taken it.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        let name = self.folder.file_name().unwrap_or_default();
+        name.to_string_lossy().starts_with(UNFINISHED)
+    }
+
     /// What it takes of this host's disk, in bytes.
     #[must_use]
     pub fn taken_bytes(&self) -> u64 {
@@ -368,6 +376,7 @@ mod tests {
         let passing = all.pass(|_| Ok::<_, InstanceError>(record)).unwrap();
         let folder = passing.snapshot().folder().to_owned();
         assert!(all.list().unwrap().is_empty() && folder.exists());
+        assert!(passing.snapshot().is_passing() && !made.is_passing());
         drop(passing);
         assert!(!folder.exists());
     }

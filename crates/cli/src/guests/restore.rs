@@ -395,6 +395,8 @@ pub(super) fn restored(
         "snapshot_path": snapshot.at("state"),
         "mem_backend": {"backend_type": "File", "backend_path": snapshot.at("memory")},
         "resume_vm": true,
+        // Of one that was just taken, all is in the page cache.
+        "working_set_path": (!snapshot.is_passing()).then(|| snapshot.at("working-set")),
         "drive_overrides": drives,
         "network_overrides": interfaces,
         "vsock_override": {"uds_path": vm.socket("vsock")},
