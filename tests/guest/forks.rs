@@ -98,6 +98,11 @@ fn a_copy_goes_on_from_a_moment_and_is_a_vm_of_its_own() {
         web.starts_with("web\n") && copy.starts_with("copy\n"),
         "{web} {copy}"
     );
+    let events = home.does(&["events"]);
+    assert!(
+        events.contains("stood_still_us=") && events.contains("from=web"),
+        "{events}"
+    );
     let inspected = home.does(&["inspect", "copy"]);
     assert!(inspected.contains("tier"), "{inspected}");
 

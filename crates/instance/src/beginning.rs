@@ -13,7 +13,7 @@ use crate::folder::now_ms;
 use crate::identity::{Identity, renew};
 use crate::monitor::Monitor;
 use crate::stages::reached;
-use crate::{MonitorApi, Vm};
+use crate::{Happened, MonitorApi, Vm};
 
 /// A guest's kernel and agent, on a slow host.
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
@@ -33,6 +33,8 @@ pub enum Beginning {
 
 /// What a restored guest becomes before it is anybody's.
 pub struct Restored {
+    /// The name of the VM whose moment it goes on from.
+    pub from: String,
     /// Who it is from now on.
     pub identity: Identity,
     /// Its main process, by its number in the guest.
@@ -126,6 +128,9 @@ pub(crate) fn become_other(
         )
         .map_err(|e| not_started(e.to_string()))?;
     }
+    vm.note(Happened::Restored {
+        from: restored.from.clone(),
+    });
     reached("renewed");
     Ok(())
 }

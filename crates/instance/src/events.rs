@@ -112,6 +112,16 @@ pub enum Happened {
         /// What, in the words of the command line.
         changed: Vec<String>,
     },
+    /// A moment of it was kept, or copied at once.
+    Snapshot {
+        /// How long it stood still, in microseconds.
+        stood_still_us: u64,
+    },
+    /// It goes on from a moment of another VM, and has become one of its own.
+    Restored {
+        /// The other VM's name.
+        from: String,
+    },
     /// It was removed.
     Removed,
 }
@@ -133,12 +143,14 @@ impl Happened {
             Self::Lost => "lost",
             Self::Renamed { .. } => "renamed",
             Self::Updated { .. } => "updated",
+            Self::Snapshot { .. } => "snapshot",
+            Self::Restored { .. } => "restored",
             Self::Removed => "removed",
         }
     }
 
     /// All words of events.
-    pub const WORDS: [&'static str; 13] = [
+    pub const WORDS: [&'static str; 15] = [
         "created",
         "started",
         "exec",
@@ -151,6 +163,8 @@ impl Happened {
         "lost",
         "renamed",
         "updated",
+        "snapshot",
+        "restored",
         "removed",
     ];
 }
@@ -467,6 +481,10 @@ mod tests {
             Happened::Updated {
                 changed: vec!["cpus=2".into()],
             },
+            Happened::Snapshot {
+                stood_still_us: 700,
+            },
+            Happened::Restored { from: "a".into() },
             Happened::Removed,
         ];
         assert_eq!(

@@ -152,6 +152,10 @@ fn as_text(event: &Event) -> String {
             details.push(format!("pause={pause_ms}ms"));
         }
         Happened::Renamed { from } => details.push(format!("from={from}")),
+        Happened::Snapshot { stood_still_us } => {
+            details.push(format!("stood_still_us={stood_still_us}"));
+        }
+        Happened::Restored { from } => details.push(format!("from={from}")),
         Happened::Updated { changed } => details.extend(changed.iter().cloned()),
     }
     let labels = event.labels.iter();

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use alveole_block_store::{Format, tools};
 use alveole_instance::{
-    Beginning, Content, Identity, Machine, MonitorApi, Placed, Record, Restored, Snapshot,
-    SnapshotRecord, State, Vm,
+    Beginning, Content, Happened, Identity, Machine, MonitorApi, Placed, Record, Restored,
+    Snapshot, SnapshotRecord, State, Vm,
 };
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
@@ -121,10 +121,12 @@ pub(crate) fn take(vm: &Vm, folder: &Path, sync: bool) -> anyhow::Result<Snapsho
     for file in kept_files(vm.folder())? {
         link(&file, &folder.join(file_name(&file)))?;
     }
+    let stood_still_us = said["stood_still_us"].as_u64().unwrap_or_default();
+    vm.note(Happened::Snapshot { stood_still_us });
     Ok(SnapshotRecord {
         version: SnapshotRecord::VERSION,
         created_ms: now_ms(),
-        stood_still_us: said["stood_still_us"].as_u64().unwrap_or_default(),
+        stood_still_us,
         vm: name.clone(),
         record: vm.record.clone(),
         cpus: phase.cpus,
@@ -417,6 +419,7 @@ pub(super) fn restored(
     )?;
     let links = plugged.interfaces.iter().map(|i| i.iface_id.clone());
     let restored = Restored {
+        from: snapshot.record.vm.clone(),
         identity,
         main_pid: snapshot.record.main_pid,
         hooks,
