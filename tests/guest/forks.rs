@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::images::Home;
+use super::interrupted::processes;
 use super::networks::{State, host, net};
 use crate::harness::images::{path, tool};
 use crate::harness::{patience, skip};
@@ -251,6 +252,43 @@ fn a_pool_has_copies_ready() {
         .collect();
     assert_eq!(left, names);
     home.does(&["snapshot", "rm", "warm"]);
+}
+
+#[test]
+fn a_fork_that_is_killed_leaves_its_guest_alone() {
+    let Some(home) = Home::new() else { return };
+    counts(&home, "web", &[]);
+    let begun = std::time::Instant::now();
+    home.does(&["fork", "web", "--name", "whole", "--rm"]);
+    let whole = begun.elapsed();
+    home.does(&["rm", "-f", "whole"]);
+    for round in 0..8 {
+        let name = format!("copy{round}");
+        let mut fork = home
+            .command(&["fork", "web", "-n", "2", "--name", &name])
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(whole * round / 7);
+        fork.kill().unwrap();
+        fork.wait().unwrap();
+        let at = *ticks(&home, "web").last().unwrap();
+        home.wait_until(30, "ticks after a kill", || {
+            *ticks(&home, "web").last().unwrap() > at + 1
+        });
+    }
+    // Whatever has begun is a VM of its own by and by, or has ended with a reason.
+    home.wait_until(60, "end of beginnings", || {
+        let listed = home.does(&["ps", "-a", "--format", "json"]);
+        let listed: Vec<serde_json::Value> = serde_json::from_str(&listed).unwrap();
+        listed.iter().all(|vm| vm["state"] != "starting")
+    });
+    home.does(&["fork", "web", "--name", "after"]);
+    let left = home.does(&["ps", "-aq"]);
+    let ids: Vec<_> = left.split_whitespace().collect();
+    home.does(&[&["rm", "-f"], &ids[..]].concat());
+    assert_eq!(processes(&home), [], "something was left");
 }
 
 /// How many copies of a Python guest are made.
