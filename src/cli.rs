@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use alveole_api_server::DEFAULT_MAX_BODY_BYTES;
-use alveole_machine::{DiskThreads, OnSigterm, Placement, Transport};
+use alveole_machine::{DiskThreads, Flatten, OnSigterm, Placement, Transport};
 use alveole_serial::{ConsoleTarget, FileStart};
 use alveole_vm_config::LogLevel;
 
@@ -53,6 +53,11 @@ usage: alveole-vmm [--api-sock PATH] [{--config-file | --load-snapshot} FILE [--
   --snapshot-version    the version of the form in which snapshots are written
   --describe-snapshot FILE
                         that in which the snapshot whose state is FILE was written
+  --verify-snapshot FILE
+                        look whether the snapshot whose state is FILE is whole, and what it is: exit status 152
+                        where it is not; with --memory FILE its newest memory file is there
+  --flatten-snapshot FILE --into-state FILE --into-memory FILE
+                        make one full snapshot of that one and those it builds upon
   --version, --help
 
 exit status: 0 the guest powered off, asked for a reset or was ended from the console, 4 its
@@ -138,6 +143,60 @@ pub(crate) enum Request {
     Version,
     SnapshotVersion,
     DescribeSnapshot(PathBuf),
+    /// The state, and its newest memory file.
+    VerifySnapshot(PathBuf, Option<PathBuf>),
+    FlattenSnapshot(Flatten),
+}
+
+/// What is to be done with snapshots, without a machine.
+#[derive(Default)]
+struct Tool {
+    verify: Option<PathBuf>,
+    flatten: Option<PathBuf>,
+    memory: Option<PathBuf>,
+    into_state: Option<PathBuf>,
+    into_memory: Option<PathBuf>,
+}
+
+impl Tool {
+    fn request(self) -> Result<Option<Request>, String> {
+        let Self {
+            verify,
+            flatten,
+            memory,
+            into_state,
+            into_memory,
+        } = self;
+        let into = into_state.is_some() || into_memory.is_some();
+        match (verify, flatten) {
+            (Some(_), Some(_)) => Err(
+                "--verify-snapshot and --flatten-snapshot exclude each other; leave one out".into(),
+            ),
+            (Some(_), None) | (None, None) if into => {
+                Err("--into-state and --into-memory say where --flatten-snapshot FILE writes to; add that, or leave them out".into())
+            }
+            (Some(state), None) => Ok(Some(Request::VerifySnapshot(state, memory))),
+            (None, Some(state)) => match (into_state, into_memory) {
+                (Some(into_state), Some(into_memory)) => {
+                    Ok(Some(Request::FlattenSnapshot(Flatten {
+                        state,
+                        memory,
+                        into_state,
+                        into_memory,
+                    })))
+                }
+                _ => Err(
+                    "--flatten-snapshot needs --into-state FILE and --into-memory FILE: add them"
+                        .into(),
+                ),
+            },
+            (None, None) if memory.is_some() => Err(
+                "--memory says where the memory of --verify-snapshot or --flatten-snapshot is; add one of them, or leave it out"
+                    .into(),
+            ),
+            (None, None) => Ok(None),
+        }
+    }
 }
 
 /// Longest `--id`, as Firecracker has it.
@@ -150,6 +209,7 @@ const MAX_ID_CHARS: usize = 64;
 pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request, String> {
     use lexopt::Arg::{Long, Short, Value};
     let mut args = Args::default();
+    let mut tool = Tool::default();
     let mut seen: Vec<String> = Vec::new();
     let mut parser = lexopt::Parser::from_args(words);
     while let Some(word) = parser.next().map_err(|e| e.to_string())? {
@@ -175,6 +235,11 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "version" => return Ok(Request::Version),
             "snapshot-version" => return Ok(Request::SnapshotVersion),
             "describe-snapshot" => return Ok(Request::DescribeSnapshot(text()?.into())),
+            "verify-snapshot" => tool.verify = Some(text()?.into()),
+            "flatten-snapshot" => tool.flatten = Some(text()?.into()),
+            "memory" => tool.memory = Some(text()?.into()),
+            "into-state" => tool.into_state = Some(text()?.into()),
+            "into-memory" => tool.into_memory = Some(text()?.into()),
             "no-api" => args.no_api = true,
             "no-seccomp" => args.no_seccomp = true,
             "seccomp-filter" => args.seccomp_filter = Some(text()?.into()),
@@ -204,6 +269,9 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "id" => args.id = Some(id(text()?)?),
             _ => return Err(format!("unknown option --{name}")),
         }
+    }
+    if let Some(request) = tool.request()? {
+        return Ok(request);
     }
     if args.no_seccomp && args.seccomp_filter.is_some() {
         return Err("--no-seccomp and --seccomp-filter exclude each other; leave one out".into());
@@ -344,6 +412,31 @@ mod tests {
             run("").unwrap().api_sock,
             PathBuf::from("/run/firecracker.socket")
         );
+    }
+
+    #[test]
+    fn what_is_done_with_snapshots_is_said_in_any_order() {
+        let words = |line: &str| parse(line.split_whitespace().map(OsString::from));
+        assert!(matches!(
+            words("--memory m --verify-snapshot s"),
+            Ok(Request::VerifySnapshot(state, Some(_))) if state.as_os_str() == "s"
+        ));
+        let Ok(Request::FlattenSnapshot(flatten)) =
+            words("--into-memory m --flatten-snapshot s --into-state t")
+        else {
+            panic!();
+        };
+        assert_eq!(flatten.into_state, PathBuf::from("t"));
+        assert_eq!(flatten.memory, None);
+        for line in [
+            "--verify-snapshot s --flatten-snapshot s",
+            "--verify-snapshot s --into-state t",
+            "--flatten-snapshot s --into-state t",
+            "--memory m",
+            "--into-memory m",
+        ] {
+            assert!(words(line).unwrap_err().contains("--"), "{line}");
+        }
     }
 
     /// Every option of Firecracker's own parser is either understood or refused with its reason.

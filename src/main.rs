@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use alveole_api_server::{ApiSocket, ApiThread, SendRequest};
 use alveole_event_loop::Worker;
-use alveole_machine::{Bulletin, End, Event, Files, Mailbox, SNAPSHOT_VERSION, Snapshot};
+use alveole_machine::{Bulletin, End, Event, Files, Mailbox, SNAPSHOT_VERSION, Snapshot, Verified};
 use alveole_thread_sandbox::ExtraFilters;
 use alveole_vm_control::{Answer, Command};
 use cli::{Args, Request};
@@ -38,6 +38,14 @@ fn main() -> ExitCode {
         Ok(Request::DescribeSnapshot(path)) => match describe(&path) {
             Ok(text) => print(&text),
             Err(failure) => exit::failed(&failure),
+        },
+        Ok(Request::VerifySnapshot(state, memory)) => verify(&state, memory.as_deref()),
+        Ok(Request::FlattenSnapshot(flatten)) => match alveole_machine::flatten(&flatten) {
+            Ok(bytes) => print(&format!("{} KiB of memory\n", bytes >> 10)),
+            Err(why) => exit::failed(&Failure::Config(format!(
+                "cannot flatten snapshot {:?}: {why}",
+                flatten.state
+            ))),
         },
         Ok(Request::Run(args)) => match run(&args, started) {
             // Not before everything is put away: it may die here.
@@ -142,6 +150,17 @@ fn serve(
 fn describe(path: &Path) -> Result<String, Failure> {
     let described = Snapshot::describe(path).map_err(|e| Failure::Config(e.to_string()))?;
     Ok(format!("{described}\n"))
+}
+
+/// Prints what the snapshot is, and says what is wrong with it.
+fn verify(state: &Path, memory: Option<&Path>) -> ExitCode {
+    let Verified { found, wrong } = alveole_machine::verify(state, memory);
+    let text: String = found.iter().map(|line| format!("{line}\n")).collect();
+    if wrong.is_empty() {
+        return print(&format!("{text}whole\n"));
+    }
+    let _ = print(&text);
+    exit::failed(&Failure::Config(wrong.join("; ")))
 }
 
 /// Has every thread that is confined from now on confined by the filters at `path`, too. Firecracker's exit code for wrong ones is 1.

@@ -145,6 +145,30 @@ fn a_snapshot_is_loaded_by_the_command_line() {
     let again = json!({"snapshot_path": "s2", "mem_file_path": "m2"});
     client.done("PUT", "/snapshot/create", again);
     kill(running);
+
+    // It is verified, and made one of a chain (here of one).
+    let verify = |more: &[&str]| bench.run_with(&[&["--verify-snapshot", "s"], more].concat());
+    assert_eq!(verify(&[]).code(), Some(0));
+    verify(&["--memory", "m2"]).assert(CONFIG, &["\"m2\" is not the memory that belongs"]);
+    let into = [
+        "--flatten-snapshot",
+        "s",
+        "--into-state",
+        "f",
+        "--into-memory",
+        "fm",
+    ];
+    assert_eq!(bench.run_with(&into).code(), Some(0));
+    fs::remove_file(bench.file("m")).unwrap();
+    verify(&[]).assert(CONFIG, &["cannot open the memory file"]);
+    let mut flat = load(true);
+    flat["snapshot_path"] = json!("f");
+    flat["mem_backend"]["backend_path"] = json!("fm");
+    write_load(&bench, &flat);
+    let arguments = ["--load-snapshot", "load.json", "--no-api"];
+    let mut running = start(&bench, "flat", &arguments);
+    assert!(running.wait_until(|| has_printed(&bench, "flat")));
+    kill(running);
 }
 
 /// Files in the making, by their names.

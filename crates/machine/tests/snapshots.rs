@@ -19,8 +19,8 @@ use alveole_block_store::tools::create_overlay;
 use alveole_guest_memory::test_server::{TestServer, may_serve};
 use alveole_hypervisor::fake::{FakePartition, Step};
 use alveole_machine::{
-    Desk, End, Event, Files, HostResources, Identity, Machine, Mailbox, Options, SNAPSHOT_VERSION,
-    Snapshot, Transport, restore, validate,
+    Desk, End, Event, Files, Flatten, HostResources, Identity, Machine, Mailbox, Options,
+    SNAPSHOT_VERSION, Snapshot, Transport, Verified, flatten, restore, validate, verify,
 };
 use alveole_mmds::Metadata;
 use alveole_saved_state::{SavedState, StateFile};
@@ -528,7 +528,7 @@ fn what_a_guest_touches_first_is_recorded_and_read_ahead() {
         set.iter()
             .any(|(first, pages)| (*first..first + pages).contains(&page))
     };
-    run(&of("s", Some(1)), 8000, &|| set_path.exists());
+    run(&of("s", Some(500)), 8000, &|| set_path.exists());
     assert!(has(8000) && !has(9000), "{:?}", working_set(&set_path));
     let first = fs::read(&set_path).unwrap();
     run(&of("s", None), 9000, &|| true);
@@ -699,6 +699,163 @@ fn a_diff_builds_upon_what_was_before() {
         why.contains("full.memory") && why.contains("is the path right?"),
         "{why}"
     );
+}
+
+/// A full snapshot "0" and two diffs, "1" and "2", of a guest that goes on writing.
+fn chain(dir: &Path) {
+    let mut steps = script();
+    for page in [9, 5000] {
+        steps[0].push(Step::Compute);
+        steps[0].push(Step::RamWrite(page * PAGE, vec![0xe0; 3 * 4096]));
+        // One that becomes zero.
+        steps[0].push(Step::RamWrite(6 * PAGE, vec![0; 4096]));
+    }
+    let bench = Bench::new(dir, Transport::Pci, true, steps);
+    for (name, kind) in [
+        ("0", SnapshotType::Full),
+        ("1", SnapshotType::Diff),
+        ("2", SnapshotType::Diff),
+    ] {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        pause(&bench);
+        assert_eq!(bench.snapshot(dir, name, kind, false), Ok(Answer::Done));
+        assert_eq!(bench.ask(Command::Resume), Ok(Answer::Done));
+    }
+    bench.end();
+}
+
+/// All memory of a snapshot but the two pages that each load writes: the generation id's and the clock's.
+fn all_memory(load: &SnapshotLoad) -> Vec<u8> {
+    let partition = FakePartition::new(Vec::new());
+    drop(restored(load, &partition, &Mailbox::new().0).unwrap());
+    let mut bytes = vec![0; usize::try_from(RAM).unwrap()];
+    partition.ram().unwrap().read(0, &mut bytes).unwrap();
+    let at = usize::try_from(GENERATION_PAGE * PAGE).unwrap();
+    bytes[at..at + 2 * 4096].fill(0);
+    bytes
+}
+
+#[test]
+fn a_chain_becomes_one_snapshot_with_the_same_memory() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path();
+    chain(path);
+    let named = |name: &str, ending: &str| path.join(format!("{name}.{ending}"));
+    let mut into = Flatten {
+        state: named("2", "state"),
+        memory: None,
+        into_state: named("flat", "state"),
+        into_memory: named("1", "memory"),
+    };
+    let why = flatten(&into).unwrap_err();
+    assert!(why.contains("builds upon"), "{why}");
+    into.into_memory = named("flat", "memory");
+    let bytes = flatten(&into).unwrap();
+    let want = all_memory(&load(path, "2"));
+    let first_bytes = [5, 6, 9, 5000].map(|page: usize| want[page * 4096]);
+    assert_eq!(first_bytes, [0xab, 0, 0xe0, 0xe0]);
+    let flat = all_memory(&load(path, "flat"));
+    let pages = flat.chunks(4096).zip(want.chunks(4096)).enumerate();
+    let other: Vec<_> = pages
+        .filter(|(_, (a, b))| a != b)
+        .map(|(page, _)| page)
+        .collect();
+    assert_eq!(
+        other,
+        Vec::<usize>::new(),
+        "pages that are not those of the chain"
+    );
+    let used = fs::metadata(named("flat", "memory")).unwrap().blocks() * 512;
+    assert!(used <= bytes + (64 << 10), "{used} bytes for {bytes}");
+    assert!(bytes < RAM / 2, "{bytes}");
+    // Over its own state, too: then the chain is not needed.
+    into.into_state = named("2", "state");
+    into.into_memory = named("once more", "memory");
+    flatten(&into).unwrap();
+    for name in ["0", "1", "2"] {
+        fs::remove_file(named(name, "memory")).unwrap();
+    }
+    let mut once_more = load(path, "2");
+    once_more.mem_backend = load(path, "once more").mem_backend;
+    assert!(all_memory(&once_more) == want);
+    assert!(all_memory(&load(path, "flat")) == want);
+    // And what is not whole stays as it is.
+    fs::remove_file(named("once more", "memory")).unwrap();
+    let before = fs::read(named("2", "state")).unwrap();
+    into.into_memory = named("new", "memory");
+    let why = flatten(&into).unwrap_err();
+    assert!(why.contains("once more.memory"), "{why}");
+    assert_eq!(fs::read(named("2", "state")).unwrap(), before);
+    assert!(!named("new", "memory").exists());
+}
+
+#[test]
+fn a_snapshot_is_verified_without_a_machine() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path();
+    chain(path);
+    let state = path.join("2.state");
+    let verified = verify(&state, None);
+    assert_eq!(verified.wrong, Vec::<String>::new());
+    let found = verified.found.join("\n");
+    for part in [
+        "2.state: form 1, of Alveole 0",
+        "2 processors, 64 MiB, 1 drives",
+        "section \"cpu 1\": version 1",
+        "0.memory: full, ",
+        "2.memory: diff, ",
+        "of 16384 pages",
+        "drive a: ",
+    ] {
+        assert!(found.contains(part), "{found} / {part}");
+    }
+    let wrong = |memory: Option<&Path>, parts: &[&str]| {
+        let Verified { wrong, .. } = verify(&state, memory);
+        assert_eq!(wrong.len(), parts.len(), "{wrong:?}");
+        for (line, part) in wrong.iter().zip(parts) {
+            assert!(line.contains(part), "{line} / {part}");
+        }
+    };
+    let (first, other) = (path.join("0.memory"), path.join("1.memory"));
+    wrong(Some(&other), &["1.memory\" is not the memory that belongs"]);
+    fs::rename(&first, path.join("away")).unwrap();
+    fs::remove_file(path.join("disk")).unwrap();
+    // All that is wrong is told.
+    wrong(None, &["0.memory", "drive \"a\""]);
+    fs::rename(path.join("away"), &first).unwrap();
+    fs::write(path.join("disk"), "x").unwrap();
+    File::options()
+        .write(true)
+        .open(&other)
+        .unwrap()
+        .set_len(RAM)
+        .unwrap();
+    wrong(None, &["1.memory\" is not the memory that belongs"]);
+    let good = fs::read(&state).unwrap();
+    for (kind, parts) in [
+        ("cpu 1", &["no section \"cpu 1\""][..]),
+        ("partition", &["no section \"partition\""]),
+        ("memory", &["no section \"memory\""]),
+        ("machine", &["no section \"machine\""]),
+    ] {
+        with_section(&state, kind, |section| section.kind = "other".into());
+        let Verified { wrong, .. } = verify(&state, None);
+        assert!(
+            wrong.iter().any(|line| line.contains(parts[0])),
+            "{wrong:?}"
+        );
+        fs::write(&state, &good).unwrap();
+    }
+    // Of a byte that is another one, wherever: it is told.
+    for at in (0..good.len()).step_by(97) {
+        let mut bad = good.clone();
+        bad[at] ^= 0x10;
+        fs::write(&state, &bad).unwrap();
+        assert!(!verify(&state, None).wrong.is_empty(), "byte {at}");
+    }
+    fs::write(&state, &good[..good.len() / 2]).unwrap();
+    wrong(None, &["2.state"]);
+    assert!(!verify(&path.join("none"), None).wrong.is_empty());
 }
 
 /// The page of the generation id.

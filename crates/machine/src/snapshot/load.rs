@@ -223,7 +223,7 @@ impl Snapshot {
     }
 }
 
-fn part<T: serde::de::DeserializeOwned>(
+pub(super) fn part<T: serde::de::DeserializeOwned>(
     path: &Path,
     saved: &SavedState,
     kind: &str,
@@ -342,7 +342,10 @@ fn warn_of_originals(load: &SnapshotLoad, copies: &[DriveCopyV1]) {
     }
 }
 
-fn open_memory(load: &SnapshotLoad, memory: &MemoryStateV1) -> Result<MemorySource, LoadError> {
+pub(super) fn open_memory(
+    load: &SnapshotLoad,
+    memory: &MemoryStateV1,
+) -> Result<MemorySource, LoadError> {
     let mut newest = None;
     if let Some(backend) = &load.mem_backend {
         if backend.backend_type == MemoryBackendType::Uffd {
@@ -351,10 +354,7 @@ fn open_memory(load: &SnapshotLoad, memory: &MemoryStateV1) -> Result<MemorySour
         }
         newest = Some(&backend.backend_path);
     }
-    let size = memory
-        .ranges
-        .iter()
-        .fold(0u64, |sum, range| sum.saturating_add(range.size_bytes));
+    let size = memory.size_bytes();
     let last = memory.layers.len().saturating_sub(1);
     let mut files = Vec::new();
     for (index, layer) in memory.layers.iter().enumerate() {
@@ -372,7 +372,7 @@ fn open_memory(load: &SnapshotLoad, memory: &MemoryStateV1) -> Result<MemorySour
 
 /// Where a memory file is: where it was written, or, if that is gone, beside the files of the snapshot, which may have been moved
 /// together.
-fn find(written: &Path, state: &Path, memory: Option<&Path>) -> PathBuf {
+pub(super) fn find(written: &Path, state: &Path, memory: Option<&Path>) -> PathBuf {
     if written.exists() {
         return written.to_owned();
     }
@@ -385,7 +385,12 @@ fn find(written: &Path, state: &Path, memory: Option<&Path>) -> PathBuf {
         .unwrap_or_else(|| written.to_owned())
 }
 
-fn check_mark(file: &File, path: &Path, size: u64, layer: &LayerV1) -> Result<(), LoadError> {
+pub(super) fn check_mark(
+    file: &File,
+    path: &Path,
+    size: u64,
+    layer: &LayerV1,
+) -> Result<(), LoadError> {
     let wrong = |why: String| LoadError::Memory {
         path: path.to_owned(),
         why,
@@ -421,7 +426,7 @@ fn check_mark(file: &File, path: &Path, size: u64, layer: &LayerV1) -> Result<()
     Ok(())
 }
 
-fn read_bounded(path: &Path) -> Result<Vec<u8>, LoadError> {
+pub(super) fn read_bounded(path: &Path) -> Result<Vec<u8>, LoadError> {
     let failed = |source| LoadError::File {
         path: path.to_owned(),
         source,

@@ -9,6 +9,7 @@
 //! | `restore.rs` | the same | puts the state into a machine that was just built |
 //! | `served.rs` | one of its own | notices that the process that serves memory is gone |
 //! | `working_set.rs` | one of its own | reads what guests of a snapshot touch first, or finds out what that is |
+//! | `tools.rs` | main, of a program that runs no machine | looks at snapshots, and makes one of a chain |
 //! | `state.rs` | | the forms of what is not a device's |
 //!
 //! A snapshot is two files, as Firecracker's is: the state (see `alveole_saved_state`), and the memory, page by page, with a
@@ -21,6 +22,7 @@ mod load;
 mod restore;
 mod served;
 mod state;
+mod tools;
 mod working_set;
 mod write;
 
@@ -31,6 +33,7 @@ pub(crate) use restore::{cpu_state, partition_state, restore_devices};
 pub(crate) use served::ServerWatch;
 pub use state::SNAPSHOT_VERSION;
 pub(crate) use state::{LAYOUT, RangeV1};
+pub use tools::{Flatten, Verified, flatten, verify};
 pub(crate) use working_set::WorkingSet;
 pub use write::Taken;
 pub(crate) use write::{Ahead, SnapshotJob, take};

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use alveole_guest_memory::{MemoryMap, RamRange};
+use alveole_guest_memory::{GuestRam, MemoryMap, RamRange};
 use serde::{Deserialize, Serialize};
 
 /// What `--snapshot-version` says: the version of the form of files, and of what a machine is made of.
@@ -50,6 +50,20 @@ pub(crate) struct MemoryStateV1 {
     pub(crate) ranges: Vec<RangeV1>,
     /// Files that have it, the oldest first. What a later one has counts.
     pub(crate) layers: Vec<LayerV1>,
+}
+
+impl MemoryStateV1 {
+    /// Bytes of all ranges.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        let sizes = self.ranges.iter().map(|range| range.size_bytes);
+        sizes.fold(0, u64::saturating_add)
+    }
+
+    /// Whether `ram` has these ranges.
+    pub(crate) fn is_laid_out_as(&self, ram: &GuestRam) -> bool {
+        let ranges = ram.mapped_ranges().map(|(range, _)| RangeV1::from(range));
+        ranges.eq(self.ranges.iter().copied())
+    }
 }
 
 /// A range of guest memory.

@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use alveole_guest_memory::{GuestRam, PageKind, PageSet, PreparedCapture};
+use alveole_guest_memory::{GuestRam, MemoryMap, PageKind, PageSet, PreparedCapture};
 use alveole_saved_state::{SavedState, StateFile};
 use alveole_virtio_blk::BlkHandle;
 use alveole_vm_config::SnapshotCreate;
@@ -134,8 +134,45 @@ impl Files {
         self.disks.iter().try_for_each(|disk| disk.check_base(base))
     }
 
-    /// Puts all into their places, the state last: it says of each that it is there.
-    fn put(self, sync: bool) -> Result<(), String> {
+    /// Marks the memory file, which has the pages of `map`, and has the state name it as the newest after those of `base`. All of them.
+    fn add_memory(
+        &self,
+        state: &mut StateFile,
+        ram: &GuestRam,
+        base: Vec<LayerV1>,
+        map: MemoryMap,
+    ) -> Result<Vec<LayerV1>, String> {
+        let memory = &self.memory;
+        let id = new_id().map_err(|e| memory.wrong(&e))?;
+        let mark = [&MARK[..], id.as_bytes()].concat();
+        memory
+            .file
+            .write_all_at(&mark, ram.size_bytes())
+            .map_err(|e| memory.failed("write", &e))?;
+        let mut layers = base;
+        layers.push(LayerV1 {
+            path: memory.place.clone(),
+            id,
+            map,
+        });
+        let memory_state = MemoryStateV1 {
+            ranges: ram.mapped_ranges().map(|(range, _)| range.into()).collect(),
+            layers,
+        };
+        state.add(SavedState::pack(
+            state::MEMORY,
+            state::MEMORY_VERSION,
+            &memory_state,
+        ));
+        Ok(memory_state.layers)
+    }
+
+    /// Writes the state and puts all into their places, that last: it says of each that it is there.
+    fn put(self, state: &StateFile, sync: bool) -> Result<(), String> {
+        self.machine
+            .file
+            .write_all_at(&state.to_bytes(), 0)
+            .map_err(|e| self.machine.failed("write", &e))?;
         let Self {
             memory,
             machine,
@@ -224,28 +261,8 @@ fn write(
             .save_pages(&pages, &memory.file)
             .map_err(|e| memory.wrong(&e))?,
     };
-    let id = new_id().map_err(|e| memory.wrong(&e))?;
-    let mark = [&MARK[..], id.as_bytes()].concat();
-    memory
-        .file
-        .write_all_at(&mark, ram.size_bytes())
-        .map_err(|e| memory.failed("write", &e))?;
     let memory_bytes = map.pages_of(PageKind::Data).saturating_mul(PAGE_BYTES);
-    let mut layers = base;
-    layers.push(LayerV1 {
-        path: memory.place.clone(),
-        id,
-        map,
-    });
-    let memory_state = MemoryStateV1 {
-        ranges: ram.mapped_ranges().map(|(range, _)| range.into()).collect(),
-        layers,
-    };
-    state.add(SavedState::pack(
-        state::MEMORY,
-        state::MEMORY_VERSION,
-        &memory_state,
-    ));
+    let layers = files.add_memory(&mut state, &ram, base, map)?;
     if !files.disks.is_empty() {
         let copies = create.drives.iter().zip(&files.disks);
         let copies: Vec<_> = copies
@@ -260,17 +277,52 @@ fn write(
             &copies,
         ));
     }
-    let machine = &files.machine;
-    machine
-        .file
-        .write_all_at(&state.to_bytes(), 0)
-        .map_err(|e| machine.failed("write", &e))?;
-    files.put(create.sync)?;
+    files.put(&state, create.sync)?;
     Ok(Written {
-        layers: memory_state.layers,
+        layers,
         memory_bytes,
         copying_disks,
     })
+}
+
+/// A chain of memory files that becomes one.
+pub(super) struct Flat<'a> {
+    /// All but memory.
+    pub(super) state: StateFile,
+    /// What the chain makes up.
+    pub(super) ram: &'a GuestRam,
+    /// All of it.
+    pub(super) pages: PageSet,
+    /// What must stay until the new files are there.
+    pub(super) chain: &'a [LayerV1],
+    pub(super) into_state: &'a Path,
+    pub(super) into_memory: &'a Path,
+}
+
+/// Writes the one full snapshot, and says how many bytes of memory it has.
+pub(super) fn write_flat(flat: Flat<'_>) -> Result<u64, String> {
+    let Flat {
+        mut state,
+        ram,
+        pages,
+        chain,
+        into_state,
+        into_memory,
+    } = flat;
+    let create = SnapshotCreate {
+        snapshot_path: into_state.to_owned(),
+        mem_file_path: into_memory.to_owned(),
+        ..SnapshotCreate::default()
+    };
+    let files = Files::make(&create, chain)?;
+    let memory = &files.memory;
+    let map = ram
+        .save_pages(&pages, &memory.file)
+        .map_err(|e| memory.wrong(&e))?;
+    let memory_bytes = map.pages_of(PageKind::Data).saturating_mul(PAGE_BYTES);
+    files.add_memory(&mut state, ram, Vec::new(), map)?;
+    files.put(&state, true)?;
+    Ok(memory_bytes)
 }
 
 /// A file that is not in its place yet; dropped before, it is gone.
@@ -352,7 +404,7 @@ impl New {
         match base.iter().any(|layer| layer.path == self.place) {
             false => Ok(()),
             true => Err(format!(
-                "{:?} has memory that this diff snapshot builds upon: give it another name",
+                "{:?} has memory that this snapshot builds upon: give it another name",
                 self.named
             )),
         }
