@@ -33,10 +33,14 @@ mod files;
 mod forks;
 #[path = "guest/images.rs"]
 mod images;
+#[path = "guest/instants.rs"]
+mod instants;
 #[path = "guest/interrupted.rs"]
 mod interrupted;
 #[path = "guest/kept.rs"]
 mod kept;
+#[path = "guest/loads.rs"]
+mod loads;
 #[path = "guest/made.rs"]
 mod made;
 #[path = "guest/many.rs"]
@@ -51,6 +55,8 @@ mod networks;
 mod pauses;
 #[path = "guest/podman.rs"]
 mod podman;
+#[path = "guest/rounds.rs"]
+mod rounds;
 #[path = "guest/sandbox.rs"]
 mod sandbox;
 #[path = "guest/sees.rs"]

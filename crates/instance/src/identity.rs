@@ -8,6 +8,7 @@ use alveole_agent_client::{AgentError, Guest};
 use alveole_agent_protocol::{Refusal, Renewal, Renewed, RenewedInterface};
 
 use crate::folder::now_ns;
+use crate::stages::reached;
 use crate::{InstanceError, Vm};
 
 /// Random bytes for the guest's kernel: as many as seed its generator, and as many again.
@@ -148,6 +149,7 @@ pub fn renew(
             own.parts.len()
         )));
     }
+    reached("other");
     // The time that it was told was late by as long as it was under way.
     match guest.correct_clock() {
         Ok(off) => log::debug!("the clock of '{}' is at most {off:?} off", vm.name),

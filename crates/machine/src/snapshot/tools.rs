@@ -78,7 +78,7 @@ pub fn verify(path: &Path, memory: Option<&Path>) -> Verified {
         None => Vec::new(),
     };
     for drive in config.iter().flat_map(|config| &config.drives) {
-        drive_files(drive, &copies, &mut verified);
+        drive_files(path, drive, &copies, &mut verified);
     }
     verified
 }
@@ -217,10 +217,11 @@ fn memory_files(
     }
 }
 
-/// A disk that is copied can be had, wherever the one is with which the guest went on.
-fn drive_files(drive: &Drive, copies: &[DriveCopyV1], verified: &mut Verified) {
+/// A disk that is copied can be had, wherever the one is with which the guest went on. Files that were moved together are found.
+fn drive_files(state: &Path, drive: &Drive, copies: &[DriveCopyV1], verified: &mut Verified) {
     let copy = copies.iter().find(|copy| copy.drive_id == drive.drive_id);
     let path = copy.map_or(&drive.path_on_host, |copy| &copy.path);
+    let path = &find(path, state, None);
     let of = if copy.is_some() { "its copy " } else { "" };
     match std::fs::metadata(path) {
         Ok(_) => verified
