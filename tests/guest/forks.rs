@@ -109,6 +109,37 @@ fn a_copy_goes_on_from_a_moment_and_is_a_vm_of_its_own() {
 
     // Without the snapshot it goes on, as does a copy of the copy; with its end it is one like any other.
     assert_eq!(home.does(&["snapshot", "rm", "web-1"]), "web-1");
+    assert_eq!(
+        home.does(&["snapshot", "create", "copy", "of-copy"]),
+        "of-copy"
+    );
+    let disks = || {
+        let folder = std::fs::read_dir(home.dir.path().join("home/state/snapshots/of-copy"));
+        let names = folder
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap());
+        let mut disks: Vec<_> = names
+            .filter(|n| n.starts_with("base") || n.starts_with("changes"))
+            .collect();
+        disks.sort();
+        disks
+    };
+    assert_eq!(disks(), ["base-1", "changes.qcow2"]);
+    home.does(&["snapshot", "flatten", "of-copy"]);
+    assert_eq!(disks(), ["changes.qcow2"]);
+    assert_eq!(
+        home.does(&["snapshot", "verify", "of-copy"]),
+        "of-copy: whole"
+    );
+    assert_eq!(
+        home.does(&["fork", "of-copy", "--name", "flat", "--rm"]),
+        "flat"
+    );
+    assert_eq!(
+        exec(&home, "flat", "cat /file /own/file"),
+        "the copy\nbefore"
+    );
+    home.does(&["rm", "-f", "flat"]);
     assert_eq!(home.does(&["fork", "copy", "--name", "second"]), "second");
     home.does(&["rm", "-f", "web"]);
     assert_eq!(exec(&home, "second", "cat /file"), "the copy");
@@ -353,6 +384,12 @@ fn copies_of_a_warm_python_guest_answer_as_themselves() {
         );
         home.does(&["logs", "snake"]).contains("warm")
     });
+    // The source has all that copies could have of it.
+    exec(
+        &home,
+        "snake",
+        "echo none >/etc/machine-id; cat /proc/sys/kernel/random/boot_id",
+    );
     let number = copies.to_string();
     let made = home.does(&["fork", "snake", "-n", &number, "--name", "copy", "--rm"]);
     let mut names: Vec<_> = made.lines().collect();
@@ -360,8 +397,6 @@ fn copies_of_a_warm_python_guest_answer_as_themselves() {
     names.push("snake");
     let who = "hostname; cat /etc/machine-id /proc/sys/kernel/random/boot_id /sys/class/net/eth0/address; \
         hostname -I; head -c 16 /dev/urandom | od -An -tx1; date +%s.%N";
-    // As a Debian has it before its first boot.
-    exec(&home, "snake", "echo none >/etc/machine-id");
     let mut seen: Vec<HashSet<String>> = vec![HashSet::new(); 6];
     let mut worst = (Duration::ZERO, String::new());
     for name in &names {

@@ -85,7 +85,7 @@ pub(crate) fn renew(request: &Renewal, shared: &Shared) -> Result<Renewed, Strin
     if let Some(id) = machine_id {
         let done = names.set_machine_id(id).map(|()| None);
         tell(&mut renewed, "machine-id", done);
-        // Kernels before Linux 5.2 cannot; no reason to have no copy.
+        // No reason to have no copy.
         tell(&mut renewed, "boot-id", Ok(boot_id::renew().err()));
     }
     if !interfaces.is_empty() {

@@ -53,6 +53,12 @@ enum SnapshotCommand {
         #[arg(required = true)]
         names: Vec<String>,
     },
+    /// Make one disk of those that a snapshot of a copy is laid over, so that it stands alone
+    Flatten {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
     /// Write a snapshot to an archive, as it is; the image of its VM is not in it (alveole image export)
     Export {
         /// Its name
@@ -151,6 +157,12 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
         }
         SnapshotCommand::Verify { names } => {
             return each(names, |name| verify(&all.find(name)?));
+        }
+        SnapshotCommand::Flatten { names } => {
+            return each(names, |name| match guests::flatten(&all.find(name)?)? {
+                true => print(&format!("{name}: its disk is one now\n")),
+                false => print(&format!("{name}: its disk is one already\n")),
+            });
         }
         SnapshotCommand::Export { name, output } => export(&all.find(name)?, output)?,
         SnapshotCommand::Import { file, name } => {

@@ -275,6 +275,35 @@ impl Snapshot {
         }
     }
 
+    /// Puts other files in its place, all at once: `make` makes them in this folder, where its description is already.
+    ///
+    /// # Errors
+    ///
+    /// It is being loaded, or nothing can be written. Those of `make` come as they are; it is as it was then.
+    pub fn replace<E: From<InstanceError>>(
+        &self,
+        make: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let _lock = self.locked(FlockOperation::NonBlockingLockExclusive)?;
+        let beside = self.folder.parent().unwrap_or(&self.folder);
+        let new = tempfile::Builder::new()
+            .prefix(UNFINISHED)
+            .tempdir_in(beside)
+            .map_err(InstanceError::file("make a folder in", beside))?;
+        write_json(&new.path().join("snapshot.json"), &self.record)?;
+        make(new.path())?;
+        // What was there is removed with the folder's other name.
+        rustix::fs::renameat_with(
+            rustix::fs::CWD,
+            new.path(),
+            rustix::fs::CWD,
+            &self.folder,
+            rustix::fs::RenameFlags::EXCHANGE,
+        )
+        .map_err(|e| InstanceError::file("replace", &self.folder)(e.into()))?;
+        Ok(())
+    }
+
     /// Removes it. VMs that have loaded it go on: they keep what they need of it.
     ///
     /// # Errors
@@ -366,7 +395,22 @@ mod tests {
         let (first, second) = (made.load().unwrap(), made.load().unwrap());
         let error = made.clone().remove().unwrap_err();
         assert!(matches!(error, InstanceError::SnapshotInUse(_)), "{error}");
+        let error = made.replace(|_| Ok::<_, InstanceError>(())).unwrap_err();
+        assert!(matches!(error, InstanceError::SnapshotInUse(_)), "{error}");
         drop((first, second));
+        fs::write(made.at("old"), "").unwrap();
+        let failed = made.replace(|_| Err::<(), _>(InstanceError::DoesNotRun("x".into())));
+        assert!(failed.is_err() && made.at("old").exists());
+        let write = |folder: &Path| {
+            fs::write(folder.join("new"), "").map_err(InstanceError::file("write", folder))
+        };
+        made.replace(write).unwrap();
+        assert!(made.at("new").exists() && !made.at("old").exists());
+        assert_eq!(all.find("one").unwrap().record, made.record);
+        assert_eq!(
+            fs::read_dir(dir.path().join("snapshots")).unwrap().count(),
+            1
+        );
         made.clone().remove().unwrap();
         assert!(matches!(
             made.load(),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use alveole_block_store::{Format, tools};
+use alveole_block_store::{Backing, Format, tools};
 use alveole_instance::{
     Beginning, Content, Happened, Identity, Machine, MonitorApi, Placed, Record, Restored,
     Snapshot, SnapshotRecord, State, Vm,
@@ -171,6 +171,31 @@ fn link(from: &Path, to: &Path) -> anyhow::Result<()> {
             from.display()
         )
     })
+}
+
+/// Makes one disk of those that a snapshot's is laid over, in a folder that takes the place of the snapshot's; false: it is one already.
+pub(crate) fn flatten(snapshot: &Snapshot) -> anyhow::Result<bool> {
+    let (bases, mut files): (Vec<_>, Vec<_>) = kept_files(snapshot.folder())?
+        .into_iter()
+        .partition(|file| file_name(file).starts_with(BASE));
+    if bases.is_empty() {
+        return Ok(false);
+    }
+    let overlay = snapshot.at(OVERLAY);
+    snapshot.replace(|folder| {
+        // Of the same name and format, as the state has them.
+        let (disk, format) = (folder.join(OVERLAY), Format::Qcow2);
+        tools::convert(&overlay, format, &disk, format, Backing::BesideImage)
+            .with_context(|| format!("cannot make one disk of '{}'", overlay.display()))?;
+        fs::set_permissions(&disk, fs::Permissions::from_mode(0o400))
+            .with_context(|| format!("cannot protect '{}'", disk.display()))?;
+        files.extend(["state", "memory", "working-set"].map(|name| snapshot.at(name)));
+        files.retain(|file| file.exists());
+        files
+            .iter()
+            .try_for_each(|file| link(file, &folder.join(file_name(file))))
+    })?;
+    Ok(true)
 }
 
 /// Makes a copy's disk, over that of the snapshot.
