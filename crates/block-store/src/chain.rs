@@ -193,6 +193,16 @@ impl Chain {
         }
     }
 
+    /// How many of the `len` bytes from `offset` on are known to be zeroes without being read.
+    pub(crate) fn empty(&self, offset: u64, len: u64) -> io::Result<u64> {
+        let (place, len) = self.find(0, offset, len).map_err(io::Error::other)?;
+        match place {
+            Place::Zero => Ok(len),
+            Place::Data { file, offset } => Ok(empty(&self.files[file], offset, len)?),
+            Place::Compressed { .. } => Ok(0),
+        }
+    }
+
     /// Reads by plain calls, as seen from layer `from`.
     pub(crate) fn read(&self, from: usize, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
@@ -217,6 +227,13 @@ impl Chain {
         }
         Ok(())
     }
+}
+
+/// How many of the `len` bytes from `offset` on lie in a hole of the file.
+pub(crate) fn empty(file: &HostFile, offset: u64, len: u64) -> io::Result<u64> {
+    let data = sys::next_data(file.file(), offset)?;
+    let until_data = data.map_or(len, |data| data.start.saturating_sub(offset));
+    Ok(until_data.min(len))
 }
 
 /// What lies under the guest's image.

@@ -14,7 +14,7 @@ use alveole_qcow2::{
 };
 pub use alveole_qcow2::{Info as Qcow2Info, Repair, Report};
 
-use crate::chain::{Chain, TableFile, find_backing};
+use crate::chain::{self, Chain, TableFile, find_backing};
 use crate::host_file::{HostFile, How};
 use crate::{Backing, Format, OpenError, OpenOptions, SECTOR_BYTES};
 
@@ -511,6 +511,12 @@ pub fn convert(
         }
         (None, None) => Ok(()),
     };
+    // A device that knows no holes is read.
+    let empty = |at: u64, len: u64| match (&chain, &raw) {
+        (Some(chain), _) => chain.empty(at, len).unwrap_or(0),
+        (None, Some(file)) => chain::empty(file, at, len).unwrap_or(0),
+        (None, None) => 0,
+    };
     // Under a name of its own until it is complete.
     let mut hidden = std::ffi::OsString::from(to);
     hidden.push(".part");
@@ -529,6 +535,12 @@ pub fn convert(
         let mut bytes = vec![0; COPY_BYTES];
         let mut at = 0;
         while at < size {
+            // Whole pieces, so that what is written keeps its alignment.
+            let skipped = empty(at, size - at) / COPY_BYTES as u64 * COPY_BYTES as u64;
+            if skipped > 0 {
+                at += skipped;
+                continue;
+            }
             let part = &mut bytes[..(size - at).min(COPY_BYTES as u64) as usize];
             read(at, part).at("read", from)?;
             for (n, cluster) in part.chunks(64 << 10).enumerate() {
