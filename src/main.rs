@@ -11,6 +11,7 @@ mod logger;
 mod metrics;
 mod session;
 mod signals;
+mod snapshots;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use alveole_api_server::{ApiSocket, ApiThread, SendRequest};
 use alveole_event_loop::Worker;
-use alveole_machine::{Bulletin, End, Event, Files, Mailbox, SNAPSHOT_VERSION, Snapshot, Verified};
+use alveole_machine::{Bulletin, End, Event, Files, Mailbox, SNAPSHOT_VERSION};
 use alveole_thread_sandbox::ExtraFilters;
 use alveole_vm_control::{Answer, Command};
 use cli::{Args, Request};
@@ -35,18 +36,9 @@ fn main() -> ExitCode {
         Ok(Request::Help) => print(cli::HELP),
         Ok(Request::Version) => print(concat!("alveole-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
         Ok(Request::SnapshotVersion) => print(&format!("v{SNAPSHOT_VERSION}\n")),
-        Ok(Request::DescribeSnapshot(path)) => match describe(&path) {
-            Ok(text) => print(&text),
-            Err(failure) => exit::failed(&failure),
-        },
-        Ok(Request::VerifySnapshot(state, memory)) => verify(&state, memory.as_deref()),
-        Ok(Request::FlattenSnapshot(flatten)) => match alveole_machine::flatten(&flatten) {
-            Ok(bytes) => print(&format!("{} KiB of memory\n", bytes >> 10)),
-            Err(why) => exit::failed(&Failure::Config(format!(
-                "cannot flatten snapshot {:?}: {why}",
-                flatten.state
-            ))),
-        },
+        Ok(Request::DescribeSnapshot(path)) => snapshots::describe(&path),
+        Ok(Request::VerifySnapshot(state, memory)) => snapshots::verify(&state, memory.as_deref()),
+        Ok(Request::FlattenSnapshot(flatten)) => snapshots::flatten(&flatten),
         Ok(Request::Run(args)) => match run(&args, started) {
             // Not before everything is put away: it may die here.
             Ok(end) => exit::ended(&end),
@@ -144,23 +136,6 @@ fn serve(
     let failed = move |why| failures.send(Event::LoopEnded(why));
     ApiThread::start(socket, args.max_body_bytes, send, workers, failed)
         .map_err(|e| Failure::Host(e.to_string()))
-}
-
-/// The version of the form that the snapshot at `path` is written in, and who wrote it.
-fn describe(path: &Path) -> Result<String, Failure> {
-    let described = Snapshot::describe(path).map_err(|e| Failure::Config(e.to_string()))?;
-    Ok(format!("{described}\n"))
-}
-
-/// Prints what the snapshot is, and says what is wrong with it.
-fn verify(state: &Path, memory: Option<&Path>) -> ExitCode {
-    let Verified { found, wrong } = alveole_machine::verify(state, memory);
-    let text: String = found.iter().map(|line| format!("{line}\n")).collect();
-    if wrong.is_empty() {
-        return print(&format!("{text}whole\n"));
-    }
-    let _ = print(&text);
-    exit::failed(&Failure::Config(wrong.join("; ")))
 }
 
 /// Has every thread that is confined from now on confined by the filters at `path`, too. Firecracker's exit code for wrong ones is 1.

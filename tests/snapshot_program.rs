@@ -7,12 +7,15 @@ mod api_client;
 mod tiny_guest;
 
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::Command;
 
 use api_client::Client;
 use nix::sys::signal::Signal::{SIGKILL, SIGTERM};
 use serde_json::{Value, json};
-use tiny_guest::{Bench, Running, no_kvm, out};
+use tiny_guest::{Bench, Running, no_kvm, out, skipped};
 
 /// The description, or the snapshot, is wrong.
 const CONFIG: i32 = 152;
@@ -195,7 +198,7 @@ fn what_a_monitor_leaves_that_is_killed_while_it_writes_is_removed_by_the_next()
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(ask)).is_err()
     });
     let until = std::time::Instant::now() + std::time::Duration::from_secs(30);
-    while hidden(&bench).is_empty() {
+    while hidden(&bench).len() < 3 {
         assert!(std::time::Instant::now() < until, "nothing is written");
         std::thread::yield_now();
     }
@@ -220,6 +223,142 @@ fn what_a_monitor_leaves_that_is_killed_while_it_writes_is_removed_by_the_next()
     left.sort();
     assert_eq!(left, [".m.1", ".m.1x", ".mm.1"]);
     assert!(fs::read(bench.file("d")).unwrap() == vec![7; 1 << 20]);
+    kill(running);
+}
+
+/// A small file system in RAM, taken away at the end.
+struct Small(PathBuf);
+
+impl Small {
+    /// None: this user may not mount.
+    fn mount(at: PathBuf) -> Option<Self> {
+        fs::create_dir(&at).unwrap();
+        let mut mount = Command::new("mount");
+        mount
+            .args(["-t", "tmpfs", "-o", "size=512k", "none"])
+            .arg(&at);
+        let mounted = mount.output().is_ok_and(|o| o.status.success());
+        mounted.then_some(Self(at))
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_disk_that_is_full_half_way_leaves_the_guest_and_older_files_as_they_were() {
+    const TEST: &str = "a_disk_that_is_full_half_way_leaves_the_guest_and_older_files_as_they_were";
+    if no_kvm(TEST) {
+        return;
+    }
+    let bench = Bench::new(&filling(1000));
+    let Some(small) = Small::mount(bench.file("small")) else {
+        return skipped(TEST, "this user may not mount a tmpfs");
+    };
+    for name in ["s", "m", "d"] {
+        fs::write(small.0.join(name), "an older one").unwrap();
+    }
+    let (mut running, mut client) = ticking_guest(&bench, 64);
+    // Memory does not fit, the image of the disk does not, neither does.
+    for (live, memory, disk) in [
+        (true, "small/m", "d"),
+        (true, "m", "small/d"),
+        (false, "small/m", "d"),
+        (false, "m", "small/d"),
+        (false, "small/m", "small/d"),
+    ] {
+        let mut create = create();
+        create["live"] = json!(live);
+        create["snapshot_path"] = json!("small/s");
+        create["mem_file_path"] = json!(memory);
+        create["drives"][0]["path_on_host"] = json!(disk);
+        let state = |state: &str| json!({ "state": state });
+        if !live {
+            client.done("PATCH", "/vm", state("Paused"));
+        }
+        let why = client.refused("PUT", "/snapshot/create", create);
+        assert!(why.contains("No space left"), "{why}");
+        if !live {
+            client.done("PATCH", "/vm", state("Resumed"));
+        }
+        for name in ["s", "m", "d"] {
+            assert_eq!(fs::read(small.0.join(name)).unwrap(), b"an older one");
+        }
+        assert_eq!(fs::read_dir(&small.0).unwrap().count(), 3);
+        assert_eq!(hidden(&bench), Vec::<String>::new());
+        assert!(!bench.file("m").exists() && !bench.file("d").exists());
+        // The guest goes on.
+        fs::write(bench.file("first"), "").unwrap();
+        assert!(running.wait_until(|| has_printed(&bench, "first")));
+    }
+    let taken = client.ask("PUT", "/snapshot/create", &create());
+    assert_eq!(taken.status, 200, "{taken:?}");
+    kill(running);
+}
+
+#[test]
+fn a_guest_goes_on_from_its_first_moments() {
+    if no_kvm("a_guest_goes_on_from_its_first_moments") {
+        return;
+    }
+    const PAGES: u32 = 10_000;
+    let bench = Bench::new(&filling(PAGES));
+    for round in 0..8u64 {
+        let running = start(&bench, "first", &["--api-sock", "api"]);
+        let mut client = Client::at(&socket(&bench));
+        let source = json!({"kernel_image_path": "kernel"});
+        client.done("PUT", "/boot-source", source);
+        client.done("PUT", "/actions", json!({"action_type": "InstanceStart"}));
+        std::thread::sleep(std::time::Duration::from_millis(round));
+        let mut create = create();
+        create["drives"] = json!([]);
+        let taken = client.ask("PUT", "/snapshot/create", &create);
+        assert_eq!(taken.status, 200, "{taken:?}");
+        kill(running);
+        fs::remove_file(socket(&bench)).unwrap();
+        let mut load = load(true);
+        load["drive_overrides"] = json!([]);
+        write_load(&bench, &load);
+        // It prints only when all pages are written; then a snapshot has them.
+        let console = format!("round {round}");
+        let arguments = ["--load-snapshot", "load.json", "--api-sock", "api"];
+        let mut running = start(&bench, &console, &arguments);
+        assert!(running.wait_until(|| has_printed(&bench, &console)));
+        let mut client = Client::at(&socket(&bench));
+        let taken = client.ask("PUT", "/snapshot/create", &create);
+        let bytes = taken.body["memory_bytes"].as_u64().unwrap();
+        assert!(bytes >= u64::from(PAGES) * 4096, "{taken:?}");
+        kill(running);
+        fs::remove_file(socket(&bench)).unwrap();
+    }
+}
+
+#[test]
+fn a_client_half_way_through_a_request_waits_for_nobody_and_is_answered() {
+    if no_kvm("a_client_half_way_through_a_request_waits_for_nobody_and_is_answered") {
+        return;
+    }
+    let bench = Bench::new(&ticking());
+    let (running, mut client) = ticking_guest(&bench, 64);
+    let body = json!({"state": "Paused"}).to_string();
+    let request = format!(
+        "PATCH /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let (first, second) = request.split_at(request.len() - 5);
+    let mut slow = UnixStream::connect(socket(&bench)).unwrap();
+    slow.write_all(first.as_bytes()).unwrap();
+    let taken = client.ask("PUT", "/snapshot/create", &create());
+    assert_eq!(taken.status, 200, "{taken:?}");
+    assert_eq!(client.get("/")["state"], "Running");
+    slow.write_all(second.as_bytes()).unwrap();
+    let mut answer = [0; 12];
+    slow.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 204");
+    assert_eq!(client.get("/")["state"], "Paused");
     kill(running);
 }
 

@@ -12,7 +12,9 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use alveole_block_store::{Cache, Format, OpenError, OpenOptions, Operation, open};
+use alveole_block_store::{
+    BlockStore, Cache, Format, OpenError, OpenOptions, Operation, RamStore, open,
+};
 use alveole_guest_memory::GuestBuffers;
 use support::{
     Loop, Rig, engines, file, folder, one, one_of, pattern, queue, ram, reader, skip, with,
@@ -222,6 +224,32 @@ fn a_volume_is_a_disk_that_grows_and_fails_and_heals() {
     volume.change(&format!("{spans}2048 1024 linear {b} 1024\n"));
     at(1536 * SECTOR, Operation::Read, &mut *queue).unwrap();
     drop((queue, store));
+}
+
+#[test]
+fn a_device_is_not_copied_and_a_store_without_a_file_neither() {
+    let test = "a_device_is_not_copied_and_a_store_without_a_file_neither";
+    let folder = folder();
+    let path = file(folder.path(), "image", 1 << 20);
+    let into = fs::File::create(folder.path().join("copy")).unwrap();
+    let told = RamStore::new(4096).copy_image(&into).unwrap_err();
+    assert!(told.to_string().contains("no file of the host"), "{told}");
+    let device = match Loop::new(&path, &[]) {
+        Ok(device) => device,
+        Err(reason) => {
+            skip(test, &reason);
+            return;
+        }
+    };
+    let store = open(&device.0, &OpenOptions::default()).unwrap();
+    for outcome in [store.may_copy_image(), store.copy_image(&into)] {
+        let told = outcome.unwrap_err().to_string();
+        assert!(
+            told.contains("is a block device: pause the guest"),
+            "{told}"
+        );
+    }
+    assert_eq!(into.metadata().unwrap().len(), 0);
 }
 
 #[test]

@@ -113,6 +113,24 @@ fn overlay_against_model(test: &str, engine: Engine, cache: Cache) {
                 rig.read_all() == rig.model,
                 "the store is not what was written"
             );
+            // A copy of the file is an image of this moment, though the image is open and its counts are not written.
+            let copied = folder.path().join("copied.qcow2");
+            rig.store
+                .copy_image(&fs::File::create(&copied).unwrap())
+                .unwrap();
+            for read_only in [true, false] {
+                let options = OpenOptions {
+                    read_only,
+                    ..options(Engine::Sync, Cache::Unsafe)
+                };
+                let store = open(&copied, &options).unwrap();
+                let mut rig = Rig::new(store, 1, 4, rig.model.clone());
+                assert!(
+                    rig.read_all() == rig.model,
+                    "the copy, read only: {read_only}"
+                );
+            }
+            assert_eq!(check(&copied, Repair::No).unwrap().corruptions, 0);
             let expected = std::mem::take(&mut rig.model);
             drop(rig);
             let raw = folder.path().join("expected");

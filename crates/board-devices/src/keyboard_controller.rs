@@ -235,6 +235,8 @@ impl Saves for KeyboardController {
         self.control = state.control;
         self.answer = state.answer;
         self.unfinished = state.unfinished;
+        // The edge may have been on its way when the state was saved.
+        self.tell();
         Ok(())
     }
 }

@@ -486,6 +486,40 @@ fn a_disk_that_cannot_be_copied_leaves_everything_as_it_was() {
     bench.end();
 }
 
+/// Interrupt lines of the serial port and the keyboard.
+const SERIAL_LINE: u32 = 4;
+const KEYBOARD_LINE: u32 = 1;
+
+#[test]
+fn interrupts_that_were_on_their_way_are_raised_again() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path();
+    let script = vec![vec![
+        // Interrupts of the transmitter are wanted, and one is due.
+        Step::PortWrite(0x3f8 + 1, vec![2]),
+        Step::PortWrite(0x3f8, b"x".to_vec()),
+        // The keyboard's interrupt is on, and it has an answer.
+        Step::PortWrite(0x64, vec![0x60]),
+        Step::PortWrite(0x60, vec![1]),
+        Step::PortWrite(0x60, vec![0xee]),
+    ]];
+    let bench = Bench::new(path, Transport::Mmio, false, script);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    pause(&bench);
+    let taken = bench.snapshot(path, "s", SnapshotType::Full, false);
+    assert_eq!(taken, Ok(Answer::Done));
+    bench.end();
+    let partition = FakePartition::new(Vec::new());
+    let machine = restored(&load(path, "s"), &partition, &Mailbox::new().0);
+    let (machine, _) = machine.unwrap();
+    let lines = partition.lines();
+    for number in [SERIAL_LINE, KEYBOARD_LINE] {
+        let (_, line) = lines.iter().find(|(gsi, _)| *gsi == number).unwrap();
+        assert!(line.take_edges() > 0, "line {number}");
+    }
+    drop(machine);
+}
+
 /// The pages of a working set, from its file.
 fn working_set(path: &Path) -> Vec<(u64, u64)> {
     let mut file = StateFile::read(&fs::read(path).unwrap()).unwrap();

@@ -102,7 +102,6 @@ impl WithDevices {
             partition,
             devices,
         } = self;
-        snapshot::restore_devices(&devices, &mut state)?;
         let supported = partition.supported_cpuid()?;
         let mut cpus = Vec::new();
         for index in 0..config.cpus {
@@ -118,6 +117,9 @@ impl WithDevices {
         }
         // After the processors, whose local APICs take what an input still asks for.
         partition.restore(&snapshot::partition_state(&mut state)?, clock)?;
+        // After the interrupt controllers, which forget what was asked of them before they are set: devices ask again for what their guest
+        // may not have been told yet. When it was saved, an edge may have been on its way to a local APIC whose state was taken already.
+        snapshot::restore_devices(&devices, &mut state)?;
         state.finish()?;
         Ok(WithProcessors::of(ram, partition, devices, cpus, mailbox))
     }

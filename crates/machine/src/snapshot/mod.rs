@@ -5,6 +5,7 @@
 //! | `gather.rs` | control | lets the machine stand still, and asks every part for its state |
 //! | `live.rs` | the same | the same for a guest that runs on: rounds, and the moment |
 //! | `write.rs` | `files` | writes memory and state, first beside the files that may be there, then in their place |
+//! | `new_file.rs` | the same | makes a file beside the one that it replaces, and puts it into its place |
 //! | `load.rs` | main, before any sandbox | reads the state, opens the memory, says what the machine is |
 //! | `restore.rs` | the same | puts the state into a machine that was just built |
 //! | `served.rs` | one of its own | notices that the process that serves memory is gone |
@@ -19,6 +20,7 @@
 mod gather;
 mod live;
 mod load;
+mod new_file;
 mod restore;
 mod served;
 mod state;

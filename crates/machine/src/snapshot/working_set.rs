@@ -17,8 +17,8 @@ use alveole_thread_sandbox::Role;
 use serde::{Deserialize, Serialize};
 
 use crate::resources::{self, ResourceError};
+use crate::snapshot::new_file::New;
 use crate::snapshot::state::LayerV1;
-use crate::snapshot::write::New;
 
 const KIND: &str = "working set";
 const VERSION: u32 = 1;
@@ -222,7 +222,7 @@ fn record(
     let mut state = StateFile::new(writer);
     state.add(SavedState::pack(KIND, VERSION, &set));
     let file = New::beside(path)?;
-    file.file()
+    file.file
         .write_all_at(&state.to_bytes(), 0)
         .map_err(|e| e.to_string())?;
     file.put()?;
