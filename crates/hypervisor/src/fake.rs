@@ -297,6 +297,10 @@ impl Partition for FakePartition {
     fn restore(&self, state: &PartitionState, clock: RestoredClock) -> Result<(), PartitionError> {
         state.check().map_err(wrong("the interrupt controllers"))?;
         let mut shared = self.lock();
+        // As real controllers do: what was raised before is forgotten.
+        for (_, line) in &shared.lines {
+            let _ = line.take_edges();
+        }
         shared.state = Some(state.clone());
         shared.restored = Some((state.clone(), clock));
         Ok(())

@@ -102,7 +102,6 @@ impl WithDevices {
             partition,
             devices,
         } = self;
-        snapshot::restore_devices(&devices, &mut state)?;
         let supported = partition.supported_cpuid()?;
         let mut cpus = Vec::new();
         for index in 0..config.cpus {
@@ -118,6 +117,9 @@ impl WithDevices {
         }
         // After the processors, whose local APICs take what an input still asks for.
         partition.restore(&snapshot::partition_state(&mut state)?, clock)?;
+        // Last: a device raises again what the guest has not taken yet, and the state of interrupt controllers and local APICs, set
+        // after that, would take it away.
+        snapshot::restore_devices(&devices, &mut state)?;
         state.finish()?;
         Ok(WithProcessors::of(ram, partition, devices, cpus, mailbox))
     }
