@@ -1171,6 +1171,25 @@ fn each_section_that_is_missing_newer_or_odd_is_named() {
     assert!(why.contains("device 99"), "{why}");
 }
 
+/// A guest that waits for an interrupt of its serial port would wait for ever.
+#[test]
+fn an_interrupt_that_the_guest_has_not_taken_is_raised_again() {
+    let dir = TempDir::new().unwrap();
+    taken(dir.path(), "s", Transport::Mmio);
+    let load = load(dir.path(), "s");
+    with_section(&load.snapshot_path, "serial", |section| {
+        let mut uart: Value = serde_json::from_slice(&section.bytes).unwrap();
+        // 16550: told when the transmitter is empty, and it is.
+        (uart["ier"], uart["iir"]) = (2.into(), 2.into());
+        section.bytes = serde_json::to_vec(&uart).unwrap();
+    });
+    let partition = FakePartition::new(Vec::new());
+    let _machine = restored(&load, &partition, &Mailbox::new().0).unwrap();
+    let raised = partition.lines().into_iter();
+    let raised = raised.filter_map(|(gsi, line)| (line.take_edges() > 0).then_some(gsi));
+    assert_eq!(raised.collect::<Vec<_>>(), [4]);
+}
+
 /// Replaces the `at`th number, text or list in `value`.
 fn spoil(value: &mut Value, at: &mut usize, with: &Value) -> bool {
     if *at == 0 {
