@@ -49,6 +49,8 @@ mod networks;
 mod pauses;
 #[path = "guest/podman.rs"]
 mod podman;
+#[path = "guest/rounds.rs"]
+mod rounds;
 #[path = "guest/sandbox.rs"]
 mod sandbox;
 #[path = "guest/sees.rs"]
