@@ -31,6 +31,8 @@ mod ends;
 mod files;
 #[path = "guest/images.rs"]
 mod images;
+#[path = "guest/instants.rs"]
+mod instants;
 #[path = "guest/interrupted.rs"]
 mod interrupted;
 #[path = "guest/kept.rs"]
