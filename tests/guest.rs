@@ -37,6 +37,8 @@ mod instants;
 mod interrupted;
 #[path = "guest/kept.rs"]
 mod kept;
+#[path = "guest/loads.rs"]
+mod loads;
 #[path = "guest/made.rs"]
 mod made;
 #[path = "guest/many.rs"]
