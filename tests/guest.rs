@@ -65,6 +65,8 @@ mod sees;
 mod snapshots;
 #[path = "guest/space.rs"]
 mod space;
+#[path = "guest/takes.rs"]
+mod takes;
 #[path = "guest/terminal.rs"]
 mod terminal;
 #[path = "guest/traffic.rs"]

@@ -14,17 +14,21 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::harness::{Running, Vm, patience};
+use crate::harness::{Running, Vm, in_the_lab, patience};
 
 const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
-const MEMORY_MIB: u64 = 128;
+const MEMORY_MIB: u64 = 96;
 const MEMORY: usize = (MEMORY_MIB as usize) << 20;
-const STAMPED_MIB: usize = 48;
 const THREADS: usize = 3;
 /// First words of pages that a thread writes, and of the page that counts.
 const STAMPED: u64 = 0x5374_616d_7065_6421;
 const COUNTED: u64 = 0x436f_756e_7465_6421;
+
+/// How much is written: where processors are software, it takes as long.
+fn stamped_mib() -> usize {
+    if in_the_lab() { 9 } else { 48 }
+}
 
 fn words(page: &[u8]) -> Vec<u64> {
     let word = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap());
@@ -33,7 +37,7 @@ fn words(page: &[u8]) -> Vec<u64> {
 
 /// How many writes memory is the memory of, if it is that of one instant, or why it is not.
 fn one_instant(ram: &[u8]) -> Result<u64, String> {
-    let each = STAMPED_MIB * 256 / THREADS;
+    let each = stamped_mib() * 256 / THREADS;
     let mut stamped: Vec<Vec<Option<Vec<u64>>>> = vec![vec![None; each]; THREADS];
     let mut counted = Vec::new();
     for page in ram.chunks_exact(PAGE) {
@@ -183,7 +187,8 @@ fn writing(pause_us: u32, tracks: bool) -> Option<Running> {
     let mut guest = vm.takes_commands().by_api().boot();
     guest.wait_for_commands();
     guest.type_in(&format!(
-        "snapshot-witness stamps {STAMPED_MIB} {THREADS} {pause_us} &\n"
+        "snapshot-witness stamps {} {THREADS} {pause_us} &\n",
+        stamped_mib()
     ));
     for thread in 0..THREADS {
         guest.wait_for_anywhere(&format!("stamped by {thread}"));
@@ -241,7 +246,9 @@ fn live_snapshots_are_one_instant_of_a_guest_that_writes() {
         return;
     };
     let mut since = 0;
-    for (name, kind) in [("one", "Full"), ("two", "Diff"), ("three", "Diff")] {
+    let all = [("one", "Full"), ("two", "Diff"), ("three", "Diff")];
+    let count = if in_the_lab() { 2 } else { 3 };
+    for (name, kind) in all.into_iter().take(count) {
         since = takes_instants(&guest, dir.path(), name, kind, since);
     }
 }
@@ -311,8 +318,12 @@ fn every_way_of_one_instant_has_the_same_pages() {
         let loaded = load(dir, name);
         let ram = memory_of(&loaded);
         let told = different(&truth, &ram);
-        let bytes = truth.iter().zip(&ram).filter(|(one, other)| one != other);
-        let bytes = bytes.count();
+        let bytes = |page: &usize| {
+            let bytes = page * PAGE..(page + 1) * PAGE;
+            let pairs = truth[bytes.clone()].iter().zip(&ram[bytes]);
+            pairs.filter(|(one, other)| one != other).count()
+        };
+        let bytes: usize = told.iter().map(bytes).sum();
         println!("{name}: {bytes} bytes in pages {told:x?} say that it is loaded");
         assert!(
             told.len() <= 4 && bytes <= 128,

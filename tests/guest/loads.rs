@@ -233,7 +233,9 @@ fn served(
     if !may_serve(test) {
         return None;
     }
-    drop(saved(dir, |vm| vm.cpus(2))?);
+    let disk = at(dir, "disk");
+    fs::write(&disk, vec![7; 16 << 20]).unwrap();
+    drop(saved(dir, |vm| vm.cpus(2).disk(&disk, json!({})))?);
     let file = File::open(at(dir, "memory")).unwrap();
     let socket = at(dir, "memory.sock");
     let server = TestServer::start(&socket, move |number| {
@@ -295,7 +297,11 @@ fn a_guest_whose_memory_is_served_ends_when_the_server_dies() {
         return;
     };
     let mut guest = goes_on(body);
-    guest.type_in("while :; do dd if=/dev/zero of=/filled bs=1M count=20 2>/dev/null; done\n");
+    // Processors touch memory, and so does the disk.
+    guest.type_in(
+        "read_all() { while :; do dd if=/dev/vda of=/dev/shm/$1 bs=1M iflag=direct 2>/dev/null; done; }; read_all a & read_all b & \
+         while :; do dd if=/dev/zero of=/filled bs=1M count=20 2>/dev/null; done\n",
+    );
     std::thread::sleep(Duration::from_millis(50));
     server.stop();
     let end = guest.wait();

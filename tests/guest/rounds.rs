@@ -186,7 +186,10 @@ impl Peers {
         let peers = Arc::clone(self);
         let sender = thread::spawn(move || {
             let mut number = theirs_received;
-            while !peers.stop.load(Ordering::SeqCst) {
+            // What was begun once is sent to the end.
+            while !peers.stop.load(Ordering::SeqCst)
+                || number < peers.vsock_out.load(Ordering::SeqCst)
+            {
                 peers.vsock_out.fetch_max(number + 1, Ordering::SeqCst);
                 if out.write_all(&record(number, HOST_SENDS)).is_err() {
                     return;
