@@ -41,8 +41,11 @@ pub const OUTPUT_BUFFER_BYTES: usize = 256 * 1024;
 /// something moves again. It also bounds how long pausing that vCPU takes.
 pub const STALL_BUDGET_MS: u64 = 250;
 /// How long after a byte of a stream the loop looks once more before it goes to rest. A stream of output thus costs the vCPU no
-/// wake-up, and a person at the console does not notice. Bytes that come less often are no stream.
+/// wake-up, and a person at the console does not notice.
 pub(crate) const LINGER: Duration = Duration::from_millis(1);
+/// Bytes that the loop finds so soon after others are a stream. More than [`LINGER`], so that what it finds when it looks once more
+/// goes on with one.
+pub(crate) const STREAM: Duration = Duration::from_millis(4);
 /// Input that waits for the guest. Abused by a guest that never reads its UART while somebody pastes a
 /// file: beyond this a pipe or socket is left alone, and what is typed at a terminal is dropped.
 pub const INPUT_BUFFER_BYTES: usize = 64 * 1024;

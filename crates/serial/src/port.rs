@@ -10,7 +10,7 @@ use std::time::Instant;
 use crate::backend::{Backend, Got, Wrote};
 use crate::out_queue::OutQueue;
 use crate::uart::Registers;
-use crate::{INPUT_BUFFER_BYTES, LINGER, SerialCounters};
+use crate::{INPUT_BUFFER_BYTES, STREAM, SerialCounters};
 
 const CHUNK_BYTES: usize = 4096;
 /// Chunks moved in one go. Abused by a guest that floods its console: the other workers on the loop
@@ -89,7 +89,7 @@ impl Port {
             if !wrote {
                 wrote = true;
                 let before = self.found.replace(Instant::now());
-                is_stream = before.is_some_and(|before| before.elapsed() < LINGER);
+                is_stream = before.is_some_and(|before| before.elapsed() < STREAM);
             }
             let bytes = self
                 .chunk
@@ -173,7 +173,7 @@ mod tests {
         for _ in 0..3 {
             queue.push(b'x');
             assert_eq!(port.drain(), Drained::AtRest);
-            thread::sleep(LINGER * 2);
+            thread::sleep(STREAM * 2);
         }
         // However busy this machine is: somewhere two bytes come at once.
         let mut is_stream = false;
