@@ -26,9 +26,9 @@ use alveole_mmds::Metadata;
 use alveole_saved_state::{SavedState, StateFile};
 use alveole_serial::{Console, ConsoleTarget};
 use alveole_vm_config::{
-    BackingPlace, DiskFormat, Drive, DriveCopy, DriveOverride, Entropy, LinkKind, MemoryBackend,
-    MemoryBackendType, NetworkInterface, NetworkOverride, SnapshotCreate, SnapshotLoad,
-    SnapshotType, VmConfig, Vsock, VsockOverride,
+    BackingPlace, DiskFormat, Drive, DriveCopy, DriveOverride, Entropy, HugePages, LinkKind,
+    MemoryBackend, MemoryBackendType, NetworkInterface, NetworkOverride, SnapshotCreate,
+    SnapshotLoad, SnapshotType, VmConfig, Vsock, VsockOverride,
 };
 use alveole_vm_control::{Answer, Command, Refusal, Reply, Request, State};
 use proptest::prelude::*;
@@ -767,6 +767,30 @@ fn all_memory(load: &SnapshotLoad) -> Vec<u8> {
     let at = usize::try_from(GENERATION_PAGE * PAGE).unwrap();
     bytes[at..at + 2 * 4096].fill(0);
     bytes
+}
+
+#[test]
+fn memory_in_huge_pages_is_the_same_and_does_not_depend_on_the_files() {
+    let dir = TempDir::new().unwrap();
+    chain(dir.path());
+    let mapped = load(dir.path(), "2");
+    let read = SnapshotLoad {
+        huge_pages: Some(HugePages::Transparent),
+        ..mapped.clone()
+    };
+    assert!(all_memory(&mapped) == all_memory(&read));
+    let partition = FakePartition::new(Vec::new());
+    let _machine = restored(&read, &partition, &Mailbox::new().0).unwrap();
+    for name in ["0", "1", "2"] {
+        let memory = dir.path().join(format!("{name}.memory"));
+        let file = File::options().write(true).open(memory).unwrap();
+        file.set_len(0).unwrap();
+    }
+    let mut bytes = [0; 4096];
+    partition.ram().unwrap().read(5 * PAGE, &mut bytes).unwrap();
+    assert_eq!(bytes, [0xab; 4096]);
+    let gone = told(&read);
+    assert!(gone.contains("memory"), "{gone}");
 }
 
 #[test]

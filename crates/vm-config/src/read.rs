@@ -101,25 +101,26 @@ pub(crate) fn template(section: &mut Object<'_>) -> Option<CpuTemplate> {
 }
 
 pub(crate) fn huge_pages(section: &mut Object<'_>) -> Option<HugePages> {
-    const KNOWN: &[&str] = &["Transparent", "2M"];
-    let value = section.take("huge_pages");
-    only_none(&value?, KNOWN, "huge pages are", "kind of huge pages");
-    Some(HugePages::None)
+    let value = section.take("huge_pages")?;
+    Some(match value.read::<String>()?.as_str() {
+        "None" => HugePages::None,
+        "Transparent" => HugePages::Transparent,
+        other => {
+            refuse_huge_pages(&value, other, "");
+            HugePages::None
+        }
+    })
 }
 
-/// A choice of Firecracker's of which only "None" can be had here.
-fn only_none(value: &Value<'_>, known: &[&str], what: &str, kind: &str) {
-    let Some(chosen) = value.read::<String>() else {
-        return;
-    };
-    if known.contains(&chosen.as_str()) {
+/// What is no kind of huge pages, or one that cannot be had. `more`: what else than `None` and `Transparent` could be said.
+pub(crate) fn refuse_huge_pages(value: &Value<'_>, said: &str, more: &str) {
+    if said == "2M" {
         value.wrong(format_args!(
-            "{chosen:?} cannot be had: {what} not built yet; set it to \"None\""
+            "\"2M\" cannot be had: pages of hugetlbfs are not built yet; say \"Transparent\" or \"None\""
         ));
-    } else if chosen != "None" {
-        let known = known.join(", ");
+    } else {
         value.wrong(format_args!(
-            "{} is no {kind}; of None, {known} this build has only \"None\"",
+            "{} is no kind of huge pages; known are {more}None, Transparent",
             value.shown()
         ));
     }

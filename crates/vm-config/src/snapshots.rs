@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::object::Object;
 use crate::read;
-use crate::types::{BackingPlace, DiskFormat, Egress, LinkKind};
+use crate::types::{BackingPlace, DiskFormat, Egress, HugePages, LinkKind};
 
 /// Takes a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +62,8 @@ pub struct SnapshotLoad {
     pub snapshot_path: PathBuf,
     /// Who has guest memory; none: the file that the snapshot names.
     pub mem_backend: Option<MemoryBackend>,
+    /// Whether its memory is read into huge pages, and not mapped from the file; none: as the snapshot's guest had it.
+    pub huge_pages: Option<HugePages>,
     /// Whether pages the guest writes are remembered from now on, for diff snapshots.
     pub track_dirty_pages: bool,
     /// Whether the guest runs at once.
@@ -187,18 +189,23 @@ pub(crate) fn load(body: &mut Object<'_>) -> SnapshotLoad {
         }),
         (backend, None) => backend,
     };
-    if let Some(value) = body.take("huge_pages").filter(|value| !value.is_null())
-        && let Some(kind) = value.read::<String>()
-        && !matches!(&*kind, "Snapshot" | "None")
-    {
-        value.wrong(format_args!(
-            "{} cannot be had: huge pages are not built yet; leave it out",
-            value.shown()
-        ));
-    }
+    let huge_pages = body.take("huge_pages").filter(|value| !value.is_null());
+    let huge_pages = huge_pages.and_then(|value| {
+        let said = value.read::<String>()?;
+        match said.as_str() {
+            "Snapshot" => None,
+            "None" => Some(HugePages::None),
+            "Transparent" => Some(HugePages::Transparent),
+            other => {
+                read::refuse_huge_pages(&value, other, "Snapshot, ");
+                None
+            }
+        }
+    });
     SnapshotLoad {
         snapshot_path: body.required("snapshot_path"),
         mem_backend,
+        huge_pages,
         track_dirty_pages: tracked.or(enabled).unwrap_or_default(),
         resume_vm: body.optional("resume_vm").unwrap_or_default(),
         network_overrides: body.list("network_overrides", |body| NetworkOverride {
@@ -248,6 +255,14 @@ mod tests {
         );
         assert_eq!(old, new);
         assert!(old.unwrap().track_dirty_pages);
+        for (said, pages) in [
+            ("Snapshot", None),
+            ("None", Some(HugePages::None)),
+            ("Transparent", Some(HugePages::Transparent)),
+        ] {
+            let body = format!(r#"{{"snapshot_path": "s", "huge_pages": "{said}"}}"#);
+            assert_eq!(load(&body).unwrap().huge_pages, pages);
+        }
     }
 
     #[test]

@@ -285,8 +285,13 @@ fn each_wrong_value_has_its_message() {
         ),
         (
             machine("\"huge_pages\": \"2M\""),
-            "4:19: \"machine-config.huge_pages\": \"2M\" cannot be had: huge pages are not built \
-             yet; set it to \"None\"",
+            "4:19: \"machine-config.huge_pages\": \"2M\" cannot be had: pages of hugetlbfs are not \
+             built yet; say \"Transparent\" or \"None\"",
+        ),
+        (
+            machine("\"huge_pages\": \"4M\""),
+            "4:19: \"machine-config.huge_pages\": \"4M\" is no kind of huge pages; known are None, \
+             Transparent",
         ),
         (
             machine("\"huge_pages\": null"),

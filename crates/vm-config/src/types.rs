@@ -107,9 +107,11 @@ pub enum CpuTemplate {
 /// Which host pages back guest RAM.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub enum HugePages {
-    /// The host's ordinary pages.
+    /// What the host gives: huge ones where it can.
     #[default]
     None,
+    /// Transparent huge pages, also for a guest that goes on from a snapshot.
+    Transparent,
 }
 
 /// Where log lines go, and which. An absent field leaves the program's own default.

@@ -2,6 +2,7 @@
 
 use alveole_guest_memory::GuestRam;
 use alveole_hypervisor::Partition;
+use alveole_vm_config::HugePages;
 
 use crate::build::BuildError;
 use crate::snapshot::{MemorySource, RangeV1};
@@ -48,7 +49,11 @@ pub(super) fn map_snapshot(
                 .iter()
                 .zip(snapshot.layers.iter().map(|layer| &layer.map))
                 .collect();
-            GuestRam::map_snapshot(&config.memory, &layers)?
+            match snapshot.config().machine_config.huge_pages {
+                HugePages::None => GuestRam::map_snapshot(&config.memory, &layers)?,
+                // Pages of a file are small ones.
+                HugePages::Transparent => GuestRam::copy_snapshot(&config.memory, &layers)?,
+            }
         }
         MemorySource::Server(server) => GuestRam::map_served(&config.memory, server)?,
     };

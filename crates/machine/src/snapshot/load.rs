@@ -11,7 +11,9 @@ use alveole_hypervisor::RestoredClock;
 use alveole_saved_state::{
     FormatError, Header, MAX_FILE_BYTES, RestoreError, SavedState, StateFile,
 };
-use alveole_vm_config::{ConfigError, MemoryBackendType, SnapshotLoad, VmConfig, WORKING_SET_MS};
+use alveole_vm_config::{
+    ConfigError, HugePages, MemoryBackendType, SnapshotLoad, VmConfig, WORKING_SET_MS,
+};
 
 use crate::build::{Options, Transport};
 use crate::resources::{self, ResourceError};
@@ -168,8 +170,14 @@ impl Snapshot {
         };
         warn_of_originals(load, &copies);
         config.machine_config.track_dirty_pages = load.track_dirty_pages;
+        let pages = &mut config.machine_config.huge_pages;
+        *pages = load.huge_pages.unwrap_or(*pages);
         let source = open_memory(load, &memory)?;
-        let working_set = plan_working_set(load, &memory, &source)?;
+        let working_set = match config.machine_config.huge_pages {
+            HugePages::None => plan_working_set(load, &memory, &source)?,
+            // All is read before it runs.
+            HugePages::Transparent => None,
+        };
         Ok(Self {
             config,
             machine,
