@@ -290,7 +290,7 @@ fn each_wrong_value_has_its_message() {
         ),
         (
             machine("\"huge_pages\": \"4M\""),
-            "4:19: \"machine-config.huge_pages\": \"4M\" is no kind of huge pages; known are None, \
+            "4:19: \"machine-config.huge_pages\": the string \"4M\" is no kind of huge pages; known are None, \
              Transparent",
         ),
         (
