@@ -138,6 +138,12 @@ impl Board {
         }
     }
 
+    /// The guest goes on from where another device has served it.
+    pub(crate) fn moved(&mut self) {
+        self.clear();
+        self.table.move_ports();
+    }
+
     /// Forgets all connections, as a guest does that resets the device. Nothing is watched.
     pub(crate) fn clear(&mut self) {
         // Exhaustive, so that a new field has to decide what a reset does to it.
@@ -332,6 +338,11 @@ impl Board {
         if let Some(next) = next.chain(self.listen_again).min() {
             self.deadlines.arm(next);
         }
+    }
+
+    /// Wakes at `at`, or earlier, for what is not the board's.
+    pub(crate) fn look_at(&mut self, at: Instant) {
+        self.deadlines.arm(at);
     }
 
     fn expire(&mut self, at: usize, now: Instant, ops: &mut Ops<'_>) {

@@ -138,8 +138,7 @@ impl VirtioDevice for VirtioVsock {
             counters: _,
         } = self;
         let mut hub = lock(hub);
-        hub.board.clear();
-        hub.transport_was_reset = false;
+        hub.clear();
         // A worker that could not be started has left them.
         hub.rings = [const { None }; QUEUES];
     }
@@ -162,7 +161,8 @@ impl VirtioDevice for VirtioVsock {
             });
         }
         let mut hub = lock(&self.hub);
-        hub.board.clear();
+        hub.clear();
+        hub.board.moved();
         hub.transport_was_reset = true;
         Ok(())
     }

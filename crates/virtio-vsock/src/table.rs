@@ -1,6 +1,7 @@
 //! All connections, by place and by ports, and whose turn it is.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::BuildHasher;
 
 use crate::connection::{Connection, Key};
 use crate::{MAX_CONNECTIONS, MAX_GREETINGS};
@@ -109,6 +110,15 @@ impl Table {
                 return host_port;
             }
         }
+    }
+
+    /// Has the next ports begin somewhere else, by chance: a guest that goes on elsewhere has not closed the connections of before yet, and
+    /// takes a new one of the same ports for one of those.
+    pub(crate) fn move_ports(&mut self) {
+        let chance = BuildHasher::hash_one(self.by_key.hasher(), self.next_port);
+        // The low half.
+        let by = chance as u32 % FIRST_PORT;
+        self.next_port = FIRST_PORT.saturating_add(by);
     }
 
     /// Puts a place at the end of the line, unless it stands there or has nothing for the guest.

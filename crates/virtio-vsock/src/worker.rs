@@ -6,6 +6,7 @@
 //! is stopped, the next one that is called takes its place.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use alveole_event_loop::{Event, EventLoopError, Interest, Ops, Token, Worker};
 use alveole_guest_memory::{GuestBuffers, GuestRam};
@@ -30,12 +31,27 @@ const WAKE: Token = Token(QUEUES as u32);
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (section 5.10.6.7).
 const TRANSPORT_RESET: [u8; 4] = [0; 4];
 
+/// How long a guest has for what it does when it is told that its connections are gone. Drivers that do not say when they have done it
+/// get what is for them after that.
+const SETTLE_PATIENCE: Duration = Duration::from_millis(100);
+/// Between two looks at whether it has.
+const SETTLE_LOOK: Duration = Duration::from_micros(300);
+
+/// A guest that was told that its connections are gone. Linux ends all that it has when it comes to that, also one that has begun since
+/// (net/vmw_vsock/virtio_transport.c, `virtio_vsock_event_handle`), and then offers the event's buffer again. Until then it is given nothing.
+struct Settling {
+    until: Instant,
+    /// What it had offered for events before.
+    offered: u16,
+}
+
 /// What outlives a stop, and the queues while they are served.
 pub(crate) struct Hub {
     pub(crate) board: Board,
     pub(crate) rings: [Option<LiveQueue>; QUEUES],
     /// The guest has to be told that its connections are gone.
     pub(crate) transport_was_reset: bool,
+    settling: Option<Settling>,
     wake: EventFd,
     /// Which worker is the host.
     host: Option<u64>,
@@ -51,6 +67,7 @@ impl Hub {
             board,
             rings: [const { None }; QUEUES],
             transport_was_reset: false,
+            settling: None,
             wake,
             host: None,
             next_worker: 0,
@@ -87,6 +104,7 @@ impl Hub {
                 more |= tx.want_doorbell().map_err(|why| (TX, why))?;
             }
             if let Some(rx) = rx
+                && self.settling.is_none()
                 && self.board.has_output()
             {
                 more |= rx.want_doorbell().map_err(|why| (RX, why))?;
@@ -113,11 +131,33 @@ impl Hub {
         let [_, _, Some(ring)] = &mut self.rings else {
             return Ok(());
         };
+        let broken = |why| (EVENT, why);
         if self.transport_was_reset {
-            let told = scratch.tell_of_reset(ring).map_err(|why| (EVENT, why))?;
+            let offered = ring.offered().map_err(broken)?;
+            let told = scratch.tell_of_reset(ring).map_err(broken)?;
             self.transport_was_reset = !told;
+            let until = Instant::now().checked_add(SETTLE_PATIENCE);
+            self.settling = until
+                .filter(|_| told)
+                .map(|until| Settling { until, offered });
+        }
+        let Some(settling) = &self.settling else {
+            return Ok(());
+        };
+        let now = Instant::now();
+        if now >= settling.until || ring.offered().map_err(broken)? != settling.offered {
+            self.settling = None;
+        } else if let Some(look) = now.checked_add(SETTLE_LOOK) {
+            self.board.look_at(look);
         }
         Ok(())
+    }
+
+    /// Forgets what guests are told that go on elsewhere, as the driver begins anew.
+    pub(crate) fn clear(&mut self) {
+        self.board.clear();
+        self.transport_was_reset = false;
+        self.settling = None;
     }
 
     /// Takes packets that the guest sends.
@@ -146,6 +186,9 @@ impl Hub {
         let [Some(rx), _, _] = &mut self.rings else {
             return Ok(());
         };
+        if self.settling.is_some() {
+            return Ok(());
+        }
         let board = &mut self.board;
         scratch
             .give(rx, board, budget, ops)
@@ -400,7 +443,10 @@ impl Worker for VsockWorker {
                 ops.watch(bell, token, Interest::READABLE | Interest::EDGE)?;
             }
         }
-        self.is_host(&mut hub, ops);
+        if self.is_host(&mut hub, ops) && hub.transport_was_reset {
+            // It is told at once, before anybody connects.
+            let _ = hub.wake.write(1);
+        }
         Ok(())
     }
 

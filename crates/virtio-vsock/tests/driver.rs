@@ -552,6 +552,62 @@ fn a_guest_that_moves_is_told_that_its_connections_are_gone() {
     assert!(guest.driver.poll(EVENT).is_none());
 }
 
+#[test]
+fn a_guest_that_moves_is_given_nothing_until_it_has_ended_its_connections() {
+    let (stage, host) = (Stage::new(), Host::new());
+    let mut guest = Guest::ready(&stage, &host);
+    let _before = host.connect(1024);
+    let before = guest.expect(op::REQUEST).src_port;
+    for _ in 0..3 {
+        guest.driver.submit(EVENT, &[Buffer::In(4)]);
+    }
+    let mut saved = None;
+    guest.driver.access().with_control(&mut |control| {
+        control.pause();
+        saved = control.save();
+    });
+    let elsewhere = Host::new();
+    let twin = VirtioVsock::new(&elsewhere.config()).unwrap();
+    let mut twin = stage.direct(Box::new(twin));
+    let _client = elsewhere.connect(1024);
+    twin.with_control(&mut |control| {
+        control.restore(saved.as_ref().unwrap()).unwrap();
+        control.resume();
+    });
+    guest.driver.move_to(twin);
+    let until = std::time::Instant::now() + PATIENCE;
+    let told = loop {
+        assert!(std::time::Instant::now() < until, "it is not told");
+        if let Some(told) = guest.driver.poll(EVENT) {
+            break told;
+        }
+    };
+    assert_eq!(told.bytes, vec![0; 4]);
+    assert!(
+        guest.poll().is_none(),
+        "a packet before the event is done with"
+    );
+    guest.driver.submit(EVENT, &[Buffer::In(4)]);
+    let after = guest.expect(op::REQUEST).src_port;
+    assert_ne!(before, after, "the guest has that connection still");
+    // One that never offers the buffer again waits a moment, and not for ever.
+    let mut saved = None;
+    guest.driver.access().with_control(&mut |control| {
+        control.pause();
+        saved = control.save();
+    });
+    let third = Host::new();
+    let twin = VirtioVsock::new(&third.config()).unwrap();
+    let mut twin = stage.direct(Box::new(twin));
+    twin.with_control(&mut |control| {
+        control.restore(saved.as_ref().unwrap()).unwrap();
+        control.resume();
+    });
+    guest.driver.move_to(twin);
+    let _client = third.connect(1024);
+    guest.expect(op::REQUEST);
+}
+
 // ---- much of it ----
 
 /// Bytes whose place can be told from their value, but for shifts by this many.

@@ -356,6 +356,19 @@ impl LiveQueue {
             .map_err(|_| BrokenRing::NoMemory)
     }
 
+    /// How many requests the driver has offered in all, modulo 2^16 (section 2.7.6, `idx` of the available ring): it grows by what
+    /// the driver offers, whether or not that is taken.
+    ///
+    /// # Errors
+    /// The ring is not in memory.
+    pub fn offered(&self) -> Result<u16, BrokenRing> {
+        let index = self
+            .queue
+            .avail_idx(self.ram.as_vm_memory(), Ordering::Acquire)
+            .map_err(|_| BrokenRing::NoMemory)?;
+        Ok(index.0)
+    }
+
     /// Asks the driver to ring for the next request. True when there is one already, for which it will
     /// not.
     ///
