@@ -193,6 +193,29 @@ impl Vms {
     }
 }
 
+/// What `find` finds of the folders in a folder, by name; none of a folder that is not there. Others than those with a name that `is_name`
+/// takes are passed over.
+pub(crate) fn found_in<T>(
+    folder: &Path,
+    is_name: impl Fn(&str) -> bool,
+    find: impl Fn(&str) -> Result<Option<T>, InstanceError>,
+) -> Result<Vec<T>, InstanceError> {
+    let entries = match fs::read_dir(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(InstanceError::file("read", folder))?,
+    };
+    let names = entries
+        .flatten()
+        .filter_map(|e| e.file_name().into_string().ok());
+    let mut names: Vec<_> = names.filter(|name| is_name(name)).collect();
+    names.sort();
+    // What was removed since is none.
+    names
+        .iter()
+        .filter_map(|name| find(name).transpose())
+        .collect()
+}
+
 /// Removes what lies in a folder and was left half-made, a minute after: who makes one now is not disturbed.
 pub(crate) fn sweep(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use crate::folder::{UNFINISHED, check_name, read_json, sweep, write_json};
+use crate::folder::{UNFINISHED, check_name, found_in, read_json, sweep, write_json};
 use crate::{InstanceError, Record};
 
 /// All snapshots of one user.
@@ -156,23 +156,14 @@ impl Snapshots {
     ///
     /// The folder of all, or one's description, cannot be read.
     pub fn list(&self) -> Result<Vec<Snapshot>, InstanceError> {
-        let entries = match fs::read_dir(&self.folder) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(InstanceError::file("read", &self.folder))?,
-        };
-        let mut all = Vec::new();
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if check_name(&name).is_err() {
-                continue;
-            }
-            match self.find(&name) {
-                Err(InstanceError::UnknownSnapshot(_)) => {}
-                found => all.push(found?),
-            }
-        }
-        all.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(all)
+        found_in(
+            &self.folder,
+            |name| check_name(name).is_ok(),
+            |name| match self.find(name) {
+                Err(InstanceError::UnknownSnapshot(_)) => Ok(None),
+                found => found.map(Some),
+            },
+        )
     }
 
     /// The snapshot of this name.

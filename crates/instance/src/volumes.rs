@@ -8,7 +8,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -16,7 +15,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::InstanceError;
-use crate::folder::{UNFINISHED, now_ms, read_json, sweep, write_json};
+use crate::folder::{UNFINISHED, found_in, now_ms, read_json, sweep, write_json};
 
 /// All volumes of one user.
 #[derive(Clone, Debug)]
@@ -118,23 +117,14 @@ impl Volumes {
     ///
     /// The folder of all, or one's description, cannot be read.
     pub fn list(&self) -> Result<Vec<Volume>, InstanceError> {
-        let entries = match fs::read_dir(&self.folder) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(InstanceError::file("read", &self.folder))?,
-        };
-        let mut all = Vec::new();
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if check_name(&name).is_err() {
-                continue;
-            }
-            match self.find(&name) {
-                Err(InstanceError::UnknownVolume(_)) => {}
-                found => all.push(found?),
-            }
-        }
-        all.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(all)
+        found_in(
+            &self.folder,
+            |name| check_name(name).is_ok(),
+            |name| match self.find(name) {
+                Err(InstanceError::UnknownVolume(_)) => Ok(None),
+                found => found.map(Some),
+            },
+        )
     }
 
     /// The volume of this name.
