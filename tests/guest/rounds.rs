@@ -6,8 +6,7 @@
 //! told, and both ends say anew how far they are.
 //!
 //! A guest that goes on after its snapshot has a future that the loaded one does not have. Nobody outside may have seen it: its tap is down
-//! from before the snapshot, its disk is a copy, and fio stands still while a live one is taken, because disks are not part of
-//! snapshots. Of records on vsock, those that came after the snapshot are taken again.
+//! from before the snapshot, and its disk is a copy, which the monitor makes at the instant of memory. Of records on vsock, those that came after the snapshot are taken again.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -364,19 +363,14 @@ impl Rounds {
     }
 
     /// Takes a snapshot of the guest, its disk with it, and ends its process.
-    fn take(&mut self, mut guest: Running, round: u32, how: How, kind: &str) {
+    fn take(&mut self, guest: Running, round: u32, how: How, kind: &str) {
         let mut client = guest.client();
         if how != How::Ends {
             ip("link set dev tap0 down");
             let mut least = self.peers.rewound_to.lock().unwrap();
             least.get_or_insert(self.peers.vsock_in.load(Ordering::SeqCst));
         }
-        if how == How::Live {
-            let (status, said) = guest.ask(
-                "killall -q -STOP fio; until [ \"$(tr -d ' ' </sys/block/vdb/inflight)\" = 00 ]; do usleep 1000; done",
-            );
-            assert_eq!(status, 0, "{said}");
-        } else {
+        if how != How::Live {
             client.done("PATCH", "/vm", json!({"state": "Paused"}));
         }
         let disk = if round == 0 {
@@ -385,13 +379,13 @@ impl Rounds {
             format!("disk{}", round - 1)
         };
         let (disk, copy) = (self.file(&disk), self.file(&format!("disk{round}")));
-        output("cp", &["--sparse=always", path(&disk), path(&copy)]);
         let memory = self.file(&format!("memory{round}"));
         let body = json!({
             "snapshot_type": kind,
             "live": how == How::Live,
             "snapshot_path": self.file(&format!("state{round}")),
             "mem_file_path": memory,
+            "drives": [{"drive_id": "disk1", "path_on_host": copy}],
         });
         let start = Instant::now();
         let answer = client.ask("PUT", "/snapshot/create", &body);
@@ -448,12 +442,9 @@ impl Rounds {
     }
 
     /// A second guest of the same snapshot, beside the first.
-    fn fork(&mut self, round: u32, how: How) {
+    fn fork(&mut self, round: u32) {
         let disk = self.file("disk-of-fork");
         let mut fork = self.load(round, &disk, "tap1", "fork.sock");
-        if how == How::Live {
-            fork.ask("killall -q -CONT fio");
-        }
         let first = status(&mut fork);
         let last = wait_for_progress(&mut fork, OWN, &first);
         // Long enough for fio to have read back what was written before.
@@ -497,11 +488,8 @@ impl Rounds {
                 );
             }
             guest = self.load(round, &disk, "tap0", "v.sock");
-            if how == How::Live {
-                guest.ask("killall -q -CONT fio");
-            }
             if forks {
-                self.fork(round, how);
+                self.fork(round);
             }
             // Now and then the next one comes at once, before TCP has noticed anything.
             if forks || last || self.random.below(2) == 0 {
