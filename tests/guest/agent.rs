@@ -501,7 +501,10 @@ fn a_guest_becomes_somebody_else() {
         }],
         hooks_ms: Some(1000),
     };
+    let boot_id = || ready.said("cat /proc/sys/kernel/random/boot_id");
+    let booted = boot_id();
     let renewed = ready.guest.renew(&renewal).unwrap();
+    assert_ne!(booted, boot_id());
     assert_eq!(renewed.failures(), Vec::<String>::new());
     let parts: Vec<_> = renewed.parts.iter().map(|p| p.part.as_str()).collect();
     assert_eq!(
@@ -511,6 +514,7 @@ fn a_guest_becomes_somebody_else() {
             "clock",
             "hostname",
             "machine-id",
+            "boot-id",
             "network",
             "hooks"
         ]
