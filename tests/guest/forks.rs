@@ -336,6 +336,24 @@ while True:
     c.sendall(f'{socket.gethostname()} {os.urandom(8).hex()}'.encode())
     c.close()";
 
+/// A handshake of TLS with itself, by the certificate in `/tls`, which its clock has to agree with.
+const HANDSHAKE: &str = "import socket, ssl, threading
+server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+server.load_cert_chain('/tls/certificate', '/tls/key')
+l = socket.create_server(('127.0.0.1', 0))
+def serve():
+    try:
+        server.wrap_socket(l.accept()[0], server_side=True).sendall(b'agreed')
+    except ssl.SSLError:
+        pass
+threading.Thread(target=serve, daemon=True).start()
+client = ssl.create_default_context(cafile='/tls/certificate')
+try:
+    s = client.wrap_socket(socket.create_connection(l.getsockname()), server_hostname='copy.test')
+    print(s.version(), s.recv(10).decode())
+except ssl.SSLCertVerificationError as e:
+    print(e.verify_message)";
+
 /// What a server at this address says.
 const ASK: &str = "import socket, sys
 s = socket.create_connection((sys.argv[1], 8000), 60)
@@ -433,6 +451,36 @@ fn copies_of_a_warm_python_guest_answer_as_themselves() {
         worst.0 < Duration::from_millis(10),
         "a clock is {worst:?} off"
     );
+    // A certificate that is younger than the snapshot: a guest that had the snapshot's time would not take it.
+    let made = home.dir.path().join("tls");
+    std::fs::create_dir(&made).unwrap();
+    let (key, certificate) = (made.join("key"), made.join("certificate"));
+    let subject = [
+        "-subj",
+        "/CN=copy.test",
+        "-addext",
+        "subjectAltName=DNS:copy.test",
+        "-days",
+        "2",
+    ];
+    let curve = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+    ];
+    let out = ["-keyout", path(&key), "-out", path(&certificate)];
+    if tool(
+        "openssl",
+        &[&["req", "-x509"], &curve[..], &subject, &out].concat(),
+    ) {
+        home.does(&["cp", path(&made), &format!("{}:/", names[0])]);
+        let handshake = || home.does(&["exec", names[0], "python3", "-c", HANDSHAKE]);
+        assert_eq!(handshake(), "TLSv1.3 agreed");
+        exec(&home, names[0], "date -s @$(($(date +%s) - 3600))");
+        assert_eq!(handshake(), "certificate is not yet valid");
+    }
     // They find each other by name.
     if let [one, two, ..] = names[..] {
         let said = home.does(&["exec", one, "python3", "-c", ASK, two]);

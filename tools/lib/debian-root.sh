@@ -132,7 +132,7 @@ podman_root_fill() {
     echo "alveole tools: making a root of Debian $suite with podman" >&2
     if ! said=$(
         exec 2>&1
-        debian_bootstrap "$mirror" "$suite" "$new/root" podman,crun,containernetworking-plugins,iptables,python3-minimal &&
+        debian_bootstrap "$mirror" "$suite" "$new/root" podman,crun,containernetworking-plugins,iptables,python3 &&
             mkfs.erofs -Enoinline_data "$new/root.erofs" "$new/root"
     ); then
         rm -rf "$new"
