@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::network::{MAC, ip, tap};
+use crate::api_client::Response;
 use crate::harness::images::{path, tool};
 use crate::harness::{Running, Vm, patience, skip};
 
@@ -316,6 +317,18 @@ fn a_guest_whose_memory_is_served_ends_when_the_server_dies() {
     );
 }
 
+/// A monitor that was asked to load this, and what it answered: it may need pages for that, or not.
+fn asked_to_load(body: &Value, server: &TestServer) -> (Running, Response) {
+    let vm = Vm::any().unwrap().nothing_yet().boot();
+    let answer = vm.client().ask("PUT", "/snapshot/load", body);
+    println!(
+        "{answer:?}; {} of {} pages",
+        server.served(),
+        server.asked()
+    );
+    (vm, answer)
+}
+
 /// Pages that never come keep nobody from ending it.
 #[test]
 fn a_guest_whose_pages_never_come_can_be_ended() {
@@ -328,13 +341,7 @@ fn a_guest_whose_pages_never_come_can_be_ended() {
     ) else {
         return;
     };
-    let vm = Vm::any().unwrap().nothing_yet().boot();
-    let answer = vm.client().ask("PUT", "/snapshot/load", &body);
-    println!(
-        "{answer:?}; {} of {} pages",
-        server.served(),
-        server.asked()
-    );
+    let (vm, answer) = asked_to_load(&body, &server);
     if answer.status == 204 {
         let until = Instant::now() + patience(30);
         while server.asked() == server.served() {
@@ -362,13 +369,7 @@ fn a_guest_whose_memory_is_a_lie_ends_by_itself() {
     ) else {
         return;
     };
-    let vm = Vm::any().unwrap().nothing_yet().boot();
-    let answer = vm.client().ask("PUT", "/snapshot/load", &body);
-    println!(
-        "{answer:?}; {} of {} pages",
-        server.served(),
-        server.asked()
-    );
+    let (vm, answer) = asked_to_load(&body, &server);
     if answer.status == 204 {
         // It may crash, or run in circles.
         std::thread::sleep(Duration::from_secs(1));

@@ -150,6 +150,21 @@ fn hint(text: &str) {
     let _ = writeln!(io::stderr(), "alveole: {text}");
 }
 
+/// For each of these names; what fails is told, and the others go on.
+fn each_name(
+    names: &[String],
+    how: impl Fn(&str) -> anyhow::Result<()>,
+) -> anyhow::Result<ExitCode> {
+    let mut result = ExitCode::SUCCESS;
+    for name in names {
+        if let Err(e) = how(name) {
+            hint(&format!("{e:#}"));
+            result = ExitCode::FAILURE;
+        }
+    }
+    Ok(result)
+}
+
 /// Prints to standard output. A reader that has seen enough (`alveole doctor | head`) is no error.
 fn print(text: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();

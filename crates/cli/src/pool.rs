@@ -3,6 +3,7 @@
 //! There is no daemon: whoever takes one leaves a process behind that fills the pool again. The copies are ordinary VMs with a
 //! label, which is taken off the one that is taken.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
@@ -20,7 +21,7 @@ use serde_json::json;
 
 use crate::guests::{self, Copies, Format, table};
 use crate::places::Places;
-use crate::{hint, print};
+use crate::{each_name, print};
 
 /// The label of a VM that waits in a pool; its value is the pool.
 const LABEL: &str = "alveole.pool";
@@ -83,6 +84,20 @@ struct Pool {
     hooks_ms: u64,
 }
 
+impl Pool {
+    /// Copies as this pool has them.
+    fn copies(&self, number: u32, labels: BTreeMap<String, String>) -> Copies {
+        Copies {
+            number,
+            name: None,
+            net: self.net.clone(),
+            remove: true,
+            hooks: Duration::from_millis(self.hooks_ms),
+            labels,
+        }
+    }
+}
+
 /// A pool with its name, which nobody else changes or fills.
 struct Held {
     name: String,
@@ -94,7 +109,7 @@ fn file(places: &Places, name: &str) -> PathBuf {
     places.pools().join(format!("{name}.json"))
 }
 
-/// Names are part of VMs' names.
+/// Names are those of files.
 fn check_name(name: &str) -> anyhow::Result<()> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     let ends = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
@@ -207,19 +222,10 @@ pub(crate) fn pool(args: &PoolArgs) -> anyhow::Result<ExitCode> {
         PoolCommand::Fill { pool } => fill(&places, pool),
         PoolCommand::Take { pool } => take(&places, pool),
         PoolCommand::Ls { format } => ls(&places, *format),
-        PoolCommand::Rm { pools } => {
-            let mut result = ExitCode::SUCCESS;
-            for name in pools {
-                match remove(&places, name) {
-                    Ok(()) => print(&format!("{name}\n"))?,
-                    Err(e) => {
-                        hint(&format!("{e:#}"));
-                        result = ExitCode::FAILURE;
-                    }
-                }
-            }
-            Ok(result)
-        }
+        PoolCommand::Rm { pools } => each_name(pools, |name| {
+            remove(&places, name)?;
+            print(&format!("{name}\n"))
+        }),
     }
 }
 
@@ -249,15 +255,9 @@ fn fill(places: &Places, name: &str) -> anyhow::Result<ExitCode> {
     let waiting = waiting(places, name)?;
     let there = u32::try_from(ready(&waiting)).unwrap_or(u32::MAX);
     let number = held.pool.size.saturating_sub(there);
-    let copies = Copies {
-        number: 1,
-        net: held.pool.net.clone(),
-        remove: true,
-        hooks: Duration::from_millis(held.pool.hooks_ms),
-        labels: [(LABEL.to_owned(), held.name.clone())].into(),
-        name: None,
-    };
-    guests::restore(&snapshot, &Copies { number, ..copies }, |_| Ok(()))
+    let label = [(LABEL.to_owned(), held.name.clone())];
+    let copies = held.pool.copies(number, label.into());
+    guests::restore(&snapshot, &copies, |_| Ok(()))
 }
 
 fn take(places: &Places, name: &str) -> anyhow::Result<ExitCode> {
@@ -267,13 +267,7 @@ fn take(places: &Places, name: &str) -> anyhow::Result<ExitCode> {
         // All are taken: this one waits for its own.
         None => {
             let snapshot = places.snapshots().find(&pool.snapshot)?;
-            let copies = Copies {
-                number: 1,
-                net: pool.net,
-                remove: true,
-                hooks: Duration::from_millis(pool.hooks_ms),
-                ..Copies::default()
-            };
+            let copies = pool.copies(1, BTreeMap::new());
             let mut made = None;
             let result = guests::restore(&snapshot, &copies, |vm| {
                 made = Some(vm.name.clone());

@@ -15,7 +15,7 @@ use crate::guests::{self, CopyArgs, Format, table, take};
 use crate::places::Places;
 use crate::pool;
 use crate::size::human;
-use crate::{hint, print};
+use crate::{each_name, hint, print};
 
 #[derive(clap::Args)]
 pub(crate) struct SnapshotArgs {
@@ -156,10 +156,10 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
             print(&format!("{}\n", serde_json::to_string_pretty(&facts)?))?;
         }
         SnapshotCommand::Verify { names } => {
-            return each(names, |name| verify(&all.find(name)?));
+            return each_name(names, |name| verify(&all.find(name)?));
         }
         SnapshotCommand::Flatten { names } => {
-            return each(names, |name| match guests::flatten(&all.find(name)?)? {
+            return each_name(names, |name| match guests::flatten(&all.find(name)?)? {
                 true => print(&format!("{name}: its disk is one now\n")),
                 false => print(&format!("{name}: its disk is one already\n")),
             });
@@ -170,7 +170,7 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
             print(&format!("{}\n", made.name))?;
         }
         SnapshotCommand::Rm { names } => {
-            return each(names, |name| {
+            return each_name(names, |name| {
                 let found = all.find(name)?;
                 if let Some(pool) = pool::of_snapshot(&places, name)? {
                     bail!(
@@ -240,18 +240,6 @@ fn import(file: &Path, folder: &Path) -> anyhow::Result<SnapshotRecord> {
         }
     }
     Ok(found.record)
-}
-
-/// For each of these; what fails is told, and the others go on.
-fn each(names: &[String], how: impl Fn(&str) -> anyhow::Result<()>) -> anyhow::Result<ExitCode> {
-    let mut result = ExitCode::SUCCESS;
-    for name in names {
-        if let Err(e) = how(name) {
-            hint(&format!("{e:#}"));
-            result = ExitCode::FAILURE;
-        }
-    }
-    Ok(result)
 }
 
 fn created(ms: u64) -> String {

@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::guests::{Format, table, volumes};
 use crate::places::Places;
 use crate::size::{DiskSize, human};
-use crate::{hint, print};
+use crate::{each_name, print};
 
 #[derive(clap::Args)]
 pub(crate) struct VolumeArgs {
@@ -120,17 +120,10 @@ pub(crate) fn volume(args: &VolumeArgs) -> anyhow::Result<ExitCode> {
             print(&format!("{json}\n"))?;
         }
         VolumeCommand::Rm { force, names } => {
-            let mut result = ExitCode::SUCCESS;
-            for name in names {
-                match remove(&places, name, *force) {
-                    Ok(()) => print(&format!("{name}\n"))?,
-                    Err(e) => {
-                        hint(&format!("{e:#}"));
-                        result = ExitCode::FAILURE;
-                    }
-                }
-            }
-            return Ok(result);
+            return each_name(names, |name| {
+                remove(&places, name, *force)?;
+                print(&format!("{name}\n"))
+            });
         }
         VolumeCommand::Prune => {
             let mut freed = 0;

@@ -52,7 +52,7 @@ pub(crate) struct CopyArgs {
 }
 
 /// What copies are, however that was said.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Copies {
     pub(crate) number: u32,
     pub(crate) name: Option<String>,

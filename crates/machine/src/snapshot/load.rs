@@ -158,11 +158,7 @@ impl Snapshot {
                 found: machine.layout,
             });
         }
-        let config = VmConfig::from_json_bytes(&description.bytes, state::DESCRIPTION);
-        let mut config = config.map_err(|source| LoadError::Description {
-            path: path.clone(),
-            source,
-        })?;
+        let mut config = described(path, &description)?;
         name_anew(load, &mut config)?;
         let copies = match state.take_if_any(state::DRIVES) {
             Some(drives) => part(path, &drives, state::DRIVES, state::DRIVES_VERSION)?,
@@ -229,6 +225,16 @@ impl Snapshot {
             ..options
         }
     }
+}
+
+/// The description in the state at `path`.
+pub(super) fn described(path: &Path, saved: &SavedState) -> Result<VmConfig, LoadError> {
+    VmConfig::from_json_bytes(&saved.bytes, state::DESCRIPTION).map_err(|source| {
+        LoadError::Description {
+            path: path.to_owned(),
+            source,
+        }
+    })
 }
 
 pub(super) fn part<T: serde::de::DeserializeOwned>(

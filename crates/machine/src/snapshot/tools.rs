@@ -8,7 +8,9 @@ use alveole_hypervisor::{CpuState, PartitionState};
 use alveole_saved_state::{Header, SavedState, StateFile};
 use alveole_vm_config::{Drive, MemoryBackend, MemoryBackendType, SnapshotLoad, VmConfig};
 
-use crate::snapshot::load::{LoadError, check_mark, find, open_memory, part, read_bounded};
+use crate::snapshot::load::{
+    LoadError, check_mark, described, find, open_memory, part, read_bounded,
+};
 use crate::snapshot::state::{
     self, DriveCopyV1, LayerV1, MachineStateV1, MemoryStateV1, TransportV1,
 };
@@ -107,12 +109,7 @@ fn description(path: &Path, state: &mut StateFile, verified: &mut Verified) -> O
             source,
         });
     let saved = verified.note(saved)?;
-    let config = VmConfig::from_json_bytes(&saved.bytes, state::DESCRIPTION);
-    let config = config.map_err(|source| LoadError::Description {
-        path: path.to_owned(),
-        source,
-    });
-    let config = verified.note(config)?;
+    let config = verified.note(described(path, &saved))?;
     if let Err(broken) = validate(&config) {
         let broken = broken.iter().map(|rule| format!("{path:?}: {rule}"));
         verified.wrong.extend(broken);
@@ -267,11 +264,7 @@ pub fn flatten(flatten: &Flatten) -> Result<u64, String> {
         .take(state::DESCRIPTION)
         .map_err(format)
         .map_err(told)?;
-    let config = VmConfig::from_json_bytes(&saved.bytes, state::DESCRIPTION);
-    let config = config.map_err(|source| {
-        let path = path.clone();
-        LoadError::Description { path, source }.to_string()
-    })?;
+    let config = described(path, &saved).map_err(told)?;
     state.add(saved);
     let plan = validate(&config)
         .map_err(|broken| {
