@@ -129,6 +129,12 @@ impl LoopHandle {
         self.0.ring();
     }
 
+    /// Gives up on a loop whose thread does not come back from a worker: whoever waits for it is answered that it has stopped, and so is
+    /// everybody from now on. The loop keeps its workers; should its thread come back, it serves them until [`Self::stop`].
+    pub fn abandon(&self) {
+        self.0.close();
+    }
+
     /// What the loop has done so far.
     #[must_use]
     pub fn counters(&self) -> &LoopCounters {

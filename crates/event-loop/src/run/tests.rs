@@ -135,6 +135,45 @@ fn a_stopped_loop_answers_everybody() {
     host.detach(id).unwrap();
 }
 
+/// A thread may wait in a worker for what never comes, as for a page of guest memory.
+#[test]
+fn an_abandoned_loop_answers_everybody() {
+    let (ours, bell) = bell();
+    let (hang, hung) = channel::<()>();
+    let (tell, told) = channel();
+    let act = move |_, bell: &EventFd, _: &mut Ops<'_>| {
+        bell.read().unwrap();
+        tell.send(()).unwrap();
+        let _ = hung.recv();
+    };
+    let (handle, ended) = spawn(EventLoop::new().unwrap());
+    let id = handle
+        .attach(Box::new(Probe {
+            bell,
+            interest: Interest::READABLE,
+            act: Box::new(act),
+        }))
+        .unwrap();
+    ours.write(1).unwrap();
+    told.recv_timeout(PATIENCE).unwrap();
+
+    let caller = handle.clone();
+    let waiting = thread::spawn(move || caller.detach(id).map(|_| ()));
+    thread::sleep(Duration::from_millis(20));
+    handle.stop();
+    handle.abandon();
+    assert!(matches!(
+        waiting.join().unwrap(),
+        Err(EventLoopError::Stopped)
+    ));
+    assert!(matches!(
+        handle.detach(id).map(|_| ()),
+        Err(EventLoopError::Stopped)
+    ));
+    drop(hang);
+    ended.recv_timeout(PATIENCE).unwrap();
+}
+
 #[test]
 fn a_dropped_loop_answers_everybody() {
     let host = EventLoop::new().unwrap();

@@ -146,19 +146,22 @@ impl Running {
         !self.threads.is_empty()
     }
 
-    /// Ends all loops and waits for their threads until `until`. How many have not ended by then: they are left to themselves.
+    /// Ends all loops and waits for their threads until `until`. How many have not ended by then: they are left to themselves, and nobody
+    /// who takes a device apart waits for them.
     pub(crate) fn stop_by(&mut self, until: Instant) -> usize {
         for handle in &self.loops {
             handle.stop();
         }
         let mut left = 0;
-        for thread in self.threads.drain(..) {
+        for (thread, handle) in self.threads.drain(..).zip(&self.loops) {
             while !thread.is_finished() && Instant::now() < until {
                 std::thread::park_timeout(LOOK_AGAIN);
             }
-            match thread.is_finished() {
-                true => drop(thread.join()),
-                false => left += 1,
+            if thread.is_finished() {
+                let _ = thread.join();
+            } else {
+                handle.abandon();
+                left += 1;
             }
         }
         left
