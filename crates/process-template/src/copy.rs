@@ -29,6 +29,12 @@ pub enum AskError {
         /// What the host said.
         source: io::Error,
     },
+    /// What it is to be given is not there.
+    #[error("a copy of a template cannot be given its input: {source}")]
+    Descriptor {
+        /// What the host said.
+        source: io::Error,
+    },
     /// More than a packet can have.
     #[error(
         "a template takes {MAX_REQUEST_BYTES} bytes of words and descriptors 0 to {}, this is more: execute the program instead",
