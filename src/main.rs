@@ -40,30 +40,13 @@ fn main() -> ExitCode {
         Ok(Request::DescribeSnapshot(path)) => snapshots::describe(&path),
         Ok(Request::VerifySnapshot(state, memory)) => snapshots::verify(&state, memory.as_deref()),
         Ok(Request::FlattenSnapshot(flatten)) => snapshots::flatten(&flatten),
-        Ok(Request::Run(args)) => match begin(args, started) {
+        Ok(Request::Run(args)) => match template::begin(&args, started) {
             // Not before everything is put away: it may die here.
             Ok(Some(end)) => exit::ended(&end),
             Ok(None) => ExitCode::SUCCESS,
             Err(failure) => exit::failed(&failure),
         },
         Err(text) => exit::failed(&Failure::Usage(text)),
-    }
-}
-
-/// Runs a guest, in this process or, as a template, in copies of it. None: this was one, and is wanted no more.
-fn begin(args: Box<Args>, started: Instant) -> Result<Option<End>, Failure> {
-    alveole_thread_sandbox::share_heap();
-    logger::start(args.id());
-    raise_descriptor_limit();
-    let Some(socket) = args.template.clone() else {
-        return run(&args, started, None).map(Some);
-    };
-    match template::serve(&args, &socket)? {
-        Some((args, prepared)) => {
-            logger::start(args.id());
-            run(&args, process_start(), Some(prepared)).map(Some)
-        }
-        None => Ok(None),
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::ffi::OsString;
 use std::path::Path;
+use std::time::Instant;
 
-use alveole_machine::Prepared;
+use alveole_machine::{End, Prepared};
 use alveole_process_template::{Numbers, Template};
 
 use crate::cli::{self, Args, Request};
@@ -11,12 +12,27 @@ use crate::description;
 use crate::exit::Failure;
 use crate::logger;
 
+/// Runs a guest in this process, or serves as a template and runs one in each copy. None: it was one, and is wanted no more.
+pub(crate) fn begin(args: &Args, started: Instant) -> Result<Option<End>, Failure> {
+    alveole_thread_sandbox::share_heap();
+    logger::start(args.id());
+    crate::raise_descriptor_limit();
+    let Some(socket) = &args.template else {
+        return crate::run(args, started, None).map(Some);
+    };
+    let Some((args, prepared)) = serve(args, socket)? else {
+        return Ok(None);
+    };
+    logger::start(args.id());
+    crate::run(&args, crate::process_start(), Some(prepared)).map(Some)
+}
+
 /// Prepares what `args` say, and makes copies of this process for who asks at `socket`. Returns in each copy, with its own command line and what
 /// was prepared; without, in the template, when no more copies are wanted.
 ///
 /// # Errors
 /// The snapshot cannot be loaded, or nobody could ask. In a copy: its command line is wrong.
-pub(crate) fn serve(args: &Args, socket: &Path) -> Result<Option<(Box<Args>, Prepared)>, Failure> {
+fn serve(args: &Args, socket: &Path) -> Result<Option<(Box<Args>, Prepared)>, Failure> {
     let host = |e: &dyn std::error::Error| Failure::Host(format!("--template: {e}"));
     // Before anything else is open.
     let numbers = Numbers::reserve().map_err(|e| host(&e))?;

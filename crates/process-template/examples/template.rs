@@ -1,5 +1,11 @@
 //! A template that listens at the path it is given; its copies do what their words say. For the tests.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on says where"
+)]
+
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
@@ -34,7 +40,9 @@ fn main() {
         }
         ["exit", code] => process::exit(code.parse().unwrap()),
         ["sleep"] => std::thread::sleep(Duration::from_secs(600)),
-        ["abort"] => process::abort(),
+        ["abort"] => {
+            let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGABRT);
+        }
         _ => process::exit(99),
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
 use crate::wire::{self, MAX_DESCRIPTORS, MAX_REQUEST_BYTES};
 
@@ -109,12 +109,12 @@ impl Copy {
         if !is_ready(&connection, PATIENCE_MS) {
             return Err(silent(Errno::ETIMEDOUT));
         }
-        let answer = wire::receive(&connection, MAX_ANSWER_BYTES, MsgFlags::empty());
-        let (said, with) = answer
+        let answer = wire::receive(&connection, MAX_ANSWER_BYTES);
+        let answer = answer
             .map_err(silent)?
             .ok_or_else(|| silent(Errno::ECONNRESET))?;
-        let said = String::from_utf8_lossy(&said);
-        match (said.split_once(' '), with.into_iter().next()) {
+        let said = String::from_utf8_lossy(&answer.bytes);
+        match (said.split_once(' '), answer.descriptors.into_iter().next()) {
             (Some(("pid", pid)), Some(pidfd)) => Ok(Self {
                 pid: pid.parse().map_err(|_| silent(Errno::EPROTO))?,
                 pidfd,
@@ -177,11 +177,11 @@ impl Copy {
         if !is_ready(&self.connection, LAST_WORD_MS) {
             return HowEnded::Unknown;
         }
-        let said = wire::receive(&self.connection, MAX_ANSWER_BYTES, MsgFlags::empty());
-        let Ok(Some((said, _))) = said else {
+        let said = wire::receive(&self.connection, MAX_ANSWER_BYTES);
+        let Ok(Some(said)) = said else {
             return HowEnded::Unknown;
         };
-        let said = String::from_utf8_lossy(&said);
+        let said = String::from_utf8_lossy(&said.bytes);
         let number = |text: &str| text.parse().ok();
         match said.split_once(' ') {
             Some(("code", code)) => number(code).map(HowEnded::Code),

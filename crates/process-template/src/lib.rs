@@ -1,4 +1,6 @@
-//! A process that makes copies of itself for who asks, and how they are asked for. See the README beside.
+//! A process that makes copies of itself for who asks, and how they are asked for: the README beside says how it is used, and its limits.
+//!
+//! Deliberately does not know: what is prepared, what the words of a copy mean, what a virtual machine is.
 
 #![expect(
     unsafe_code,

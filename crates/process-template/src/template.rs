@@ -12,8 +12,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::{PeerCredentials, ReceiveTimeout, SendTimeout};
 use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt,
-    listen, setsockopt, socket,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen,
+    setsockopt, socket,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -99,13 +99,12 @@ impl Numbers {
     }
 
     /// Puts what a copy is given in place, and closes the rest of the numbers.
-    fn hand_over(self, descriptors: Vec<(RawFd, OwnedFd)>) -> Result<(), Errno> {
-        for (number, fd) in &descriptors {
+    fn hand_over(self, descriptors: &[(RawFd, OwnedFd)]) -> Result<(), Errno> {
+        for (number, fd) in descriptors {
             // SAFETY: what has this number is one of `kept`, which nothing but that refers to and which is forgotten below, or was there
             // before this process began, and is one that a program takes as it finds it. The new one is forgotten as well: it is the copy's.
-            match unsafe { libc::dup2(fd.as_raw_fd(), *number) } {
-                -1 => return Err(Errno::last()),
-                _ => continue,
+            if unsafe { libc::dup2(fd.as_raw_fd(), *number) } == -1 {
+                return Err(Errno::last());
             }
         }
         for kept in self.kept {
@@ -252,7 +251,7 @@ impl Template {
                 let numbers = Numbers {
                     kept: std::mem::take(&mut self.numbers.kept),
                 };
-                numbers.hand_over(descriptors).map_err(become_it)?;
+                numbers.hand_over(&descriptors).map_err(become_it)?;
                 Ok(Made::Here(words))
             }
             Ok(ForkResult::Parent { child }) => {
@@ -330,12 +329,12 @@ fn credited(connection: &OwnedFd) -> Result<(), String> {
 }
 
 fn heard(connection: &OwnedFd) -> Result<Request, String> {
-    let came = wire::receive(connection, MAX_REQUEST_BYTES, MsgFlags::empty());
+    let came = wire::receive(connection, MAX_REQUEST_BYTES);
     match came {
-        Ok(Some((packet, _))) if packet.len() > MAX_REQUEST_BYTES => {
+        Ok(Some(packet)) if packet.bytes.len() > MAX_REQUEST_BYTES => {
             Err(format!("a request has at most {MAX_REQUEST_BYTES} bytes"))
         }
-        Ok(Some((packet, descriptors))) => wire::unpack(&packet, descriptors),
+        Ok(Some(packet)) => wire::unpack(&packet.bytes, packet.descriptors),
         Ok(None) => Err("nothing was asked".into()),
         Err(Errno::EAGAIN) => Err(format!("nothing was asked within {PATIENCE_MS} ms")),
         Err(e) => Err(format!("what was asked cannot be read: {e}")),
@@ -360,7 +359,6 @@ fn end_with(connection: OwnedFd) -> Result<(), Errno> {
     if poll(&mut peer, PollTimeout::ZERO)? > 0 {
         return Err(Errno::EPIPE);
     }
-    drop(peer);
     // As long as this process.
     std::mem::forget(connection);
     Ok(())

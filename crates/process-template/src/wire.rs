@@ -95,17 +95,19 @@ pub(crate) fn send(
     }
 }
 
-/// The next packet, and what came with it; none: the peer is gone. A packet too long is cut, which its reader sees by its length.
-pub(crate) fn receive(
-    from: &OwnedFd,
-    most: usize,
-    flags: MsgFlags,
-) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>, Errno> {
+/// What came in one packet.
+pub(crate) struct Packet {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) descriptors: Vec<OwnedFd>,
+}
+
+/// The next packet; none: the peer is gone. A packet too long is cut, which its reader sees by its length.
+pub(crate) fn receive(from: &OwnedFd, most: usize) -> Result<Option<Packet>, Errno> {
     let mut packet = vec![0; most + 1];
     let mut room = cmsg_space!([RawFd; MAX_DESCRIPTORS as usize]);
     let mut descriptors = Vec::new();
     let mut into = [IoSliceMut::new(&mut packet)];
-    let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let got = loop {
         match recvmsg::<()>(from.as_raw_fd(), &mut into, Some(&mut room), flags) {
             Err(Errno::EINTR) => {}
@@ -126,7 +128,10 @@ pub(crate) fn receive(
         return Ok(None);
     }
     packet.truncate(bytes);
-    Ok(Some((packet, descriptors)))
+    Ok(Some(Packet {
+        bytes: packet,
+        descriptors,
+    }))
 }
 
 #[cfg(test)]

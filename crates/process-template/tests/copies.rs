@@ -1,5 +1,7 @@
 //! A template in a process of its own, `examples/template.rs`: copies have one thread, and tests have more.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
