@@ -6,6 +6,10 @@ use std::net::TcpStream;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
 use super::images::Home;
 use super::interrupted::processes;
 use super::networks::{State, host, net};
@@ -359,6 +363,16 @@ const ASK: &str = "import socket, sys
 s = socket.create_connection((sys.argv[1], 8000), 60)
 print(s.recv(100).decode())";
 
+/// Whose child a VM's monitor is.
+fn parent(home: &Home, name: &str) -> Pid {
+    let said: Value = serde_json::from_str(&home.does(&["inspect", name])).unwrap();
+    let pid = said[0]["details"]["kept"]["monitor_pid"].as_u64().unwrap();
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // After the name, which may be anything: the state, and this.
+    let after = stat.rsplit_once(')').unwrap().1;
+    Pid::from_raw(after.split_whitespace().nth(1).unwrap().parse().unwrap())
+}
+
 fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap()
 }
@@ -412,6 +426,10 @@ fn copies_of_a_warm_python_guest_answer_as_themselves() {
     let made = home.does(&["fork", "snake", "-n", &number, "--name", "copy", "--rm"]);
     let mut names: Vec<_> = made.lines().collect();
     assert_eq!(names.len(), copies, "{made}");
+    // Their monitors are all copies of one process, which is none of a VM.
+    let template = parent(&home, names[0]);
+    assert!(names.iter().all(|name| parent(&home, name) == template));
+    assert_ne!(template, parent(&home, "snake"));
     names.push("snake");
     let who = "hostname; cat /etc/machine-id /proc/sys/kernel/random/boot_id /sys/class/net/eth0/address; \
         hostname -I; head -c 16 /dev/urandom | od -An -tx1; date +%s.%N";
@@ -481,6 +499,8 @@ fn copies_of_a_warm_python_guest_answer_as_themselves() {
         exec(&home, names[0], "date -s @$(($(date +%s) - 3600))");
         assert_eq!(handshake(), "certificate is not yet valid");
     }
+    // They need it no more.
+    kill(template, Signal::SIGKILL).unwrap();
     // They find each other by name.
     if let [one, two, ..] = names[..] {
         let said = home.does(&["exec", one, "python3", "-c", ASK, two]);
