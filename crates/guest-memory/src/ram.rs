@@ -14,13 +14,14 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
-use crate::{MemoryMapError, MemoryPlan, PAGE_SIZE, PageSet, RamRange, WriteLog};
+use crate::hugetlb::{self, HostPages, HugePagePool};
+use crate::{MemoryMapError, MemoryPlan, PAGE_SIZE, PageSet, PlanError, RamRange, WriteLog};
 
 /// The mapping as `vm-memory` has it: whatever is written through it is marked in the [`WriteLog`] of its range.
 pub type VmMemory = GuestMemoryMmap<WriteLog>;
 
 /// What the host gives in one piece where it can.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
+const HUGE_PAGE_BYTES: usize = hugetlb::HUGE_PAGE_BYTES as usize;
 
 /// Why RAM could not be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +45,30 @@ pub enum MapError {
         start: u64,
         /// Its length.
         size_bytes: u64,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A size that cannot be made of such pages.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The host has too few huge pages.
+    #[error("{}", hugetlb::Lack { needed: *needed, pool, source })]
+    NoHugePages {
+        /// How many RAM is made of.
+        needed: u64,
+        /// What the host has.
+        pool: Option<HugePagePool>,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A cgroup's limit.
+    #[error(
+        "the host reserved {needed} huge pages of 2 MiB for guest memory, and does not let this process have them: {source}; raise the limit of \
+         its cgroup (hugetlb.2MB.max)"
+    )]
+    HugePagesLimited {
+        /// How many RAM is made of.
+        needed: u64,
         /// What the host said.
         source: io::Error,
     },
@@ -130,6 +155,7 @@ pub struct GuestRam {
 #[derive(Debug)]
 struct Shared {
     map: VmMemory,
+    host_pages: HostPages,
     /// Whether somebody tracks writes: asked here by who does not write through `map`.
     is_tracking: AtomicBool,
     /// Whether somebody captures it: what a child inherits can be said once only.
@@ -155,20 +181,60 @@ impl GuestRam {
     /// # Errors
     /// The plan is larger than the host's RAM and swap, or the host refuses the mapping.
     pub fn map(plan: &MemoryPlan) -> Result<Self, MapError> {
-        Ok(Self::of_map(map_ranges(plan, true)?, None))
+        Self::map_of(plan, HostPages::Anonymous)
+    }
+
+    /// As [`GuestRam::map`], of the pages that are said.
+    ///
+    /// # Errors
+    /// As there; the size is not a whole number of such pages; the host has not as many to reserve, or this process may not have them.
+    pub fn map_of(plan: &MemoryPlan, pages: HostPages) -> Result<Self, MapError> {
+        let ram = match pages {
+            HostPages::Anonymous => {
+                Self::of_map(map_ranges(plan, Backing::Transparent)?, pages, None)
+            }
+            HostPages::Huge2M => Self::of_map(map_ranges(plan, Backing::Hugetlb)?, pages, None),
+        };
+        if pages == HostPages::Huge2M && hugetlb::may_be_limited() {
+            ram.take_huge_pages()?;
+        }
+        Ok(ram)
     }
 
     /// RAM of a mapping, which somebody may serve through a userfaultfd.
-    pub(crate) fn of_map(map: VmMemory, served_by: Option<OwnedFd>) -> Self {
+    pub(crate) fn of_map(map: VmMemory, host_pages: HostPages, served_by: Option<OwnedFd>) -> Self {
         Self {
             shared: Arc::new(Shared {
                 map,
+                host_pages,
                 is_tracking: AtomicBool::new(false),
                 is_captured: AtomicBool::new(false),
                 filed: Mutex::default(),
                 served_by,
             }),
         }
+    }
+
+    /// Which pages of the host it is made of.
+    #[must_use]
+    pub fn host_pages(&self) -> HostPages {
+        self.shared.host_pages
+    }
+
+    /// Takes all pages from the host now: a limit that is met later is a SIGBUS.
+    pub(crate) fn take_huge_pages(&self) -> Result<(), MapError> {
+        for (range, host_addr) in self.mapped_ranges() {
+            let len = usize::try_from(range.size_bytes).unwrap_or_default();
+            // SAFETY: the range is mapped; the advice changes no content.
+            let got = unsafe { libc::madvise(host_addr as *mut _, len, libc::MADV_POPULATE_WRITE) };
+            if got != 0 {
+                return Err(MapError::HugePagesLimited {
+                    needed: self.size_bytes() / hugetlb::HUGE_PAGE_BYTES,
+                    source: io::Error::last_os_error(),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// What another process puts pages in through, if it does.
@@ -367,7 +433,7 @@ impl GuestRam {
     ///
     /// Whole pages whose file offset and guest address agree are mapped copy-on-write from the host's
     /// page cache: nothing is copied, and all guests started from one file share it until they write.
-    /// The rest (edges, offsets that do not agree) is copied. The file should be replaced by rename, not
+    /// The rest (edges, offsets that do not agree) is copied, and all of it where RAM is made of huge pages. The file should be replaced by rename, not
     /// overwritten, while a guest runs from it: pages not yet touched come from the file.
     ///
     /// # Errors
@@ -403,7 +469,8 @@ impl GuestRam {
         }
         let head = addr.next_multiple_of(PAGE_SIZE) - addr;
         let pages = len.saturating_sub(head) & !(PAGE_SIZE - 1);
-        if (addr ^ offset) & (PAGE_SIZE - 1) != 0 || pages == 0 {
+        let is_huge = self.host_pages() == HostPages::Huge2M;
+        if is_huge || (addr ^ offset) & (PAGE_SIZE - 1) != 0 || pages == 0 {
             return self.copy_file(file, offset, addr, len);
         }
         self.copy_file(file, offset, addr, head)?;
@@ -526,8 +593,19 @@ fn read_in_parallel(file: &File, into: &mut [u8], offset: u64) -> io::Result<()>
     helped.unwrap_or_else(|| file.read_exact_at(low, offset))
 }
 
-/// Maps fresh, zeroed, anonymous memory for every range, in huge pages where they are wanted and the host gives them.
-pub(crate) fn map_ranges(plan: &MemoryPlan, huge_pages: bool) -> Result<VmMemory, MapError> {
+/// How a range is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// In small pages.
+    Small,
+    /// In huge pages where the host gives them.
+    Transparent,
+    /// In reserved huge pages.
+    Hugetlb,
+}
+
+/// Maps fresh, zeroed, anonymous memory for every range.
+pub(crate) fn map_ranges(plan: &MemoryPlan, backing: Backing) -> Result<VmMemory, MapError> {
     let host_bytes = host_memory_bytes();
     let asked_bytes = plan.size_bytes();
     if asked_bytes > host_bytes {
@@ -536,15 +614,23 @@ pub(crate) fn map_ranges(plan: &MemoryPlan, huge_pages: bool) -> Result<VmMemory
             host_bytes,
         });
     }
+    if backing == Backing::Hugetlb {
+        let mut ranges = plan.ranges().iter();
+        ranges.try_for_each(|range| HostPages::Huge2M.check(range.size_bytes))?;
+    }
     let regions = plan
         .ranges()
         .iter()
-        .map(|range| map_range(range, huge_pages))
+        .map(|range| match backing {
+            Backing::Hugetlb => map_huge_range(range, asked_bytes / hugetlb::HUGE_PAGE_BYTES),
+            Backing::Small => map_range(range, libc::MADV_NOHUGEPAGE),
+            Backing::Transparent => map_range(range, libc::MADV_HUGEPAGE),
+        })
         .collect::<Result<Vec<_>, _>>()?;
     GuestMemoryMmap::from_regions(regions).map_err(|e| MapError::Ranges(e.to_string()))
 }
 
-fn map_range(range: &RamRange, huge_pages: bool) -> Result<GuestRegionMmap<WriteLog>, MapError> {
+fn map_range(range: &RamRange, advice: i32) -> Result<GuestRegionMmap<WriteLog>, MapError> {
     let refused = |source| MapError::Refused {
         start: range.start,
         size_bytes: range.size_bytes,
@@ -556,14 +642,41 @@ fn map_range(range: &RamRange, huge_pages: bool) -> Result<GuestRegionMmap<Write
         MmapRegionError::Mmap(io) => refused(io),
         other => refused(io::Error::other(other.to_string())),
     })?;
-    let advice = if huge_pages {
-        libc::MADV_HUGEPAGE
-    } else {
-        libc::MADV_NOHUGEPAGE
-    };
     // SAFETY: the range was mapped just above. Advice changes no content; a host without huge pages
     // refuses it, and small pages serve as well.
     unsafe { libc::madvise(region.as_ptr().cast(), size, advice) };
+    in_guest(region, range)
+}
+
+/// Maps reserved huge pages. Without MAP_NORESERVE: who touches one that was not reserved, and is not there, gets SIGBUS.
+fn map_huge_range(range: &RamRange, needed: u64) -> Result<GuestRegionMmap<WriteLog>, MapError> {
+    let lacks = |source| MapError::NoHugePages {
+        needed,
+        pool: HugePagePool::read(),
+        source,
+    };
+    let size = usize::try_from(range.size_bytes)
+        .map_err(|e| lacks(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+    let region = MmapRegionBuilder::<WriteLog>::new(size)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(flags)
+        .build()
+        .map_err(|e| match e {
+            MmapRegionError::Mmap(io) => lacks(io),
+            other => lacks(io::Error::other(other.to_string())),
+        })?;
+    // SAFETY: the range was mapped just above; the advice changes no content.
+    if unsafe { libc::madvise(region.as_ptr().cast(), size, libc::MADV_DONTFORK) } != 0 {
+        return Err(lacks(io::Error::last_os_error()));
+    }
+    in_guest(region, range)
+}
+
+fn in_guest(
+    region: MmapRegion<WriteLog>,
+    range: &RamRange,
+) -> Result<GuestRegionMmap<WriteLog>, MapError> {
     GuestRegionMmap::new(region, GuestAddress(range.start)).ok_or_else(|| {
         MapError::Ranges(format!(
             "{:#x}+{:#x} wraps around",
