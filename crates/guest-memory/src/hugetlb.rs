@@ -8,7 +8,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::PlanError;
+use crate::{MemoryPlan, PlanError};
 
 /// Size of such a page, in bytes.
 pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
@@ -37,14 +37,16 @@ impl HostPages {
         }
     }
 
-    /// Whether ranges that end at `size_bytes` can be made of such pages.
+    /// Whether the ranges of `plan` can be made of such pages.
     ///
     /// # Errors
-    /// A size that is not a whole number of them.
-    pub fn check(self, size_bytes: u64) -> Result<(), PlanError> {
-        match size_bytes.is_multiple_of(self.size_bytes()) {
+    /// One is not a whole number of them.
+    pub fn check(self, plan: &MemoryPlan) -> Result<(), PlanError> {
+        let size = self.size_bytes();
+        let mut ranges = plan.ranges().iter();
+        match ranges.all(|r| r.start.is_multiple_of(size) && r.size_bytes.is_multiple_of(size)) {
             true => Ok(()),
-            false => Err(PlanError::NotHugePages(size_bytes)),
+            false => Err(PlanError::NotHugePages(plan.size_bytes())),
         }
     }
 }
@@ -175,9 +177,7 @@ mod tests {
     use super::*;
     use crate::test_huge_pages::MorePages;
     use crate::test_server::{TestServer, may_serve};
-    use crate::{
-        AccessError, GuestRam, MapError, MemoryPlan, PAGE_SIZE, PageKind, PageServer, PageSet,
-    };
+    use crate::{AccessError, GuestRam, MapError, PAGE_SIZE, PageKind, PageServer, PageSet};
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use tempfile::TempDir;
 

@@ -615,8 +615,7 @@ pub(crate) fn map_ranges(plan: &MemoryPlan, backing: Backing) -> Result<VmMemory
         });
     }
     if backing == Backing::Hugetlb {
-        let mut ranges = plan.ranges().iter();
-        ranges.try_for_each(|range| HostPages::Huge2M.check(range.size_bytes))?;
+        HostPages::Huge2M.check(plan)?;
     }
     let regions = plan
         .ranges()

@@ -26,7 +26,7 @@ pub(super) struct WithPartition {
 
 pub(super) fn plan_memory(config: &ValidConfig) -> Result<WithMemory, BuildError> {
     Ok(WithMemory {
-        ram: GuestRam::map(&config.memory)?,
+        ram: GuestRam::map_of(&config.memory, config.host_pages)?,
     })
 }
 
@@ -43,6 +43,7 @@ pub(super) fn map_snapshot(
     if !ranges.eq(snapshot.ranges.iter().copied()) {
         return Err(BuildError::OtherMemory);
     }
+    let pages = config.host_pages;
     let ram = match &snapshot.memory {
         MemorySource::Files(files) => {
             let layers: Vec<_> = files
@@ -52,10 +53,12 @@ pub(super) fn map_snapshot(
             match snapshot.config().machine_config.huge_pages {
                 HugePages::None => GuestRam::map_snapshot(&config.memory, &layers)?,
                 // Pages of a file are small ones.
-                HugePages::Transparent => GuestRam::copy_snapshot(&config.memory, &layers)?,
+                HugePages::Transparent | HugePages::Hugetlb2M => {
+                    GuestRam::copy_snapshot(&config.memory, &layers, pages)?
+                }
             }
         }
-        MemorySource::Server(server) => GuestRam::map_served(&config.memory, server)?,
+        MemorySource::Server(server) => GuestRam::map_served(&config.memory, server, pages)?,
     };
     Ok(WithMemory { ram })
 }

@@ -172,7 +172,7 @@ impl Snapshot {
         let working_set = match config.machine_config.huge_pages {
             HugePages::None => plan_working_set(load, &memory, &source)?,
             // All is read before it runs.
-            HugePages::Transparent => None,
+            HugePages::Transparent | HugePages::Hugetlb2M => None,
         };
         Ok(Self {
             config,
