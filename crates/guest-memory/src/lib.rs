@@ -13,6 +13,7 @@ mod capture;
 mod child;
 mod hugetlb;
 mod instant;
+mod mapping;
 mod memory_map;
 mod page_set;
 mod plan;

@@ -15,7 +15,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::ram::{Backing, map_ranges};
+use crate::mapping::{Backing, map_ranges};
 use crate::{GuestRam, HostPages, MapError, MemoryPlan, PAGE_SIZE};
 
 /// How long [`PageServer::watch_while`] waits altogether. Abused by a server that takes the connection and answers nothing: until a
