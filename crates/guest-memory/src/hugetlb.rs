@@ -249,12 +249,54 @@ mod tests {
         );
     }
 
+    /// In a process of its own, which is in the cgroup: others must not be.
+    #[test]
+    fn a_cgroups_limit_is_an_error_when_ram_is_mapped() {
+        const CGROUP: &str = "ALVEOLE_TEST_HUGETLB_CGROUP";
+        let test = "a_cgroups_limit_is_an_error_when_ram_is_mapped";
+        if let Some(cgroup) = std::env::var_os(CGROUP) {
+            std::fs::write(PathBuf::from(cgroup).join("cgroup.procs"), "0").unwrap();
+            let why = GuestRam::map_of(&plan(16), HostPages::Huge2M).unwrap_err();
+            assert!(matches!(why, MapError::HugePagesLimited { .. }), "{why}");
+            assert!(why.to_string().contains("hugetlb.2MB.max"), "{why}");
+            huge(4);
+            return;
+        }
+        let root = Path::new(CGROUPS);
+        let cgroup = root.join(format!("alveole-test-{}", std::process::id()));
+        let make = || {
+            let known = std::fs::read_to_string(root.join("cgroup.controllers"))?;
+            if !known.split_whitespace().any(|name| name == "hugetlb") {
+                return Err(io::Error::other(format!("it has {}", known.trim())));
+            }
+            std::fs::write(root.join("cgroup.subtree_control"), "+hugetlb")?;
+            std::fs::create_dir(&cgroup)?;
+            std::fs::write(cgroup.join("hugetlb.2MB.max"), "4194304")
+        };
+        if let Err(why) = make() {
+            let _ = std::fs::remove_dir(&cgroup);
+            let why = format!("no hugetlb controller (version 2) at {CGROUPS}: {why}");
+            crate::test_server::skip(test, &why);
+            return;
+        }
+        let limited = MorePages::make(test, 8).map(|_more| {
+            std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", &format!("hugetlb::tests::{test}"), "--nocapture"])
+                .env(CGROUP, &cgroup)
+                .status()
+                .unwrap()
+        });
+        std::fs::remove_dir(&cgroup).unwrap();
+        assert!(limited.is_none_or(|status| status.success()), "{limited:?}");
+    }
+
     #[test]
     fn odd_sizes_are_refused() {
         let why = GuestRam::map_of(&plan(65), HostPages::Huge2M).unwrap_err();
         assert!(why.to_string().contains("not a multiple of 2 MiB"), "{why}");
-        let why = GuestRam::map_of(&plan(3073), HostPages::Huge2M).unwrap_err();
-        assert!(matches!(why, MapError::Plan(_)), "{why}");
+        let behind_the_hole = HostPages::Huge2M.check(&plan(3073));
+        assert!(behind_the_hole.is_err());
+        assert_eq!(HostPages::Huge2M.check(&plan(3074)), Ok(()));
     }
 
     #[test]
