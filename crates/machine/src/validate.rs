@@ -339,6 +339,14 @@ pub enum Invalid {
     },
 }
 
+/// Which pages of the host RAM of this kind is made of.
+pub(crate) fn host_pages(kind: HugePages) -> HostPages {
+    match kind {
+        HugePages::None | HugePages::Transparent => HostPages::Anonymous,
+        HugePages::Hugetlb2M => HostPages::Huge2M,
+    }
+}
+
 /// Checks `config` against the machine's rules.
 ///
 /// # Errors
@@ -367,10 +375,7 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
             })
             .ok()
     };
-    let host_pages = match config.machine_config.huge_pages {
-        HugePages::None | HugePages::Transparent => HostPages::Anonymous,
-        HugePages::Hugetlb2M => HostPages::Huge2M,
-    };
+    let host_pages = host_pages(config.machine_config.huge_pages);
     if let Some(Err(_)) = memory.as_ref().map(|memory| host_pages.check(memory)) {
         broken.push(Invalid::OddMemory(mib));
     }

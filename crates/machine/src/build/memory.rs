@@ -6,6 +6,7 @@ use alveole_vm_config::HugePages;
 
 use crate::build::BuildError;
 use crate::snapshot::{MemorySource, RangeV1};
+use crate::validate::host_pages;
 use crate::{Snapshot, ValidConfig};
 
 /// Address space that is needed besides guest memory, for each processor (a stack of 2 MiB and what KVM shares of it), and for the other
@@ -43,14 +44,15 @@ pub(super) fn map_snapshot(
     if !ranges.eq(snapshot.ranges.iter().copied()) {
         return Err(BuildError::OtherMemory);
     }
-    let pages = config.host_pages;
+    let huge_pages = snapshot.config().machine_config.huge_pages;
+    let pages = host_pages(huge_pages);
     let ram = match &snapshot.memory {
         MemorySource::Files(files) => {
             let layers: Vec<_> = files
                 .iter()
                 .zip(snapshot.layers.iter().map(|layer| &layer.map))
                 .collect();
-            match snapshot.config().machine_config.huge_pages {
+            match huge_pages {
                 HugePages::None => GuestRam::map_snapshot(&config.memory, &layers)?,
                 // Pages of a file are small ones.
                 HugePages::Transparent | HugePages::Hugetlb2M => {
