@@ -63,6 +63,9 @@ pub(crate) struct KeepArgs {
     /// How long programs of a guest that goes on may take; 0: they do not run
     #[arg(long, requires = "from")]
     hooks_ms: Option<u64>,
+    /// Its monitor is a copy of the process that is asked at this socket
+    #[arg(long, requires = "from")]
+    template: Option<PathBuf>,
 }
 
 /// The words about networks, as `alveole run` has them.
@@ -128,7 +131,7 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
         purpose,
         |vm| {
             let machine = match from.take() {
-                Some(from) => restored(&places, vm, from, hooks),
+                Some(from) => restored(&places, vm, from, hooks, args.template.as_deref()),
                 None => machine(&places, vm, args.offline),
             };
             machine.map_err(|e| format!("{e:#}"))
@@ -244,6 +247,7 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
     held.push(Box::new(plugged.descriptors));
     Ok(Machine {
         monitor,
+        template: None,
         begin: Beginning::Boot(Box::new(setup)),
         held,
         discarded: discarded(record),

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,14 +10,15 @@ use std::time::Duration;
 
 use alveole_block_store::{Backing, Format, tools};
 use alveole_instance::{
-    Beginning, Content, Happened, Identity, Machine, MonitorApi, Placed, Record, Restored,
-    Snapshot, SnapshotRecord, State, Vm,
+    Beginning, Content, Happened, Identity, Machine, MonitorApi, MonitorTemplate, Placed, Record,
+    Restored, Snapshot, SnapshotRecord, State, Vm,
 };
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
 use super::keep::{CHANGES, Disks, device_words, discarded, plug};
 use super::run::{Begun, now_ms, start_keeper};
+use super::template::Template;
 use crate::hint;
 use crate::interfaces::keep_over_exec;
 use crate::places::Places;
@@ -26,6 +28,8 @@ use crate::run::{hand_over, path_of};
 const TAKE_PATIENCE: Duration = Duration::from_secs(900);
 /// So many copies are begun before the first of them runs.
 const AT_ONCE: usize = 8;
+/// From so many copies on, a process that has the snapshot prepared costs less than it spares.
+const WORTH_A_TEMPLATE: u32 = 3;
 /// What a disk for changes is laid over begins so.
 const BASE: &str = "base-";
 /// A disk for changes that is laid over another one.
@@ -333,6 +337,18 @@ pub(crate) fn restore(
         .folder()
         .to_str()
         .with_context(|| format!("'{}' is no UTF-8", snapshot.folder().display()))?;
+    let template = match copies.number {
+        WORTH_A_TEMPLATE.. => Template::start(snapshot)
+            // Each copy says what is wrong with the snapshot, if that is it.
+            .map_err(|e| log::debug!("{e:#}"))
+            .ok(),
+        _ => None,
+    };
+    let mut words = vec!["--from".to_owned(), from.to_owned(), hooks];
+    if let Some(template) = &template {
+        words.push(format!("--template={}", template.socket().display()));
+    }
+    let words: Vec<&str> = words.iter().map(|word| &**word).collect();
     let mut begun = VecDeque::new();
     let mut well = true;
     for number in 1..=copies.number {
@@ -341,8 +357,7 @@ pub(crate) fn restore(
             (Some(name), _) => format!("{name}-{number}"),
             (None, _) => format!("{}-{}", snapshot.record.vm, Record::new_id()?),
         };
-        let copy = make(&places, snapshot, &name, copies)
-            .and_then(|vm| start_keeper(&vm, &["--from", from, &hooks]));
+        let copy = make(&places, snapshot, &name, copies).and_then(|vm| start_keeper(&vm, &words));
         match copy {
             Ok(copy) => begun.push_back(copy),
             Err(e) => {
@@ -392,12 +407,21 @@ fn runs(
     Ok(false)
 }
 
-/// The machine of a VM that goes on from the snapshot in this folder.
+/// What all copies of a snapshot load.
+pub(super) fn load_of(snapshot: &Snapshot) -> Value {
+    json!({
+        "snapshot_path": snapshot.at("state"),
+        "mem_backend": {"backend_type": "File", "backend_path": snapshot.at("memory")},
+    })
+}
+
+/// The machine of a VM that goes on from the snapshot in this folder; by the template, if there is one at this socket.
 pub(super) fn restored(
     places: &Places,
     vm: &Vm,
     from: &Path,
     hooks: Option<Duration>,
+    template: Option<&Path>,
 ) -> anyhow::Result<Machine> {
     let snapshot = Snapshot::open(from)?
         .with_context(|| format!("there is no snapshot in '{}'", from.display()))?;
@@ -418,16 +442,15 @@ pub(super) fn restored(
             })
         })
         .collect();
-    let load = json!({
-        "snapshot_path": snapshot.at("state"),
-        "mem_backend": {"backend_type": "File", "backend_path": snapshot.at("memory")},
-        "resume_vm": true,
-        // Of one that was just taken, all is in the page cache.
-        "working_set_path": (!snapshot.is_passing()).then(|| snapshot.at("working-set")),
-        "drive_overrides": drives,
-        "network_overrides": interfaces,
-        "vsock_override": {"uds_path": vm.socket("vsock")},
-    });
+    let mut load = load_of(&snapshot);
+    load["resume_vm"] = true.into();
+    // Of one that was just taken, all is in the page cache.
+    load["working_set_path"] = (!snapshot.is_passing())
+        .then(|| snapshot.at("working-set"))
+        .map_or(Value::Null, |path| json!(path));
+    load["drive_overrides"] = drives.into();
+    load["network_overrides"] = interfaces.into();
+    load["vsock_override"] = json!({"uds_path": vm.socket("vsock")});
     let load = hand_over(&without_nulls(load))?;
     let mut monitor = std::process::Command::new(alveole_host::programs::vmm()?);
     monitor
@@ -450,11 +473,17 @@ pub(super) fn restored(
         hooks,
         links: links.collect(),
     };
+    let inherited = plugged.descriptors.iter().map(AsRawFd::as_raw_fd);
+    let template = template.map(|socket| MonitorTemplate {
+        socket: socket.to_owned(),
+        descriptors: inherited.chain([load.as_raw_fd()]).collect(),
+    });
     let mut held = disks.held;
     held.push(Box::new(load));
     held.push(Box::new(plugged.descriptors));
     Ok(Machine {
         monitor,
+        template,
         begin: Beginning::Restored(restored),
         held,
         discarded: discarded(&vm.record),
