@@ -270,6 +270,9 @@ fn memory_and_processors_out_of_range() {
         let text = machine(&format!(r#""vcpu_count": {cpus}, "mem_size_mib": {mib}"#));
         bench.run_text(text.as_bytes()).assert(CONFIG, words);
     }
+    let text = machine(r#""vcpu_count": 1, "mem_size_mib": 65, "huge_pages": "2M""#);
+    let words = ["mem_size_mib is 65", "a multiple of 2 MiB"];
+    bench.run_text(text.as_bytes()).assert(CONFIG, &words);
     let text = machine(r#""vcpu_count": 0, "mem_size_mib": 1"#).replace("\"kernel\"", "\"\"");
     let all = [
         "vcpu_count is 0",

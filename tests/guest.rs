@@ -31,6 +31,8 @@ mod ends;
 mod files;
 #[path = "guest/forks.rs"]
 mod forks;
+#[path = "guest/huge_pages.rs"]
+mod huge_pages;
 #[path = "guest/images.rs"]
 mod images;
 #[path = "guest/instants.rs"]

@@ -514,6 +514,10 @@ fn what_is_wrong_with_a_template_or_its_copies_is_said_by_them() {
     let mut other = load(true);
     other["mem_backend"]["backend_path"] = json!("d");
     refused(&other, &["is not the memory that belongs"]);
+    // Copies of a process do not inherit it.
+    let mut huge = load(true);
+    huge["huge_pages"] = json!("2M");
+    refused(&huge, &["cannot be prepared", "hugetlbfs"]);
 
     write_load(&bench, &load(true));
     bench.write("t", b"");

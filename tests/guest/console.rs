@@ -201,3 +201,37 @@ fn a_flood_that_nobody_reads_costs_no_memory_and_no_patience() {
     );
     assert!(written < held || end.counter("bytes_dropped") > 0, "{end}");
 }
+
+/// Accesses of the UART by a guest that writes so many bytes to its console, one at a time.
+fn accesses_of_bytes(bytes: u64) -> Option<u64> {
+    let mut vm = Vm::any()?.takes_commands().boot();
+    vm.wait_for_commands();
+    let beat =
+        format!("i=0; while [ $i -lt {bytes} ]; do printf . ; usleep 3000; i=$((i + 1)); done");
+    assert_eq!(vm.ask(&beat).0, 0);
+    let end = vm.leave();
+    end.assert_code(0);
+    let ports = (0x3f8..0x400).map(|port| format!("_0x{port:x}"));
+    let counters =
+        ports.flat_map(|port| ["read", "write"].map(|act| format!("exits_port_{act}{port}")));
+    let all: Vec<(String, u64)> = counters
+        .map(|name| (name.clone(), end.counter(&name)))
+        .collect();
+    println!("{bytes} bytes: {all:?}");
+    Some(all.iter().map(|(_, count)| count).sum())
+}
+
+/// Each access costs a guest that prints an exit. Linux needs eight for a byte alone: it enables the interrupt of the empty transmitter, asks which it is and
+/// looks at line and modem, writes the byte, disables the interrupt, and asks twice whether there is more, as the byte has raised another.
+#[test]
+fn a_byte_on_the_console_takes_few_exits() {
+    const BYTES: u64 = 400;
+    let Some(none) = accesses_of_bytes(0) else {
+        return;
+    };
+    let Some(some) = accesses_of_bytes(BYTES) else {
+        return;
+    };
+    let each = some.saturating_sub(none) as f64 / BYTES as f64;
+    assert!((1.0..9.0).contains(&each), "{each} accesses for each byte");
+}

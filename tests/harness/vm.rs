@@ -50,6 +50,7 @@ pub(crate) struct Vm {
     /// The snapshot that is loaded instead.
     loads: Option<serde_json::Value>,
     tracks_dirty_pages: bool,
+    huge_pages: &'static str,
     /// Nothing is described or started: tests do that.
     is_bare: bool,
 }
@@ -95,6 +96,7 @@ impl Vm {
                 by_api: false,
                 loads: None,
                 tracks_dirty_pages: false,
+                huge_pages: "None",
                 is_bare: false,
             }),
             Err(why) => {
@@ -245,6 +247,12 @@ impl Vm {
         self
     }
 
+    /// Which pages of the host its memory is made of, as the description says it.
+    pub(crate) fn huge_pages(mut self, kind: &'static str) -> Self {
+        self.huge_pages = kind;
+        self
+    }
+
     /// A monitor that waits for a client's first word.
     pub(crate) fn nothing_yet(mut self) -> Self {
         self.is_bare = true;
@@ -371,6 +379,7 @@ impl Vm {
                 "vcpu_count": self.cpus,
                 "mem_size_mib": self.memory_mib,
                 "track_dirty_pages": self.tracks_dirty_pages,
+                "huge_pages": self.huge_pages,
             },
             "drives": self.drives,
             "network-interfaces": self.interfaces,

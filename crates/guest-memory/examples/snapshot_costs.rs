@@ -15,7 +15,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use alveole_guest_memory::{GuestRam, MemoryMap, MemoryPlan, PAGE_SIZE, PageSet};
+use alveole_guest_memory::{GuestRam, HostPages, MemoryMap, MemoryPlan, PAGE_SIZE, PageSet};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
@@ -203,7 +203,7 @@ fn back(plan: &MemoryPlan, file: &File, map: &MemoryMap) -> Result<(), Box<dyn E
     ram.prefetch(&some)?;
     let prefetched = start.elapsed();
     let start = Instant::now();
-    let copied = GuestRam::copy_snapshot(plan, &[(file, map)])?;
+    let copied = GuestRam::copy_snapshot(plan, &[(file, map)], HostPages::Anonymous)?;
     println!(
         "  mapped in {mapped:?}, 32 MiB prefetched in {prefetched:?}, copied in {:?}",
         start.elapsed()

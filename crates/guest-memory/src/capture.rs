@@ -148,20 +148,15 @@ impl PreparedCapture {
     pub fn write_ahead(&mut self, pages: &PageSet) -> Result<(), CaptureError> {
         let ram = self.instant.ram();
         ram.check_set(pages)?;
-        let job = WriteJob::new(ram, self.file.as_raw_fd(), self.data.clone());
-        let data = &mut self.data;
-        job.run(pages, |run| {
-            data.insert(run);
-            Ok(())
-        })
-        .map_err(SaveError::from)?;
+        write_here(ram, &self.file, pages, &mut self.data)?;
         self.held.union(pages);
         Ok(())
     }
 
     /// Forks the child that saves `pages` as they are now. The guest and its devices stand still until this returns, then
     /// they may go on. After [`PreparedCapture::write_ahead`], `pages` are those that have changed since. Of RAM that another
-    /// process serves, it waits for the pages that are not there yet: what was written ahead is.
+    /// process serves, it waits for the pages that are not there yet: what was written ahead is. Of RAM in pages of hugetlbfs, which no
+    /// child inherits, it copies 16 MiB and writes what goes beyond before it returns.
     ///
     /// The child is under the calling thread's seccomp filter and needs `pwrite64`, `mincore`, `sync_file_range`,
     /// `getppid`, `exit_group`; the caller `clone`, `rt_sigprocmask`, `sysinfo`, then `waitid` and `pidfd_send_signal` (the
@@ -177,12 +172,15 @@ impl PreparedCapture {
             file,
             report,
             mut held,
-            data,
+            mut data,
         } = self;
         instant.ram().check_set(pages)?;
         instant.ram().bring_in(pages);
-        let job = WriteJob::new(instant.ram(), file.as_raw_fd(), data);
         instant.take(pages)?;
+        if instant.left().count() > 0 {
+            write_here(instant.ram(), &file, instant.left(), &mut data)?;
+        }
+        let job = WriteJob::new(instant.ram(), file.as_raw_fd(), data);
         let pidfd = fork(|parent| write_in_child(&job, &instant, &report, parent))
             .map_err(CaptureError::Fork)?;
         held.union(pages);
@@ -261,6 +259,21 @@ impl Drop for Capture {
         // A child that cannot be waited for stays a zombie until this process ends; there is nobody to tell.
         let _ = wait_for(self.pidfd.as_fd());
     }
+}
+
+/// Writes pages in this process, and adds to `data` what was not zero.
+fn write_here(
+    ram: &GuestRam,
+    file: &File,
+    pages: &PageSet,
+    data: &mut PageSet,
+) -> Result<(), SaveError> {
+    let job = WriteJob::new(ram, file.as_raw_fd(), data.clone());
+    job.run(pages, |run| {
+        data.insert(run);
+        Ok(())
+    })?;
+    Ok(())
 }
 
 /// What the child does.

@@ -7,7 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use crate::{CaptureError, GuestRam, MemoryPlan, PAGE_SIZE, PageSet};
+use crate::{CaptureError, GuestRam, HostPages, MemoryPlan, PAGE_SIZE, PageSet};
 
 /// What a child inherits of RAM is cut at these pages, as huge pages are: to cut one would split it.
 const EXTENT_PAGES: u64 = 512;
@@ -26,6 +26,8 @@ pub(crate) struct Instant {
     copies: GuestRam,
     copied: PageSet,
     inherited: PageSet,
+    /// Pages that the child gets neither way.
+    left: PageSet,
 }
 
 impl Instant {
@@ -51,6 +53,7 @@ impl Instant {
             copies,
             copied: PageSet::none(ram.pages()),
             inherited: PageSet::none(ram.pages()),
+            left: PageSet::none(ram.pages()),
         };
         this.advise(0..ram.pages(), libc::MADV_DONTFORK)?;
         Ok(this)
@@ -60,18 +63,23 @@ impl Instant {
         &self.ram
     }
 
-    /// Copies some of `pages` and has the next child inherit the others. The guest stands still, from before this call until
+    /// Copies some of `pages` and has the next child inherit the others, unless RAM is made of pages that no child inherits
+    /// ([`HostPages::Huge2M`]): then all are copied for which there is room, and the others are left. The guest stands still, from before this call until
     /// the child is there.
     pub(crate) fn take(&mut self, pages: &PageSet) -> Result<(), CaptureError> {
         let mut left = MAX_COPIED_PAGES;
+        let can_inherit = self.ram.host_pages() == HostPages::Anonymous;
+        let few = if can_inherit { FEW_PAGES } else { EXTENT_PAGES };
         for start in (0..pages.ram_pages()).step_by(EXTENT_PAGES as usize) {
             let extent = start..start + EXTENT_PAGES;
             let wanted = pages.count_in(&extent);
-            if wanted <= FEW_PAGES.min(left) {
+            if wanted <= few.min(left) {
                 left -= wanted;
                 self.copied.insert_of(pages, &extent);
-            } else {
+            } else if can_inherit {
                 self.inherited.insert_of(pages, &extent);
+            } else {
+                self.left.insert_of(pages, &extent);
             }
         }
         let mut into = self.copies_addr();
@@ -102,6 +110,11 @@ impl Instant {
         &self.copied
     }
 
+    /// Pages that somebody else has to write while the guest stands still.
+    pub(crate) fn left(&self) -> &PageSet {
+        &self.left
+    }
+
     /// Where the copies are mapped.
     pub(crate) fn copies_addr(&self) -> usize {
         let first = self.copies.mapped_ranges().next();
@@ -109,6 +122,9 @@ impl Instant {
     }
 
     fn advise(&self, pages: Range<u64>, advice: i32) -> Result<(), CaptureError> {
+        if self.ram.host_pages() == HostPages::Huge2M {
+            return Ok(());
+        }
         for (pages, host_addr) in self.ram.host_pieces(&pages) {
             let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
             // SAFETY: the range is mapped, and neither advice changes what is in it here.

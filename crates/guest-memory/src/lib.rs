@@ -11,7 +11,9 @@
 mod buffers;
 mod capture;
 mod child;
+mod hugetlb;
 mod instant;
+mod mapping;
 mod memory_map;
 mod page_set;
 mod plan;
@@ -21,11 +23,14 @@ mod served;
 mod snapshot;
 mod sockets;
 #[cfg(any(test, feature = "test-server"))]
+pub mod test_huge_pages;
+#[cfg(any(test, feature = "test-server"))]
 pub mod test_server;
 mod written;
 
 pub use buffers::{GuestBuffers, MAX_IOVECS};
 pub use capture::{Capture, CaptureError, Death, PreparedCapture};
+pub use hugetlb::{HostPages, HugePagePool};
 pub use memory_map::{
     LayerRun, MAX_LAYERS, MemoryMap, MemoryMapError, PageKind, PageRun, newest_of_layers,
 };

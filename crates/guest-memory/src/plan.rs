@@ -30,6 +30,11 @@ pub enum PlanError {
     /// Not a whole number of pages.
     #[error("guest memory of {0} bytes is not a multiple of the 4096-byte page size")]
     NotPages(u64),
+    /// Not a whole number of huge pages.
+    #[error(
+        "guest memory of {0} bytes is not a multiple of 2 MiB, the size of the huge pages it is to be made of"
+    )]
+    NotHugePages(u64),
     /// Past what processors address.
     #[error(
         "guest memory of {0} bytes is larger than 16 TiB, the most this machine model lays out"

@@ -11,16 +11,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
 };
 
-use crate::{MemoryMapError, MemoryPlan, PAGE_SIZE, PageSet, RamRange, WriteLog};
+use crate::hugetlb::{self, HostPages, HugePagePool};
+use crate::mapping::{Backing, HUGE_PAGE_LEN, map_ranges};
+use crate::{MemoryMapError, MemoryPlan, PAGE_SIZE, PageSet, PlanError, RamRange, WriteLog};
 
 /// The mapping as `vm-memory` has it: whatever is written through it is marked in the [`WriteLog`] of its range.
 pub type VmMemory = GuestMemoryMmap<WriteLog>;
-
-/// What the host gives in one piece where it can.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Why RAM could not be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +42,30 @@ pub enum MapError {
         start: u64,
         /// Its length.
         size_bytes: u64,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A size that cannot be made of such pages.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The host has too few huge pages.
+    #[error("{}", hugetlb::Lack { needed: *needed, pool, source })]
+    NoHugePages {
+        /// How many RAM is made of.
+        needed: u64,
+        /// What the host has.
+        pool: Option<HugePagePool>,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A cgroup's limit.
+    #[error(
+        "the host reserved {needed} huge pages of 2 MiB for guest memory, and does not let this process have them: {source}; raise the limit of \
+         its cgroup (hugetlb.2MB.max)"
+    )]
+    HugePagesLimited {
+        /// How many RAM is made of.
+        needed: u64,
         /// What the host said.
         source: io::Error,
     },
@@ -130,6 +152,7 @@ pub struct GuestRam {
 #[derive(Debug)]
 struct Shared {
     map: VmMemory,
+    host_pages: HostPages,
     /// Whether somebody tracks writes: asked here by who does not write through `map`.
     is_tracking: AtomicBool,
     /// Whether somebody captures it: what a child inherits can be said once only.
@@ -155,20 +178,60 @@ impl GuestRam {
     /// # Errors
     /// The plan is larger than the host's RAM and swap, or the host refuses the mapping.
     pub fn map(plan: &MemoryPlan) -> Result<Self, MapError> {
-        Ok(Self::of_map(map_ranges(plan, true)?, None))
+        Self::map_of(plan, HostPages::Anonymous)
+    }
+
+    /// As [`GuestRam::map`], of the pages that are said.
+    ///
+    /// # Errors
+    /// As there; the size is not a whole number of such pages; the host has not as many to reserve, or this process may not have them.
+    pub fn map_of(plan: &MemoryPlan, pages: HostPages) -> Result<Self, MapError> {
+        let ram = match pages {
+            HostPages::Anonymous => {
+                Self::of_map(map_ranges(plan, Backing::Transparent)?, pages, None)
+            }
+            HostPages::Huge2M => Self::of_map(map_ranges(plan, Backing::Hugetlb)?, pages, None),
+        };
+        if pages == HostPages::Huge2M && hugetlb::may_be_limited() {
+            ram.take_huge_pages()?;
+        }
+        Ok(ram)
     }
 
     /// RAM of a mapping, which somebody may serve through a userfaultfd.
-    pub(crate) fn of_map(map: VmMemory, served_by: Option<OwnedFd>) -> Self {
+    pub(crate) fn of_map(map: VmMemory, host_pages: HostPages, served_by: Option<OwnedFd>) -> Self {
         Self {
             shared: Arc::new(Shared {
                 map,
+                host_pages,
                 is_tracking: AtomicBool::new(false),
                 is_captured: AtomicBool::new(false),
                 filed: Mutex::default(),
                 served_by,
             }),
         }
+    }
+
+    /// Which pages of the host it is made of.
+    #[must_use]
+    pub fn host_pages(&self) -> HostPages {
+        self.shared.host_pages
+    }
+
+    /// Takes all pages from the host now: a limit that is met later is a SIGBUS.
+    pub(crate) fn take_huge_pages(&self) -> Result<(), MapError> {
+        for (range, host_addr) in self.mapped_ranges() {
+            let len = usize::try_from(range.size_bytes).unwrap_or_default();
+            // SAFETY: the range is mapped; the advice changes no content.
+            let got = unsafe { libc::madvise(host_addr as *mut _, len, libc::MADV_POPULATE_WRITE) };
+            if got != 0 {
+                return Err(MapError::HugePagesLimited {
+                    needed: self.size_bytes() / hugetlb::HUGE_PAGE_BYTES,
+                    source: io::Error::last_os_error(),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// What another process puts pages in through, if it does.
@@ -367,7 +430,7 @@ impl GuestRam {
     ///
     /// Whole pages whose file offset and guest address agree are mapped copy-on-write from the host's
     /// page cache: nothing is copied, and all guests started from one file share it until they write.
-    /// The rest (edges, offsets that do not agree) is copied. The file should be replaced by rename, not
+    /// The rest (edges, offsets that do not agree) is copied, and all of it where RAM is made of huge pages. The file should be replaced by rename, not
     /// overwritten, while a guest runs from it: pages not yet touched come from the file.
     ///
     /// # Errors
@@ -403,7 +466,8 @@ impl GuestRam {
         }
         let head = addr.next_multiple_of(PAGE_SIZE) - addr;
         let pages = len.saturating_sub(head) & !(PAGE_SIZE - 1);
-        if (addr ^ offset) & (PAGE_SIZE - 1) != 0 || pages == 0 {
+        let is_huge = self.host_pages() == HostPages::Huge2M;
+        if is_huge || (addr ^ offset) & (PAGE_SIZE - 1) != 0 || pages == 0 {
             return self.copy_file(file, offset, addr, len);
         }
         self.copy_file(file, offset, addr, head)?;
@@ -511,8 +575,8 @@ fn read_in_parallel(file: &File, into: &mut [u8], offset: u64) -> io::Result<()>
     }
     // Halves meet at the boundary of a huge page, so that no page is asked for twice.
     let to_boundary =
-        (into.as_ptr() as usize).next_multiple_of(HUGE_PAGE_BYTES) - into.as_ptr() as usize;
-    let middle = (to_boundary + ((into.len() / 2) & !(HUGE_PAGE_BYTES - 1))).min(into.len());
+        (into.as_ptr() as usize).next_multiple_of(HUGE_PAGE_LEN) - into.as_ptr() as usize;
+    let middle = (to_boundary + ((into.len() / 2) & !(HUGE_PAGE_LEN - 1))).min(into.len());
     let (low, high) = into.split_at_mut(middle);
     let high_offset = offset + low.len() as u64;
     let helped = std::thread::scope(|scope| {
@@ -524,119 +588,6 @@ fn read_in_parallel(file: &File, into: &mut [u8], offset: u64) -> io::Result<()>
         Ok::<_, io::Error>(helper.ok().and_then(|helper| helper.join().ok()))
     })?;
     helped.unwrap_or_else(|| file.read_exact_at(low, offset))
-}
-
-/// Maps fresh, zeroed, anonymous memory for every range, in huge pages where they are wanted and the host gives them.
-pub(crate) fn map_ranges(plan: &MemoryPlan, huge_pages: bool) -> Result<VmMemory, MapError> {
-    let host_bytes = host_memory_bytes();
-    let asked_bytes = plan.size_bytes();
-    if asked_bytes > host_bytes {
-        return Err(MapError::MoreThanHost {
-            asked_bytes,
-            host_bytes,
-        });
-    }
-    let regions = plan
-        .ranges()
-        .iter()
-        .map(|range| map_range(range, huge_pages))
-        .collect::<Result<Vec<_>, _>>()?;
-    GuestMemoryMmap::from_regions(regions).map_err(|e| MapError::Ranges(e.to_string()))
-}
-
-fn map_range(range: &RamRange, huge_pages: bool) -> Result<GuestRegionMmap<WriteLog>, MapError> {
-    let refused = |source| MapError::Refused {
-        start: range.start,
-        size_bytes: range.size_bytes,
-        source,
-    };
-    let size = usize::try_from(range.size_bytes)
-        .map_err(|e| refused(io::Error::new(io::ErrorKind::InvalidInput, e)))?;
-    let region = map_aligned(size).map_err(|e| match e {
-        MmapRegionError::Mmap(io) => refused(io),
-        other => refused(io::Error::other(other.to_string())),
-    })?;
-    let advice = if huge_pages {
-        libc::MADV_HUGEPAGE
-    } else {
-        libc::MADV_NOHUGEPAGE
-    };
-    // SAFETY: the range was mapped just above. Advice changes no content; a host without huge pages
-    // refuses it, and small pages serve as well.
-    unsafe { libc::madvise(region.as_ptr().cast(), size, advice) };
-    GuestRegionMmap::new(region, GuestAddress(range.start)).ok_or_else(|| {
-        MapError::Ranges(format!(
-            "{:#x}+{:#x} wraps around",
-            range.start, range.size_bytes
-        ))
-    })
-}
-
-/// Maps `size` bytes, if possible from the boundary of a huge page on: ranges start at such a boundary in
-/// the guest, and only where both agree can host and hypervisor use huge pages.
-fn map_aligned(size: usize) -> Result<MmapRegion<WriteLog>, MmapRegionError> {
-    let map = |size| {
-        MmapRegionBuilder::<WriteLog>::new(size)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-            .build()
-    };
-    let is_aligned =
-        |region: &MmapRegion<WriteLog>| (region.as_ptr() as usize).is_multiple_of(HUGE_PAGE_BYTES);
-    let mut region = map(size)?;
-    // A mapping goes to the end of the highest gap that holds it. Kernels before 6.7, and later ones for
-    // odd sizes, do not care for the boundary, so that gap is given an end that does: a larger mapping
-    // finds it, and its tail stays while ours is made. Another thread's mapping may come between.
-    for _ in 0..4 {
-        if size < HUGE_PAGE_BYTES || is_aligned(&region) {
-            break;
-        }
-        drop(region);
-        let larger = map(size + HUGE_PAGE_BYTES)?;
-        let end = larger.as_ptr() as usize + larger.size();
-        let tail = (end - size) % HUGE_PAGE_BYTES;
-        drop(larger);
-        let filler = Filler::map((end - tail) as *mut _, tail);
-        region = map(size)?;
-        drop(filler);
-    }
-    Ok(region)
-}
-
-/// Address space that is taken for a moment.
-struct Filler(*mut libc::c_void, usize);
-
-impl Filler {
-    /// Takes `size` bytes at `addr`, if they are free.
-    fn map(addr: *mut libc::c_void, size: usize) -> Option<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-        // SAFETY: a fresh inaccessible mapping where nothing else is mapped; nobody uses its memory.
-        let got = unsafe { libc::mmap(addr, size, libc::PROT_NONE, flags, -1, 0) };
-        if got == libc::MAP_FAILED {
-            return None;
-        }
-        Some(Self(got, size))
-    }
-}
-
-impl Drop for Filler {
-    fn drop(&mut self) {
-        // SAFETY: exactly what `map` mapped.
-        unsafe { libc::munmap(self.0, self.1) };
-    }
-}
-
-/// RAM and swap of this host, in bytes (sysinfo(2)); without limit where the host does not say.
-fn host_memory_bytes() -> u64 {
-    // SAFETY: sysinfo is plain numbers, for which all zeroes is a value; the call fills it.
-    let info = unsafe {
-        let mut info: libc::sysinfo = std::mem::zeroed();
-        if libc::sysinfo(&raw mut info) != 0 {
-            return u64::MAX;
-        }
-        info
-    };
-    (info.totalram + info.totalswap).saturating_mul(u64::from(info.mem_unit))
 }
 
 #[cfg(test)]
@@ -736,7 +687,7 @@ mod tests {
         for mib in [2, 64, 129, 255] {
             let ram = ram(mib);
             let (_, host_addr) = ram.mapped_ranges().next().unwrap();
-            assert_eq!(host_addr % HUGE_PAGE_BYTES as u64, 0, "{mib} MiB");
+            assert_eq!(host_addr % HUGE_PAGE_LEN as u64, 0, "{mib} MiB");
         }
     }
 

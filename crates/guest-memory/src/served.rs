@@ -15,8 +15,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::ram::map_ranges;
-use crate::{GuestRam, MapError, MemoryPlan, PAGE_SIZE};
+use crate::mapping::{Backing, map_ranges};
+use crate::{GuestRam, HostPages, MapError, MemoryPlan, PAGE_SIZE};
 
 /// How long [`PageServer::watch_while`] waits altogether. Abused by a server that takes the connection and answers nothing: until a
 /// machine is there, nobody else would end the waiting.
@@ -27,6 +27,8 @@ pub(crate) mod abi {
     pub(crate) const API: u64 = 0xaa;
     /// Pages that are taken away (madvise(2), `MADV_DONTNEED`) are told of, as Firecracker asks for.
     pub(crate) const FEATURE_EVENT_REMOVE: u64 = 1 << 3;
+    /// Pages of hugetlbfs can be served.
+    pub(crate) const FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
     pub(crate) const REGISTER_MODE_MISSING: u64 = 1;
     pub(crate) const IOC_NEW: u64 = 0xaa00;
     pub(crate) const IOC_API: u64 = 0xc018_aa3f;
@@ -222,13 +224,14 @@ impl PageServer {
 
     fn send(&self, ram: &GuestRam, uffd: BorrowedFd<'_>) -> io::Result<()> {
         let mut offset = 0;
+        let page_size = ram.host_pages().size_bytes();
         let ranges = ram.mapped_ranges().map(|(range, host_addr)| {
             let size = range.size_bytes;
             let at = offset;
             offset += size;
             // `page_size_kib` is in bytes, too: a mistake that Firecracker's clients have come to rely upon.
             format!(
-                r#"{{"base_host_virt_addr":{host_addr},"size":{size},"offset":{at},"page_size":{PAGE_SIZE},"page_size_kib":{PAGE_SIZE}}}"#
+                r#"{{"base_host_virt_addr":{host_addr},"size":{size},"offset":{at},"page_size":{page_size},"page_size_kib":{page_size}}}"#
             )
         });
         let text = format!("[{}]", ranges.collect::<Vec<_>>().join(","));
@@ -256,21 +259,34 @@ impl AsRawFd for PageServer {
 
 impl GuestRam {
     /// Maps RAM whose pages are put in by the process behind `server`, each when it is first touched, at the offsets that a
-    /// memory file of all of RAM has. Whoever touches a page waits for that.
+    /// memory file of all of RAM has. Whoever touches a page waits for that. The process is told how large `pages` are, and puts
+    /// in whole ones.
     ///
     /// # Errors
-    /// As [`GuestRam::map`]; this process may not use userfaultfd; the other process cannot be told.
-    pub fn map_served(plan: &MemoryPlan, server: &PageServer) -> Result<Self, ServeError> {
-        // Small pages: of a huge one the server would have to bring 512, or none.
-        let map = map_ranges(plan, false)?;
+    /// As [`GuestRam::map_of`]; this process may not use userfaultfd; the other process cannot be told.
+    pub fn map_served(
+        plan: &MemoryPlan,
+        server: &PageServer,
+        pages: HostPages,
+    ) -> Result<Self, ServeError> {
+        let mut features = abi::FEATURE_EVENT_REMOVE;
+        let backing = match pages {
+            // Of a transparent huge page the server would have to bring all 512 small ones, or none.
+            HostPages::Anonymous => Backing::Small,
+            HostPages::Huge2M => {
+                features |= abi::FEATURE_MISSING_HUGETLBFS;
+                Backing::Hugetlb
+            }
+        };
+        let map = map_ranges(plan, backing)?;
         let uffd = open_userfaultfd()?;
         let mut api = abi::Api {
             api: abi::API,
-            features: abi::FEATURE_EVENT_REMOVE,
+            features,
             ioctls: 0,
         };
         ioctl(&uffd, abi::IOC_API, &mut api).map_err(ServeError::Features)?;
-        let ram = Self::of_map(map, Some(uffd));
+        let ram = Self::of_map(map, pages, Some(uffd));
         let Some(uffd) = ram.served_by() else {
             return Ok(ram);
         };
@@ -433,7 +449,7 @@ mod tests {
         let test = TestServer::start(&path, pages).unwrap();
         let server = PageServer::connect(&path).unwrap();
         let plan = MemoryPlan::around_hole(bytes).unwrap();
-        let ram = GuestRam::map_served(&plan, &server).unwrap();
+        let ram = GuestRam::map_served(&plan, &server, HostPages::Anonymous).unwrap();
         (folder, test, server, ram)
     }
 

@@ -8,7 +8,8 @@ use std::os::unix::fs::FileExt;
 
 use crate::memory_map::{LayerRun, newest_of_layers};
 use crate::{
-    AccessError, GuestRam, MapError, MemoryMap, MemoryPlan, PAGE_SIZE, PageKind, PageRun, PageSet,
+    AccessError, GuestRam, HostPages, MapError, MemoryMap, MemoryPlan, PAGE_SIZE, PageKind,
+    PageRun, PageSet,
 };
 
 /// Most mappings that one guest's RAM is made of. Linux gives a process 65530 (vm.max_map_count); what goes beyond is copied.
@@ -67,16 +68,17 @@ impl GuestRam {
     }
 
     /// As [`GuestRam::map_snapshot`], but reads all data into fresh memory, with huge pages where the host gives them: slower to
-    /// start, as fast as any guest from then on, and independent of the files.
+    /// start, as fast as any guest from then on, and independent of the files. `pages`: which pages of the host it is made of.
     ///
     /// # Errors
-    /// As there, and what reading the files says.
+    /// As there and in [`GuestRam::map_of`], and what reading the files says.
     pub fn copy_snapshot(
         plan: &MemoryPlan,
         layers: &[(&File, &MemoryMap)],
+        pages: HostPages,
     ) -> Result<Self, MapError> {
         let runs = checked(plan, layers)?;
-        let ram = Self::map(plan)?;
+        let ram = Self::map_of(plan, pages)?;
         for LayerRun { layer, run } in runs {
             if run.kind == PageKind::Data {
                 let pages = run.first_page..run.first_page + run.pages;

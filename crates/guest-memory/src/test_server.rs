@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use crate::PAGE_SIZE;
 use crate::served::{abi, ioctl, open_userfaultfd};
 
 /// Serves the RAM of one guest. It goes away when it is dropped.
@@ -32,6 +31,12 @@ pub fn may_serve(test: &str) -> bool {
     let Err(why) = open_userfaultfd() else {
         return true;
     };
+    skip(test, &why.to_string());
+    false
+}
+
+/// Says aloud, and counts, that `test` is skipped.
+pub(crate) fn skip(test: &str, why: &str) {
     let line = format!("SKIPPED {test}: {why}\n");
     let _ = io::stderr().write_all(line.as_bytes());
     if let Some(path) = std::env::var_os("ALVEOLE_SKIP_LOG") {
@@ -41,12 +46,11 @@ pub fn may_serve(test: &str) -> bool {
             .open(path);
         let _ = log.and_then(|mut log| log.write_all(line.as_bytes()));
     }
-    false
 }
 
 impl TestServer {
-    /// Listens at `socket` and serves whoever connects first with what `pages` says of each page of the memory file; of
-    /// which it says nothing, nobody is ever given.
+    /// Listens at `socket` and serves whoever connects first with what `pages` says of each page of the memory file, counted and as
+    /// large as it is told that pages are; of which it says nothing, nobody is ever given.
     ///
     /// # Errors
     /// The socket cannot be made.
@@ -141,13 +145,15 @@ fn serve(
         }
         let mut addr = [0; 8];
         addr.copy_from_slice(&event[16..24]);
-        let addr = u64::from_ne_bytes(addr) / PAGE_SIZE * PAGE_SIZE;
+        let addr = u64::from_ne_bytes(addr);
         let range = numbers
             .chunks_exact(5)
             .find(|r| (r[0]..r[0] + r[1]).contains(&addr));
         let Some(range) = range else { continue };
+        let page_size = range[3];
+        let addr = addr / page_size * page_size;
         state.asked.fetch_add(1, Ordering::AcqRel);
-        let Some(page) = pages((addr - range[0] + range[2]) / PAGE_SIZE) else {
+        let Some(page) = pages((addr - range[0] + range[2]) / page_size) else {
             continue;
         };
         // struct uffdio_copy: where to, where from, how much, mode, what was copied.

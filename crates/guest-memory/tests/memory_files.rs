@@ -7,8 +7,8 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use alveole_guest_memory::{
-    GuestRam, MAX_MAPPINGS, MapError, MemoryMap, MemoryPlan, PAGE_SIZE, PageKind, PageRun, PageSet,
-    SaveError, read_ahead,
+    GuestRam, HostPages, MAX_MAPPINGS, MapError, MemoryMap, MemoryPlan, PAGE_SIZE, PageKind,
+    PageRun, PageSet, SaveError, read_ahead,
 };
 use proptest::prelude::*;
 
@@ -48,7 +48,7 @@ fn assert_restores(plan: &MemoryPlan, layers: &[(File, MemoryMap)], want: &[u8])
     let before: Vec<_> = layers.iter().map(|(file, _)| bytes_of(file)).collect();
     let mapped = GuestRam::map_snapshot(plan, &layers).unwrap();
     assert!(content(&mapped) == want, "mapped");
-    let copied = GuestRam::copy_snapshot(plan, &layers).unwrap();
+    let copied = GuestRam::copy_snapshot(plan, &layers, HostPages::Anonymous).unwrap();
     assert!(content(&copied) == want, "copied");
     for ram in [&mapped, &copied] {
         for page in 0..ram.pages() {
@@ -159,7 +159,7 @@ fn ranges_lie_one_behind_the_other_in_the_file() {
     let layers = [(&file, &map), (&newer, &newer_map)];
     for ram in [
         GuestRam::map_snapshot(&plan, &layers).unwrap(),
-        GuestRam::copy_snapshot(&plan, &layers).unwrap(),
+        GuestRam::copy_snapshot(&plan, &layers, HostPages::Anonymous).unwrap(),
     ] {
         for (page, want) in [
             (0, page_of(0)),
@@ -227,7 +227,7 @@ fn files_that_hold_no_such_memory_are_refused_in_words() {
     let ram = GuestRam::map(&plan).unwrap();
     let (file, map) = saved(&ram, &PageSet::all(16));
     let refusal = |layers: &[(&File, &MemoryMap)]| {
-        let copied = GuestRam::copy_snapshot(&plan, layers).unwrap_err();
+        let copied = GuestRam::copy_snapshot(&plan, layers, HostPages::Anonymous).unwrap_err();
         let mapped = GuestRam::map_snapshot(&plan, layers).unwrap_err();
         assert_eq!(copied.to_string(), mapped.to_string());
         mapped

@@ -11,10 +11,10 @@ mod vsock;
 
 use std::path::PathBuf;
 
-use alveole_guest_memory::MemoryPlan;
+use alveole_guest_memory::{HostPages, MemoryPlan};
 use alveole_rate_limiter::Limits;
 use alveole_virtio_vsock::{MAX_GUEST_CID, MAX_PATH_BYTES, MIN_GUEST_CID, VsockConfig};
-use alveole_vm_config::{CpuTemplate, CpuidRegister, VmConfig};
+use alveole_vm_config::{CpuTemplate, CpuidRegister, HugePages, VmConfig};
 
 pub use drives::{MAX_DRIVES, MAX_QUEUES, SERIAL_BYTES};
 pub(crate) use drives::{ValidDrive, limits};
@@ -44,6 +44,8 @@ pub struct ValidConfig {
     pub(crate) cpu_template: CpuTemplate,
     pub(crate) cpu_config: ValidCpuConfig,
     pub(crate) memory: MemoryPlan,
+    /// Which pages of the host RAM is made of.
+    pub(crate) host_pages: HostPages,
     /// Whether written pages are noted.
     pub(crate) track_dirty_pages: bool,
     pub(crate) kernel_path: PathBuf,
@@ -101,6 +103,11 @@ pub enum Invalid {
         /// Why not.
         why: String,
     },
+    /// A size that is not made of huge pages.
+    #[error(
+        "mem_size_mib is {0}, and huge_pages are \"2M\": memory of huge pages is a multiple of 2 MiB; give it one more or less, or say \"Transparent\""
+    )]
+    OddMemory(u64),
     /// No kernel.
     #[error("kernel_image_path is empty: name the kernel to boot")]
     NoKernel,
@@ -332,6 +339,14 @@ pub enum Invalid {
     },
 }
 
+/// Which pages of the host RAM of this kind is made of.
+pub(crate) fn host_pages(kind: HugePages) -> HostPages {
+    match kind {
+        HugePages::None | HugePages::Transparent => HostPages::Anonymous,
+        HugePages::Hugetlb2M => HostPages::Huge2M,
+    }
+}
+
 /// Checks `config` against the machine's rules.
 ///
 /// # Errors
@@ -360,6 +375,10 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
             })
             .ok()
     };
+    let host_pages = host_pages(config.machine_config.huge_pages);
+    if let Some(Err(_)) = memory.as_ref().map(|memory| host_pages.check(memory)) {
+        broken.push(Invalid::OddMemory(mib));
+    }
     let boot = &config.boot_source;
     if boot.kernel_image_path.as_os_str().is_empty() {
         broken.push(Invalid::NoKernel);
@@ -388,6 +407,7 @@ pub fn validate(config: &VmConfig) -> Result<ValidConfig, Vec<Invalid>> {
             cpu_template,
             cpu_config,
             memory,
+            host_pages,
             track_dirty_pages: config.machine_config.track_dirty_pages,
             kernel_path: boot.kernel_image_path.clone(),
             initrd_path: boot.initrd_path.clone(),
@@ -444,6 +464,20 @@ mod tests {
         let broken = validate(&config(65, u64::MAX, "k")).unwrap_err();
         assert!(matches!(broken[0], Invalid::TooManyCpus(65)));
         assert!(broken[1].to_string().contains("16 TiB"), "{}", broken[1]);
+    }
+
+    #[test]
+    fn huge_pages_make_even_sizes() {
+        for (kind, mib, broken) in [
+            (HugePages::Hugetlb2M, 65, true),
+            (HugePages::Hugetlb2M, 66, false),
+            (HugePages::Transparent, 65, false),
+        ] {
+            let mut config = config(1, mib, "k");
+            config.machine_config.huge_pages = kind;
+            let told = validate(&config).err();
+            assert_eq!(told, broken.then(|| vec![Invalid::OddMemory(mib)]));
+        }
     }
 
     #[test]

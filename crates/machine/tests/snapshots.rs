@@ -16,6 +16,8 @@ use std::time::Instant;
 
 use alveole_block_store::Format;
 use alveole_block_store::tools::create_overlay;
+use alveole_guest_memory::HostPages;
+use alveole_guest_memory::test_huge_pages::MorePages;
 use alveole_guest_memory::test_server::{TestServer, may_serve};
 use alveole_hypervisor::fake::{FakePartition, Step};
 use alveole_machine::{
@@ -39,6 +41,7 @@ use tempfile::TempDir;
 const PAGE: u64 = 4096;
 /// RAM of the machine, in bytes.
 const RAM: u64 = 64 << 20;
+const HUGE_PAGE: u64 = 2 << 20;
 /// The scratch register of the serial port, and the keyboard controller's ports.
 const SCRATCH: u16 = 0x3f8 + 7;
 /// Set to write the snapshots of this version anew.
@@ -791,6 +794,58 @@ fn memory_in_huge_pages_is_the_same_and_does_not_depend_on_the_files() {
     assert_eq!(bytes, [0xab; 4096]);
     let gone = told(&read);
     assert!(gone.contains("memory"), "{gone}");
+}
+
+#[test]
+fn memory_in_pages_of_hugetlbfs_is_the_same_from_files_and_from_a_server() {
+    let test = "memory_in_pages_of_hugetlbfs_is_the_same_from_files_and_from_a_server";
+    if !may_serve(test) {
+        return;
+    }
+    let Some(_more) = MorePages::make(test, RAM / HUGE_PAGE) else {
+        return;
+    };
+    let dir = TempDir::new().unwrap();
+    chain(dir.path());
+    let mapped = load(dir.path(), "2");
+    let want = all_memory(&mapped);
+    let read = SnapshotLoad {
+        huge_pages: Some(HugePages::Hugetlb2M),
+        ..mapped.clone()
+    };
+    assert!(all_memory(&read) == want);
+    let partition = FakePartition::new(Vec::new());
+    let machine = restored(&read, &partition, &Mailbox::new().0).unwrap();
+    assert_eq!(partition.ram().unwrap().host_pages(), HostPages::Huge2M);
+    drop((machine, partition));
+    let backend_path = dir.path().join("u");
+    let served = want.clone();
+    let server = TestServer::start(&backend_path, move |page| {
+        let at = usize::try_from(page * HUGE_PAGE).unwrap();
+        Some(served[at..at + usize::try_from(HUGE_PAGE).unwrap()].to_vec())
+    });
+    let by_server = SnapshotLoad {
+        mem_backend: Some(MemoryBackend {
+            backend_type: MemoryBackendType::Uffd,
+            backend_path,
+        }),
+        ..read
+    };
+    let server = server.unwrap();
+    let partition = FakePartition::new(Vec::new());
+    // It is served for as long as there is a machine.
+    let machine = restored(&by_server, &partition, &Mailbox::new().0).unwrap();
+    let ram = partition.ram().unwrap();
+    for page in
+        (0..RAM / PAGE).filter(|page| !(GENERATION_PAGE..GENERATION_PAGE + 2).contains(page))
+    {
+        let mut bytes = [0; 4096];
+        ram.read(page * PAGE, &mut bytes).unwrap();
+        let at = usize::try_from(page * PAGE).unwrap();
+        assert!(bytes == want[at..at + 4096], "page {page} differs");
+    }
+    assert_eq!(server.served(), RAM / HUGE_PAGE);
+    drop(machine);
 }
 
 #[test]

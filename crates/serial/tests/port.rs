@@ -330,6 +330,66 @@ fn input_that_is_left_is_told_of_until_it_is_read() {
     assert_eq!(m.read(2) & 0xf, 1, "IIR: no interrupt");
 }
 
+/// What Linux does for a byte: enable, ask, write, disable, ask again.
+#[test]
+fn an_empty_transmitter_is_told_of_while_that_is_enabled() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut m = Machine::with(&file(&dir.path().join("console")));
+    for _ in 0..2 {
+        m.write(1, 2); // IER: transmitter empty
+        assert_eq!(m.irq.take_edges(), 1, "each time that it is enabled");
+        assert_eq!(m.read(2) & 0xf, 2, "IIR: transmitter empty");
+        assert_eq!(m.read(2) & 0xf, 1, "IIR: it was told");
+        m.write(0, b'x');
+        assert_eq!(m.irq.take_edges(), 1, "the byte is gone");
+        m.write(1, 0);
+        assert_eq!(m.read(2) & 0xf, 1, "IIR: nobody asks for it");
+        assert_eq!(m.irq.take_edges(), 0);
+    }
+    // Enabled again before anybody asked: told anew.
+    m.write(1, 2);
+    m.write(1, 0);
+    m.write(1, 2);
+    assert!(m.irq.take_edges() > 0);
+    assert_eq!(m.read(2) & 0xf, 2, "IIR: transmitter empty");
+    // The divisor latch is no interrupt enable register.
+    m.write(0, b'x');
+    m.write(3, 0x80);
+    m.write(1, 0);
+    m.write(3, 3);
+    assert_eq!(m.read(2) & 0xf, 2, "IIR: transmitter empty");
+}
+
+/// A driver masks all while it writes a message, and has input told of when it is done.
+#[test]
+fn input_is_told_of_anew_when_the_transmitter_is_no_longer_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("console.sock");
+    let mut m = Machine::with(&ConsoleTarget::Socket(path.clone()));
+    m.write(1, 3);
+    let mut client = UnixStream::connect(&path).unwrap();
+    client.write_all(b"a").unwrap();
+    eventually("input", || m.read(5) & 1 == 1);
+    let _ = m.irq.take_edges();
+    m.write(1, 1);
+    assert!(m.irq.take_edges() > 0, "input is there");
+    // A guest that is saved now has not been told yet.
+    let saved = m.uart.save();
+    let console = Console::open(&ConsoleTarget::None, Box::new(|_| {})).unwrap();
+    let irq = IrqLine::new().unwrap();
+    let (mut other, _worker, _handle) = console.into_parts(irq.clone());
+    other.restore(&saved).unwrap();
+    assert!(irq.take_edges() > 0, "a restored guest is told again");
+    assert_eq!(m.read(2) & 0xf, 4, "IIR: received data available");
+    m.write(1, 3);
+    m.write(1, 0);
+    assert_eq!(m.read(2) & 0xf, 1, "IIR: nobody asks for it");
+    m.write(1, 1);
+    assert!(m.irq.take_edges() > 0);
+    assert_eq!(m.read(2) & 0xf, 4, "IIR: received data available");
+    assert_eq!(m.receive(1), b"a");
+}
+
 #[test]
 fn input_waits_for_the_end_of_loopback() {
     let dir = tempfile::tempdir().unwrap();

@@ -102,27 +102,23 @@ pub(crate) fn template(section: &mut Object<'_>) -> Option<CpuTemplate> {
 
 pub(crate) fn huge_pages(section: &mut Object<'_>) -> Option<HugePages> {
     let value = section.take("huge_pages")?;
-    Some(match value.read::<String>()?.as_str() {
-        "None" => HugePages::None,
-        "Transparent" => HugePages::Transparent,
-        other => {
-            refuse_huge_pages(&value, other, "");
-            HugePages::None
-        }
-    })
+    let said = value.read::<String>()?;
+    Some(pages_of_word(&value, &said, "").unwrap_or_default())
 }
 
-/// What is no kind of huge pages, or one that cannot be had. `more`: what else than `None` and `Transparent` could be said.
-pub(crate) fn refuse_huge_pages(value: &Value<'_>, said: &str, more: &str) {
-    if said == "2M" {
-        value.wrong(format_args!(
-            "\"2M\" cannot be had: pages of hugetlbfs are not built yet; say \"Transparent\" or \"None\""
-        ));
-    } else {
-        value.wrong(format_args!(
-            "{} is no kind of huge pages; known are {more}None, Transparent",
-            value.shown()
-        ));
+/// The kind of huge pages that a word names. `more`: what else could be said.
+pub(crate) fn pages_of_word(value: &Value<'_>, said: &str, more: &str) -> Option<HugePages> {
+    match said {
+        "None" => Some(HugePages::None),
+        "Transparent" => Some(HugePages::Transparent),
+        "2M" => Some(HugePages::Hugetlb2M),
+        _ => {
+            value.wrong(format_args!(
+                "{} is no kind of huge pages; known are {more}None, Transparent, 2M",
+                value.shown()
+            ));
+            None
+        }
     }
 }
 

@@ -194,12 +194,7 @@ pub(crate) fn load(body: &mut Object<'_>) -> SnapshotLoad {
         let said = value.read::<String>()?;
         match said.as_str() {
             "Snapshot" => None,
-            "None" => Some(HugePages::None),
-            "Transparent" => Some(HugePages::Transparent),
-            other => {
-                read::refuse_huge_pages(&value, other, "Snapshot, ");
-                None
-            }
+            other => read::pages_of_word(&value, other, "Snapshot, "),
         }
     });
     SnapshotLoad {
@@ -259,6 +254,7 @@ mod tests {
             ("Snapshot", None),
             ("None", Some(HugePages::None)),
             ("Transparent", Some(HugePages::Transparent)),
+            ("2M", Some(HugePages::Hugetlb2M)),
         ] {
             let body = format!(r#"{{"snapshot_path": "s", "huge_pages": "{said}"}}"#);
             assert_eq!(load(&body).unwrap().huge_pages, pages);
@@ -278,8 +274,8 @@ mod tests {
                 "one of \"File\", \"Uffd\"",
             ),
             (
-                r#"{"snapshot_path": "s", "huge_pages": "2M"}"#,
-                "not built yet",
+                r#"{"snapshot_path": "s", "huge_pages": "1G"}"#,
+                "known are Snapshot, None, Transparent, 2M",
             ),
             (
                 r#"{"snapshot_path": "s", "network_overrides": [{"iface_id": "a"}]}"#,

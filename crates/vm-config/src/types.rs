@@ -112,6 +112,9 @@ pub enum HugePages {
     None,
     /// Transparent huge pages, also for a guest that goes on from a snapshot.
     Transparent,
+    /// Pages of 2 MiB of the host's pool (hugetlbfs), all reserved before the guest starts.
+    #[serde(rename = "2M")]
+    Hugetlb2M,
 }
 
 /// Where log lines go, and which. An absent field leaves the program's own default.

@@ -90,7 +90,9 @@ pub(super) fn reserved_huge_pages() -> Finding {
 /// Reserving none is the usual thing and no fault.
 fn judge_hugetlb(reserved: Option<u64>, free: Option<u64>) -> Finding {
     match (reserved, free) {
-        (Some(0), _) => ok("none of 2 MiB reserved, and none needed"),
+        (Some(0), _) => ok(
+            "none of 2 MiB reserved; guests with \"huge_pages\": \"2M\" need them, others do not",
+        ),
         (Some(reserved), free) => ok(format!(
             "{} of {reserved} free, 2 MiB each",
             free.unwrap_or_default()

@@ -6,6 +6,7 @@ use alveole_vm_config::HugePages;
 
 use crate::build::BuildError;
 use crate::snapshot::{LayerV1, MemorySource, RangeV1};
+use crate::validate::host_pages;
 use crate::{Snapshot, ValidConfig};
 
 /// Address space that is needed besides guest memory, for each processor (a stack of 2 MiB and what KVM shares of it), and for the other
@@ -26,7 +27,7 @@ pub(super) struct WithPartition {
 
 pub(super) fn plan_memory(config: &ValidConfig) -> Result<WithMemory, BuildError> {
     Ok(WithMemory {
-        ram: GuestRam::map(&config.memory)?,
+        ram: GuestRam::map_of(&config.memory, config.host_pages)?,
     })
 }
 
@@ -63,6 +64,7 @@ pub(crate) fn map_memory(
     {
         return Err(BuildError::OtherMemory);
     }
+    let pages = host_pages(huge_pages);
     Ok(match source {
         MemorySource::Files(files) => {
             let maps = layers.iter().map(|layer| &layer.map);
@@ -70,10 +72,12 @@ pub(crate) fn map_memory(
             match huge_pages {
                 HugePages::None => GuestRam::map_snapshot(&config.memory, &layers)?,
                 // Pages of a file are small ones.
-                HugePages::Transparent => GuestRam::copy_snapshot(&config.memory, &layers)?,
+                HugePages::Transparent | HugePages::Hugetlb2M => {
+                    GuestRam::copy_snapshot(&config.memory, &layers, pages)?
+                }
             }
         }
-        MemorySource::Server(server) => GuestRam::map_served(&config.memory, server)?,
+        MemorySource::Server(server) => GuestRam::map_served(&config.memory, server, pages)?,
     })
 }
 

@@ -195,6 +195,7 @@ impl BuildError {
         match self {
             Self::Memory(
                 MapError::MoreThanHost { .. }
+                | MapError::Plan(_)
                 | MapError::Maps(_)
                 | MapError::NoPlainFile { .. }
                 | MapError::ShortFile { .. },
@@ -212,6 +213,8 @@ impl BuildError {
             Self::Serve(_)
             | Self::Memory(
                 MapError::Refused { .. }
+                | MapError::NoHugePages { .. }
+                | MapError::HugePagesLimited { .. }
                 | MapError::NoRoom { .. }
                 | MapError::Ranges(_)
                 | MapError::Layer { .. },

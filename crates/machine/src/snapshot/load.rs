@@ -118,6 +118,11 @@ pub enum LoadError {
         "memory that a process serves cannot be prepared, as each guest has pages of its own there: name a memory file, or load it in a process of its own"
     )]
     PreparedServer,
+    /// What copies of a process do not get.
+    #[error(
+        "memory in huge pages of 2 MiB (hugetlbfs) cannot be prepared, as copies of a process do not inherit them: say huge_pages \"Transparent\" or \"None\", or load it in a process of its own"
+    )]
+    PreparedHugePages,
 }
 
 impl LoadError {
@@ -220,6 +225,10 @@ impl Prepared {
         if matches!(self.source, MemorySource::Server(_)) {
             return Err(BuildError::Load(LoadError::PreparedServer));
         }
+        let pages = self.huge_pages(&self.load);
+        if pages == HugePages::Hugetlb2M {
+            return Err(BuildError::Load(LoadError::PreparedHugePages));
+        }
         let path = &self.load.snapshot_path;
         let valid = validate(&self.config).map_err(|broken| {
             let all: Vec<_> = broken.iter().map(ToString::to_string).collect();
@@ -228,7 +237,6 @@ impl Prepared {
                 why: all.join("; "),
             })
         })?;
-        let pages = self.huge_pages(&self.load);
         let ram = map_memory(
             &valid,
             &self.memory.ranges,
@@ -278,7 +286,7 @@ impl Prepared {
         let working_set = match pages {
             HugePages::None => plan_working_set(load, &memory, &source)?,
             // All is read before it runs.
-            HugePages::Transparent => None,
+            HugePages::Transparent | HugePages::Hugetlb2M => None,
         };
         Ok(Snapshot {
             config,
