@@ -63,6 +63,9 @@ pub(crate) struct KeepArgs {
     /// How long programs of a guest that goes on may take; 0: they do not run
     #[arg(long, requires = "from")]
     hooks_ms: Option<u64>,
+    /// What it changes of its memory is noted from its beginning
+    #[arg(long, requires = "from")]
+    track_changes: bool,
 }
 
 /// The words about networks, as `alveole run` has them.
@@ -128,7 +131,7 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
         purpose,
         |vm| {
             let machine = match from.take() {
-                Some(from) => restored(&places, vm, from, hooks),
+                Some(from) => restored(&places, vm, from, hooks, args.track_changes),
                 None => machine(&places, vm, args.offline),
             };
             machine.map_err(|e| format!("{e:#}"))
