@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::forks::{counts, exec, ticks};
 use super::images::Home;
-use crate::harness::images::path;
+use crate::harness::images::{path, tool};
 
 /// What is written at a time.
 const MIB: u64 = 4;
@@ -106,6 +106,12 @@ fn diffs_have_what_changed_and_need_no_other_snapshot() {
         (&known["kind"], &known["base"], &known["memory_files"]),
         (&"diff".into(), &"web-1".into(), &3.into())
     );
+    // What all three have counts once.
+    let taken = home.does(&["system", "df", "--format", "json"]);
+    let taken: Vec<Value> = serde_json::from_str(&taken).unwrap();
+    let taken = taken.iter().find(|k| k["kind"] == "snapshots").unwrap();
+    let taken = taken["bytes"].as_f64().unwrap() / 1048576.0;
+    assert!(taken < 2.0 * sizes[0], "{taken} MiB");
 
     // Each of them stands alone.
     let of_two = [("1st", &*first), ("2nd", &*second)];
@@ -128,6 +134,17 @@ fn diffs_have_what_changed_and_need_no_other_snapshot() {
     home.does(&["snapshot", "import", path(&archive), "carried"]);
     let carried = home.does(&["snapshot", "verify", "carried"]);
     assert_eq!(carried, "carried: whole");
+    let before = fs::read_dir(folder(&home).join("web-2")).unwrap();
+    let before = before.map(|e| e.unwrap().file_name().into_string().unwrap());
+    let before = before.filter(|name| name.starts_with("memory-")).max();
+    let lacks = format!("--delete=./{}", before.as_ref().unwrap());
+    assert!(tool("tar", &["--file", path(&archive), &lacks]));
+    let refused = home.output(&["snapshot", "import", path(&archive), "half"]);
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        !refused.status.success() && said.contains(&before.unwrap()),
+        "{said}"
+    );
 
     // A copy of which changes are noted has its first diff over its snapshot; of others it has all.
     home.does(&["restore", "carried", "--name", "noted", "--track-changes"]);

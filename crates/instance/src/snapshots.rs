@@ -483,10 +483,11 @@ mod tests {
     fn memory_files_are_known_by_their_ids_whoever_has_them() {
         let dir = tempfile::tempdir().unwrap();
         let all = Snapshots::new(&dir.path().join("snapshots"));
+        let record = record(dir.path());
         let take = |name: &str, ids: &[&str]| {
             let record = SnapshotRecord {
                 memory_ids: ids.iter().map(|id| (*id).into()).collect(),
-                ..record(dir.path())
+                ..record.clone()
             };
             all.create(name, |_| Ok::<_, InstanceError>(record))
                 .unwrap()

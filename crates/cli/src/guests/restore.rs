@@ -654,6 +654,36 @@ mod tests {
     }
 
     #[test]
+    fn a_diff_has_names_for_all_that_it_builds_upon_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let folder = at("diff");
+        fs::create_dir(&folder).unwrap();
+        fs::write(at("a"), "of a").unwrap();
+        fs::write(at("b"), "of b").unwrap();
+        let all = ["a", "b", "gone"].map(|id| (id.to_owned(), at(id))).into();
+        let names = || {
+            let mut names: Vec<_> = fs::read_dir(&folder)
+                .unwrap()
+                .map(|entry| file_name(&entry.unwrap().path()))
+                .collect();
+            names.sort();
+            names
+        };
+        let link = |ids: &[&str]| {
+            let ids: Vec<_> = ids.iter().map(|id| (*id).to_owned()).collect();
+            link_before(&all, &ids, &folder).unwrap()
+        };
+        // Of one the name is there and the file is not, of the other nothing is known.
+        assert!(!link(&["a", "gone"]) && !link(&["a", "unknown"]));
+        assert!(names().is_empty());
+        assert!(link(&["a", "b"]));
+        assert_eq!(names(), ["memory-a", "memory-b"]);
+        fs::remove_file(at("b")).unwrap();
+        assert_eq!(fs::read_to_string(folder.join("memory-b")).unwrap(), "of b");
+    }
+
+    #[test]
     fn what_is_not_said_is_left_out() {
         let all = json!({"a": null, "b": [{"c": null, "d": 1}], "e": false});
         assert_eq!(without_nulls(all), json!({"b": [{"d": 1}], "e": false}));

@@ -126,8 +126,8 @@ impl Machine {
         let before = self.base(create.snapshot_type).len();
         if before >= MAX_LAYERS {
             return Err(format!(
-                "the snapshot before is made of {before} memory files, and more than {MAX_LAYERS} make no memory: take a full one \
-                 (snapshot_type Full), upon which further diffs build; to flatten makes one of those that are there"
+                "the snapshot before is made of {before} memory files, and more than {MAX_LAYERS} make no memory: take a full one (snapshot_type \
+                 Full, or no --diff), upon which further diffs build; to flatten the one before makes one file of its own, for those who load it"
             ));
         }
         Ok(())
