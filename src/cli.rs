@@ -7,7 +7,10 @@ use std::path::PathBuf;
 use alveole_api_server::DEFAULT_MAX_BODY_BYTES;
 use alveole_machine::{DiskThreads, Flatten, OnSigterm, Placement, Transport};
 use alveole_serial::{ConsoleTarget, FileStart};
-use alveole_vm_config::LogLevel;
+use alveole_vm_config::{LogLevel, Logger};
+
+/// Name of a machine that nobody gave one; Firecracker's.
+const DEFAULT_ID: &str = "anonymous-instance";
 
 /// What `--help` prints.
 pub(crate) const HELP: &str = "\
@@ -21,6 +24,9 @@ usage: alveole-vmm [--api-sock PATH] [{--config-file | --load-snapshot} FILE [--
                         started at once, and not by a client of the API
   --load-snapshot FILE  snapshot to load, as PUT /snapshot/load has it (JSON): at once, and not by a
                         client of the API
+  --template PATH       run no guest: prepare what --load-snapshot names, and make a copy of this process for each
+                        who asks on a unix socket here (crates/process-template says how); a copy gets a command
+                        line of its own, whose --load-snapshot names the same files
   --no-api              no API socket: run what the file describes
   --http-api-max-payload-size BYTES
                         largest body that the API takes (default: 51200)
@@ -85,6 +91,7 @@ pub(crate) struct Args {
     pub(crate) metadata_limit_bytes: Option<usize>,
     pub(crate) config_file: Option<PathBuf>,
     pub(crate) load_snapshot: Option<PathBuf>,
+    pub(crate) template: Option<PathBuf>,
     pub(crate) no_api: bool,
     pub(crate) console: Option<ConsoleTarget>,
     pub(crate) boot_timer: bool,
@@ -114,6 +121,7 @@ impl Default for Args {
             metadata_limit_bytes: None,
             config_file: None,
             load_snapshot: None,
+            template: None,
             no_api: false,
             console: None,
             boot_timer: false,
@@ -131,6 +139,24 @@ impl Default for Args {
             launched: Launched::default(),
             no_seccomp: false,
             seccomp_filter: None,
+        }
+    }
+}
+
+impl Args {
+    /// The machine's name.
+    pub(crate) fn id(&self) -> &str {
+        self.id.as_deref().unwrap_or(DEFAULT_ID)
+    }
+
+    /// What is said about the log.
+    pub(crate) fn logger(&self) -> Logger {
+        Logger {
+            log_path: self.log_path.clone(),
+            level: self.level,
+            show_level: self.show_level.then_some(true),
+            show_log_origin: self.show_log_origin.then_some(true),
+            module: self.module.clone(),
         }
     }
 }
@@ -199,6 +225,18 @@ impl Tool {
     }
 }
 
+/// What can be said to a template; the rest is for its copies.
+const OF_TEMPLATES: [&str; 8] = [
+    "template",
+    "load-snapshot",
+    "id",
+    "log-path",
+    "level",
+    "module",
+    "show-level",
+    "show-log-origin",
+];
+
 /// Longest `--id`, as Firecracker has it.
 const MAX_ID_CHARS: usize = 64;
 
@@ -249,6 +287,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
             "show-log-origin" => args.show_log_origin = true,
             "config-file" => args.config_file = Some(text()?.into()),
             "load-snapshot" => args.load_snapshot = Some(text()?.into()),
+            "template" => args.template = Some(text()?.into()),
             "api-sock" => args.api_sock = text()?.into(),
             "metadata" => args.metadata = Some(text()?.into()),
             "mmds-size-limit" => args.metadata_limit_bytes = Some(number(&name, &text()?)?),
@@ -272,6 +311,18 @@ pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Request
     }
     if let Some(request) = tool.request()? {
         return Ok(request);
+    }
+    if args.template.is_some() {
+        if args.load_snapshot.is_none() {
+            return Err(
+                "--template without --load-snapshot: there is nothing to prepare; add --load-snapshot FILE".into(),
+            );
+        }
+        if let Some(other) = seen.iter().find(|name| !OF_TEMPLATES.contains(&&***name)) {
+            return Err(format!(
+                "--template and --{other} exclude each other: say --{other} to each copy"
+            ));
+        }
     }
     if args.no_seccomp && args.seccomp_filter.is_some() {
         return Err("--no-seccomp and --seccomp-filter exclude each other; leave one out".into());
@@ -406,6 +457,8 @@ mod tests {
         assert_eq!(a.max_body_bytes, 7);
         let a = run("--load-snapshot l.json --no-api").unwrap();
         assert_eq!(a.load_snapshot, Some("l.json".into()));
+        let a = run("--template t.sock --load-snapshot l.json --level info").unwrap();
+        assert_eq!(a.template, Some("t.sock".into()));
         let a = run("--seccomp-filter f.bpf").unwrap();
         assert_eq!(a.seccomp_filter, Some("f.bpf".into()));
         assert_eq!(
@@ -513,6 +566,11 @@ mod tests {
             ("--seccomp-filter", "seccomp-filter"),
             ("--seccomp-filter f --no-seccomp", "exclude each other"),
             ("--mmds-size-limit x", "expected a whole number"),
+            ("--template t", "add --load-snapshot FILE"),
+            (
+                "--template t --load-snapshot l --api-sock a",
+                "say --api-sock to each copy",
+            ),
         ] {
             let e = run(line).unwrap_err();
             assert!(e.contains(want), "{line}: {e}");

@@ -12,6 +12,7 @@ mod metrics;
 mod session;
 mod signals;
 mod snapshots;
+mod template;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use alveole_api_server::{ApiSocket, ApiThread, SendRequest};
 use alveole_event_loop::Worker;
-use alveole_machine::{Bulletin, End, Event, Files, Mailbox, SNAPSHOT_VERSION};
+use alveole_machine::{Bulletin, End, Event, Files, Mailbox, Prepared, SNAPSHOT_VERSION};
 use alveole_thread_sandbox::ExtraFilters;
 use alveole_vm_control::{Answer, Command};
 use cli::{Args, Request};
@@ -39,19 +40,17 @@ fn main() -> ExitCode {
         Ok(Request::DescribeSnapshot(path)) => snapshots::describe(&path),
         Ok(Request::VerifySnapshot(state, memory)) => snapshots::verify(&state, memory.as_deref()),
         Ok(Request::FlattenSnapshot(flatten)) => snapshots::flatten(&flatten),
-        Ok(Request::Run(args)) => match run(&args, started) {
+        Ok(Request::Run(args)) => match template::begin(&args, started) {
             // Not before everything is put away: it may die here.
-            Ok(end) => exit::ended(&end),
+            Ok(Some(end)) => exit::ended(&end),
+            Ok(None) => ExitCode::SUCCESS,
             Err(failure) => exit::failed(&failure),
         },
         Err(text) => exit::failed(&Failure::Usage(text)),
     }
 }
 
-fn run(args: &Args, started: Instant) -> Result<End, Failure> {
-    alveole_thread_sandbox::share_heap();
-    logger::start(args.id.as_deref().unwrap_or(session::DEFAULT_ID));
-    raise_descriptor_limit();
+fn run(args: &Args, started: Instant, prepared: Option<Prepared>) -> Result<End, Failure> {
     if args.no_seccomp {
         log::warn!(
             "--no-seccomp: the filters stay; if one refuses a call, the last line of standard error names it: tell us"
@@ -96,7 +95,7 @@ fn run(args: &Args, started: Instant) -> Result<End, Failure> {
     let mut machine = if at_once {
         session.build(workers)?
     } else if let Some(load) = &load {
-        session.load(load, workers)?
+        session.load(load, workers, prepared)?
     } else {
         match session.wait_for_start(&events)? {
             Started::Machine(machine) => *machine,

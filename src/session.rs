@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use alveole_event_loop::Worker;
 use alveole_hypervisor_kvm::KvmPartition;
 use alveole_machine::{
-    Bulletin, Desk, End, Event, HostResources, Identity, Machine, Mailbox, Options, Snapshot,
+    Bulletin, Desk, End, Event, HostResources, Identity, Machine, Mailbox, Options, Prepared,
+    Snapshot,
 };
 use alveole_mmds::Metadata;
 use alveole_serial::{Console, ConsoleTarget};
@@ -20,9 +21,6 @@ use crate::description;
 use crate::exit::{self, Failure};
 use crate::logger;
 use crate::metrics::{MetricsFile, Startup};
-
-/// Name of a machine that nobody gave one; Firecracker's.
-pub(crate) const DEFAULT_ID: &str = "anonymous-instance";
 
 /// What came of waiting for a client to start the machine.
 pub(crate) enum Started {
@@ -60,15 +58,13 @@ impl<'a> Session<'a> {
         process_start: Instant,
     ) -> Result<Self, Failure> {
         let file = config.logger.clone().unwrap_or_default();
+        let said = args.logger();
         let log = logger::change(&Logger {
-            log_path: args.log_path.clone().or(file.log_path),
-            level: args.level.or(file.level),
-            show_level: args.show_level.then_some(true).or(file.show_level),
-            show_log_origin: args
-                .show_log_origin
-                .then_some(true)
-                .or(file.show_log_origin),
-            module: args.module.clone().or(file.module),
+            log_path: said.log_path.or(file.log_path),
+            level: said.level.or(file.level),
+            show_level: said.show_level.or(file.show_level),
+            show_log_origin: said.show_log_origin.or(file.show_log_origin),
+            module: said.module.or(file.module),
         });
         let path = args.metrics_path.as_ref();
         let path = path.or(config.metrics.as_ref().map(|m| &m.metrics_path));
@@ -78,7 +74,7 @@ impl<'a> Session<'a> {
             opened.map_err(|why| unopened.push(why)).ok()
         });
         let identity = Identity {
-            id: args.id.clone().unwrap_or_else(|| DEFAULT_ID.into()),
+            id: args.id().into(),
             app_name: "Alveole".into(),
             version: env!("CARGO_PKG_VERSION").into(),
             api_version: alveole_api_server::API_VERSION.into(),
@@ -245,7 +241,7 @@ impl<'a> Session<'a> {
                     Err(why) => Err(Refusal::Failed(format!("cannot start the guest: {why}"))),
                 }
             }
-            (Ok(()), Command::LoadSnapshot(load)) => match self.load(&load, Vec::new()) {
+            (Ok(()), Command::LoadSnapshot(load)) => match self.load(&load, Vec::new(), None) {
                 Ok(machine) => {
                     self.desk.post(if load.resume_vm {
                         State::Running
@@ -273,7 +269,7 @@ impl<'a> Session<'a> {
         self.build(Vec::new()).map_err(Failure::into_text)
     }
 
-    /// The machine of a snapshot, whose description becomes ours. `workers` run on the machine's loop.
+    /// The machine of a snapshot, whose description becomes ours. `workers` run on the machine's loop. What is `prepared` is not read again.
     ///
     /// # Errors
     /// The snapshot is damaged, or not one of this host, or what it names is not there. Nothing is left behind.
@@ -281,6 +277,7 @@ impl<'a> Session<'a> {
         &mut self,
         load: &SnapshotLoad,
         workers: Vec<Box<dyn Worker>>,
+        prepared: Option<Prepared>,
     ) -> Result<Machine, Failure> {
         self.begun = (Instant::now(), "LoadSnapshot");
         self.told = true;
@@ -289,7 +286,11 @@ impl<'a> Session<'a> {
         }
         let config = |e: &dyn std::error::Error| Failure::Config(e.to_string());
         let host = |e: &dyn std::error::Error| Failure::Host(e.to_string());
-        let snapshot = Snapshot::open(load).map_err(|e| match e.blames_snapshot() {
+        let snapshot = match prepared {
+            Some(prepared) => prepared.snapshot(load),
+            None => Snapshot::open(load),
+        };
+        let snapshot = snapshot.map_err(|e| match e.blames_snapshot() {
             true => config(&e),
             false => host(&e),
         })?;

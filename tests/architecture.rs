@@ -26,6 +26,7 @@ const LAYERS: [&[&str]; 6] = [
         "egress-rules",
         "erofs",
         "saved-state",
+        "process-template",
     ],
     &[
         "hypervisor",
@@ -132,6 +133,10 @@ const UNSAFE: &[(&str, &str)] = &[
     ),
     ("serial", "restores the terminal from signal handlers"),
     ("host", "asks the kernel what it offers by raw system calls"),
+    (
+        "process-template",
+        "forks, and gives descriptors to the copy by number",
+    ),
     (
         "jailer",
         "forks, and takes descriptors by number from whoever started it",

@@ -6,12 +6,17 @@ mod api_client;
 #[expect(dead_code, reason = "tests/bad_input.rs uses the rest")]
 mod tiny_guest;
 
-use std::fs;
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use alveole_process_template::{Copy, HowEnded};
 use api_client::Client;
 use nix::sys::signal::Signal::{SIGKILL, SIGTERM};
 use serde_json::{Value, json};
@@ -382,4 +387,166 @@ fn what_cannot_be_loaded_at_the_start_is_told() {
     run(&["--no-api"]).assert(CONFIG, &["cannot open the snapshot \"s\""]);
     bench.write("s", b"no snapshot");
     run(&["--no-api"]).assert(CONFIG, &["\"s\": "]);
+}
+
+// Templates ---------------------------------------------------------------------------------------
+
+/// Starts a template of `load.json`, whose standard input is ours to close.
+fn template(bench: &Bench) -> Running<'_> {
+    let mut command = bench.command(&["--template", "t", "--load-snapshot", "load.json"]);
+    command.stdin(Stdio::piped());
+    let mut running = bench.start_command(command);
+    assert!(
+        running.wait_until(|| bench.file("t").exists()),
+        "{}",
+        running.said()
+    );
+    running
+}
+
+/// A copy of the template with a console of its own, and what it says on standard error in a file.
+fn copy(bench: &Bench, words: &[&str], name: &str) -> Copy {
+    let console = format!("file:{name}");
+    let words = [&["--console", &console], words].concat();
+    let words: Vec<_> = words.into_iter().map(OsStr::new).collect();
+    let nothing = File::open("/dev/null").unwrap();
+    let said = File::create(bench.file(&format!("{name}.said"))).unwrap();
+    let descriptors = [(0, nothing.as_fd()), (1, said.as_fd()), (2, said.as_fd())];
+    Copy::ask(&bench.file("t"), &words, &descriptors).unwrap()
+}
+
+fn within(mut holds: impl FnMut() -> bool) -> bool {
+    let until = Instant::now() + Duration::from_secs(30);
+    while !holds() && Instant::now() < until {
+        thread::sleep(Duration::from_millis(5));
+    }
+    holds()
+}
+
+#[test]
+fn guests_of_a_template_are_each_their_own() {
+    if no_kvm("guests_of_a_template_are_each_their_own") {
+        return;
+    }
+    let bench = Bench::new(&filling(64));
+    let (running, mut client) = ticking_guest(&bench, 64);
+    assert_eq!(client.ask("PUT", "/snapshot/create", &create()).status, 200);
+    kill(running);
+    write_load(&bench, &load(true));
+    let mut template = template(&bench);
+    let mut copies = Vec::new();
+    for name in ["one", "two", "three"] {
+        // A disk of its own, as the other one is locked; the snapshot and its memory are the template's.
+        fs::copy(bench.file("d"), bench.file(&format!("{name}.disk"))).unwrap();
+        let mut own = load(true);
+        own["drive_overrides"][0]["path_on_host"] = json!(format!("{name}.disk"));
+        let file = format!("{name}.json");
+        bench.write(&file, own.to_string().as_bytes());
+        let words = ["--load-snapshot", &file, "--api-sock", name, "--id", name];
+        let console = format!("{name}.console");
+        copies.push((name, copy(&bench, &words, &console)));
+    }
+    for (name, copy) in &mut copies {
+        let console = format!("{name}.console");
+        let said = || fs::read_to_string(bench.file(&format!("{console}.said"))).unwrap();
+        assert!(
+            within(|| has_printed(&bench, &console)),
+            "{name}: {}",
+            said()
+        );
+        let mut client = Client::at(&bench.file(name));
+        assert_eq!(client.get("/")["id"], **name);
+        let disk = client.get("/vm/config")["drives"][0]["path_on_host"].clone();
+        assert_eq!(disk, format!("{name}.disk"));
+        assert_eq!(copy.try_wait(), None);
+        // Each is sandboxed as any other: main thread and processor have a filter.
+        let tasks = fs::read_dir(format!("/proc/{}/task", copy.pid())).unwrap();
+        for task in tasks {
+            let path = task.unwrap().path();
+            let named = fs::read_to_string(path.join("comm")).unwrap();
+            let status = fs::read_to_string(path.join("status")).unwrap();
+            let kernels = named.starts_with("kvm-") || named.starts_with("vhost-");
+            assert!(
+                kernels || status.contains("Seccomp:\t2"),
+                "{named}: {status}"
+            );
+        }
+    }
+    // One of them is asked to end, one killed, and one left alone by who asked for it.
+    let signal = |copy: &Copy, signal| {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(copy.pid()).unwrap());
+        nix::sys::signal::kill(pid, signal).unwrap();
+    };
+    signal(&copies[0].1, SIGTERM);
+    assert_eq!(copies[0].1.wait(), HowEnded::Signal(SIGTERM as i32));
+    copies[1].1.kill();
+    assert_eq!(copies[1].1.wait(), HowEnded::Signal(SIGKILL as i32));
+    let last = copies[2].1.pid();
+    drop(template.child.stdin.take());
+    assert!(within(|| !bench.file("t").exists()));
+    assert!(
+        template.child.try_wait().unwrap().is_none(),
+        "a copy is left"
+    );
+    drop(copies);
+    assert!(within(|| !Path::new(&format!("/proc/{last}")).exists()));
+    assert_eq!(template.end().code(), Some(0));
+}
+
+#[test]
+fn what_is_wrong_with_a_template_or_its_copies_is_said_by_them() {
+    if no_kvm("what_is_wrong_with_a_template_or_its_copies_is_said_by_them") {
+        return;
+    }
+    let bench = Bench::new(&ticking());
+    let (running, mut client) = ticking_guest(&bench, 64);
+    assert_eq!(client.ask("PUT", "/snapshot/create", &create()).status, 200);
+    kill(running);
+    let refused = |load: &Value, words: &[&str]| {
+        write_load(&bench, load);
+        let arguments = ["--template", "t", "--load-snapshot", "load.json"];
+        bench.run_with(&arguments).assert(CONFIG, words);
+        assert!(!bench.file("t").exists());
+    };
+    let mut nowhere = load(true);
+    nowhere["snapshot_path"] = json!("nowhere");
+    refused(&nowhere, &["cannot open the snapshot", "nowhere"]);
+    let mut other = load(true);
+    other["mem_backend"]["backend_path"] = json!("d");
+    refused(&other, &["is not the memory that belongs"]);
+
+    write_load(&bench, &load(true));
+    bench.write("t", b"");
+    let arguments = ["--template", "t", "--load-snapshot", "load.json"];
+    let taken = bench.run_with(&arguments);
+    taken.assert(1, &["cannot listen at \"t\"", "remove what is there"]);
+    fs::remove_file(bench.file("t")).unwrap();
+    let mut template = template(&bench);
+    let mut same = load(true);
+    same["mem_backend"]["backend_path"] = json!("m2");
+    bench.write("other.json", same.to_string().as_bytes());
+    for (name, words, code, why) in [
+        ("word", &["--nope"][..], USAGE, "--nope"),
+        ("nothing", &["--no-api"], USAGE, "--no-api"),
+        ("boots", &["--api-sock", "x"], USAGE, "loads the snapshot"),
+        (
+            "another",
+            &["--load-snapshot", "other.json", "--no-api"],
+            CONFIG,
+            "mem_backend differs",
+        ),
+    ] {
+        let mut copy = copy(&bench, words, name);
+        let ended = copy.wait();
+        let said = fs::read_to_string(bench.file(&format!("{name}.said"))).unwrap();
+        assert_eq!(ended, HowEnded::Code(code), "{name}: {said}");
+        assert!(said.contains(why), "{name}: {said}");
+    }
+    // It goes on, for those who come with what can be.
+    let words = ["--load-snapshot", "load.json", "--no-api"];
+    let copy = copy(&bench, &words, "well");
+    assert!(within(|| has_printed(&bench, "well")));
+    template.signal(SIGTERM);
+    template.child.wait().unwrap();
+    assert!(fs::read_dir(format!("/proc/{}/task", copy.pid())).is_ok());
 }

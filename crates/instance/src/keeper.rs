@@ -15,7 +15,7 @@ use alveole_agent_client::{AgentError, Controls, Duplex, Guest, Session, Streams
 use alveole_agent_protocol::{
     Answer, Control, Exit, Process, READY_PORT, Refusal, Shutdown, ShutdownHow, Stream, from_json,
 };
-use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::ask::Ask;
 use crate::beginning::{
@@ -23,7 +23,7 @@ use crate::beginning::{
 };
 use crate::folder::{now_ms, write_json};
 use crate::log::LogWriter;
-use crate::monitor::Monitor;
+use crate::monitor::{Monitor, MonitorTemplate};
 use crate::stages::reached;
 use crate::streams::{Fanout, Hub, Input, lock};
 use crate::{Beginning, Ended, Happened, InstanceError, KeeperLock, Phase, Restart, Vm};
@@ -47,6 +47,8 @@ const SERVING_LOOK: Duration = Duration::from_millis(5);
 pub struct Machine {
     /// The monitor, with all its words and descriptors. It runs until it, or the keeper, ends.
     pub monitor: Command,
+    /// Who gives it sooner.
+    pub template: Option<MonitorTemplate>,
     /// What the guest is to be, or becomes.
     pub begin: Beginning,
     /// What must live as long as the machine does.
@@ -307,6 +309,7 @@ impl Once<'_> {
         phase.memory_mib = now.record.memory_mib;
         let Machine {
             monitor,
+            template,
             begin,
             held,
             discarded,
@@ -316,11 +319,10 @@ impl Once<'_> {
             Beginning::Boot(setup) => setup.network.clone(),
             Beginning::Restored(restored) => restored.identity.words(),
         };
-        let mut monitor = Monitor::start(vm, monitor, held)
+        let mut monitor = Monitor::start(vm, monitor, template.as_ref(), held)
             .map_err(|e| not_started(format!("cannot start the monitor: {e}")))?;
         reached("monitor");
-        let pid = rustix::process::Pid::from_child(&monitor.child);
-        lock(&self.control.now).monitor = pidfd_open(pid, PidfdFlags::empty()).ok();
+        lock(&self.control.now).monitor = monitor.pidfd();
         // Somebody asked for its end before there was one to be killed.
         if lock(&self.control.now).stopping {
             kill(self.control);
@@ -391,7 +393,7 @@ impl Once<'_> {
         };
         phase.phase = "running".into();
         phase.started_ms = now_ms();
-        phase.monitor_pid = Some(monitor.child.id());
+        phase.monitor_pid = Some(monitor.id());
         if let Purpose::Serve(over) = self.purpose {
             write_json(&vm.at("phase.json"), phase).map_err(|e| not_started(e.to_string()))?;
             tell(Told::Runs);

@@ -33,6 +33,7 @@ pub use folder::{KeeperLock, Vm, Vms};
 pub use identity::{Identity, renew};
 pub use keeper::{Machine, Purpose, Told, keep};
 pub use log::{LogEntry, LogReader};
+pub use monitor::MonitorTemplate;
 pub use record::{Content, Ended, Limits, Phase, Placed, Record, Restart, State};
 pub use snapshots::{
     Loading, MEMORY, PassingSnapshot, Snapshot, SnapshotRecord, Snapshots, memory_before,

@@ -1,14 +1,16 @@
 //! The monitor's process, and what is seen of its guest from outside.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, PipeWriter, Read, Write, pipe};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Signal, set_parent_process_death_signal};
+use alveole_process_template::{AskError, Copy, HowEnded};
+use rustix::process::{PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
 
 use crate::{Happened, Vm};
 
@@ -23,57 +25,123 @@ const MAX_LOOKED_AT_BYTES: usize = 1024;
 /// How much of what the monitor said last is told.
 const TOLD_BYTES: usize = 600;
 
+/// A process that has the snapshot prepared, and gives a monitor of it sooner than a program that is executed: see `alveole_process_template`.
+#[derive(Debug)]
+pub struct MonitorTemplate {
+    /// Where it is asked.
+    pub socket: PathBuf,
+    /// The descriptors that the monitor's words name.
+    pub descriptors: Vec<RawFd>,
+}
+
 /// The monitor, which ends with this.
 pub(crate) struct Monitor {
-    pub(crate) child: Child,
+    process: Process,
     said: PathBuf,
     /// Goes after the monitor.
     _held: Vec<Box<dyn Send>>,
 }
 
+/// The monitor's process.
+enum Process {
+    /// A child of ours.
+    Child(Child),
+    /// A child of a template.
+    Copy(Copy),
+}
+
+impl Process {
+    fn how_ended(&mut self) -> Option<HowEnded> {
+        match self {
+            Self::Child(child) => match child.try_wait() {
+                Ok(None) => None,
+                Ok(Some(status)) => Some(how(status)),
+                Err(_) => Some(HowEnded::Unknown),
+            },
+            Self::Copy(copy) => copy.try_wait(),
+        }
+    }
+
+    fn kill(&mut self) {
+        match self {
+            Self::Child(child) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Self::Copy(copy) => {
+                copy.kill();
+                copy.wait();
+            }
+        }
+    }
+}
+
+fn how(status: ExitStatus) -> HowEnded {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => HowEnded::Code(code),
+        (_, Some(signal)) => HowEnded::Signal(signal),
+        _ => HowEnded::Unknown,
+    }
+}
+
 impl Monitor {
+    /// Starts it: by the `template`, if there is one, and where that does not give one, by itself.
     pub(crate) fn start(
         vm: &Vm,
-        mut command: Command,
+        command: Command,
+        template: Option<&MonitorTemplate>,
         held: Vec<Box<dyn Send>>,
     ) -> io::Result<Self> {
         let said = vm.at("monitor");
-        let out = File::create(&said)?;
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(out);
-        // SAFETY: one system call, nothing is allocated.
-        unsafe {
-            command.pre_exec(|| {
-                // A keeper that is killed leaves no guest behind.
-                set_parent_process_death_signal(Some(Signal::KILL))?;
-                Ok(())
-            });
-        }
-        let mut child = command.spawn()?;
-        if let Some(console) = child.stdout.take() {
-            let (path, vm) = (vm.at("console"), vm.clone());
-            thread::Builder::new()
-                .name("console".into())
-                .spawn(move || {
-                    keep_console(console, &path, |process| vm.note(Happened::Oom { process }));
-                })?;
-        }
+        let words = File::create(&said)?;
+        let (console, output) = pipe()?;
+        let copied = template.and_then(|template| {
+            let copied = copy_of(template, &command, &output, &words);
+            copied.map_err(|e| log::warn!("{e}")).ok()
+        });
+        let process = match copied {
+            Some(copy) => Process::Copy(copy),
+            None => Process::Child(execute(command, output, words)?),
+        };
+        let (path, vm) = (vm.at("console"), vm.clone());
+        thread::Builder::new()
+            .name("console".into())
+            .spawn(move || {
+                keep_console(console, &path, |process| vm.note(Happened::Oom { process }));
+            })?;
         Ok(Self {
-            child,
+            process,
             said,
             _held: held,
         })
     }
 
+    /// Its process's number.
+    pub(crate) fn id(&self) -> u32 {
+        match &self.process {
+            Process::Child(child) => child.id(),
+            Process::Copy(copy) => copy.pid(),
+        }
+    }
+
+    /// Its process, by a descriptor: no other can be meant.
+    pub(crate) fn pidfd(&self) -> Option<OwnedFd> {
+        match &self.process {
+            Process::Child(child) => {
+                let pid = rustix::process::Pid::from_child(child);
+                pidfd_open(pid, PidfdFlags::empty()).ok()
+            }
+            Process::Copy(copy) => copy.pidfd().try_clone_to_owned().ok(),
+        }
+    }
+
     /// Whether it has ended as its guest's kernel panicked.
     pub(crate) fn says_panic(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(Some(status)) if status.code() == Some(PANICKED))
+        self.process.how_ended() == Some(HowEnded::Code(PANICKED))
     }
 
     pub(crate) fn has_ended(&mut self) -> bool {
-        !matches!(self.child.try_wait(), Ok(None))
+        self.process.how_ended().is_some()
     }
 
     /// Waits for its end, and kills it if that does not come.
@@ -81,8 +149,7 @@ impl Monitor {
         let until = Instant::now() + patience;
         while !self.has_ended() {
             if Instant::now() > until {
-                let _ = self.child.kill();
-                let _ = self.child.wait();
+                self.process.kill();
                 return;
             }
             thread::sleep(Duration::from_millis(1));
@@ -91,13 +158,11 @@ impl Monitor {
 
     /// How it ended, in its own words.
     pub(crate) fn last_words(&mut self) -> String {
-        let status = match self.child.try_wait() {
-            Ok(Some(status)) => match (status.code(), status.signal()) {
-                (Some(code), _) => format!("exit status {code}"),
-                (_, Some(signal)) => format!("signal {signal}"),
-                _ => "unknown status".into(),
-            },
-            _ => "it still runs".into(),
+        let status = match self.process.how_ended() {
+            Some(HowEnded::Code(code)) => format!("exit status {code}"),
+            Some(HowEnded::Signal(signal)) => format!("signal {signal}"),
+            Some(HowEnded::Unknown) => "unknown status".into(),
+            None => "it still runs".into(),
         };
         let said = fs::read(&self.said).unwrap_or_default();
         let said =
@@ -112,6 +177,40 @@ impl Monitor {
         }
         format!("{status}: {said}")
     }
+}
+
+/// A monitor that the template makes.
+fn copy_of(
+    template: &MonitorTemplate,
+    command: &Command,
+    output: &PipeWriter,
+    words: &File,
+) -> Result<Copy, AskError> {
+    let nothing = File::open("/dev/null").map_err(|source| AskError::Descriptor { source })?;
+    let mut descriptors = vec![
+        (0, nothing.as_fd()),
+        (1, output.as_fd()),
+        (2, words.as_fd()),
+    ];
+    for number in &template.descriptors {
+        // SAFETY: the caller holds them, as the monitor would otherwise inherit them.
+        descriptors.push((*number, unsafe { BorrowedFd::borrow_raw(*number) }));
+    }
+    let args: Vec<_> = command.get_args().collect();
+    Copy::ask(&template.socket, &args, &descriptors)
+}
+
+fn execute(mut command: Command, output: PipeWriter, words: File) -> io::Result<Child> {
+    command.stdin(Stdio::null()).stdout(output).stderr(words);
+    // SAFETY: one system call, nothing is allocated.
+    unsafe {
+        command.pre_exec(|| {
+            // A keeper that is killed leaves no guest behind.
+            set_parent_process_death_signal(Some(Signal::KILL))?;
+            Ok(())
+        });
+    }
+    command.spawn()
 }
 
 /// What the guest writes to its console, as far as that is kept. A guest can write for ever, and a disk may be full: it goes on.
@@ -186,8 +285,7 @@ fn killed_for_memory(line: &[u8]) -> Option<String> {
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.process.kill();
     }
 }
 

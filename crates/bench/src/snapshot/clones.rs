@@ -12,9 +12,10 @@ use anyhow::{Context, bail};
 
 use super::life::{Arrivals, Files, Process, Shape};
 use super::table::{Case, Place, Row};
+use super::template::{Guest, Template};
 use super::{Plan, Samples, milliseconds};
 use crate::smaps;
-use crate::vmm::Vmm;
+use crate::vmm::{Kind, Vmm};
 
 /// How often all copies together beat: the more there are the calmer is each, so that processors are left to those that start.
 const BEATS_A_SECOND: u64 = 1000;
@@ -23,9 +24,31 @@ const REST: Duration = Duration::from_secs(1);
 
 /// A copy that runs.
 struct Clone {
-    process: Process,
+    process: Made,
     /// User and system time of its threads when the load was answered.
     cpu: Duration,
+}
+
+/// Its VMM.
+enum Made {
+    Executed(Process),
+    Copied(Guest),
+}
+
+impl Made {
+    fn id(&self) -> u32 {
+        match self {
+            Self::Executed(process) => process.run.id(),
+            Self::Copied(guest) => guest.id(),
+        }
+    }
+
+    fn beat(&mut self) -> anyhow::Result<()> {
+        match self {
+            Self::Executed(process) => process.beat().map(drop),
+            Self::Copied(guest) => guest.beat(),
+        }
+    }
 }
 
 /// Has a guest of `mib` copied, each of `counts` times, by a snapshot in `folder`.
@@ -51,21 +74,39 @@ pub(super) fn measure(
         let mut guest = Process::boot(plan, vmm, &shape, &arrivals).context("boot")?;
         guest.take_full(&files).context("full snapshot")?;
         drop(guest);
-        let case = Case {
-            place: Place::Clones,
-            number: count,
+        let mut measure = |place, make: &Make<'_>| {
+            let case = Case {
+                place,
+                number: count,
+            };
+            let mut add = |row, value| samples.push((case, row, value));
+            many(make, mib, usize::try_from(count)?, &mut add)
+                .with_context(|| format!("{count} copies"))
         };
-        let mut add = |row, value| samples.push((case, row, value));
-        many(plan, vmm, &files, mib, usize::try_from(count)?, &mut add)
-            .with_context(|| format!("{count} copies"))?;
+        let folder = |number: usize| plan.scratch.join(format!("clone{number}"));
+        measure(Place::Clones, &|number, arrivals| {
+            let mut process = Process::start(plan, vmm, &folder(number), arrivals)?;
+            process.load(&files)?;
+            Ok(Made::Executed(process))
+        })?;
+        // Peers know no such thing.
+        if vmm.kind == Kind::Alveole {
+            let template = Template::start(plan, vmm, &files)?;
+            measure(Place::Templated, &|number, arrivals| {
+                let mut guest = Guest::start(plan, &template, &folder(number), arrivals)?;
+                guest.answered()?;
+                Ok(Made::Copied(guest))
+            })?;
+        }
     }
     Ok(())
 }
 
+/// Makes the copy of this number, and waits until it answers.
+type Make<'a> = dyn Fn(usize, &Arrivals) -> anyhow::Result<Made> + Sync + 'a;
+
 fn many(
-    plan: &Plan,
-    vmm: &Vmm,
-    files: &Files,
+    make: &Make<'_>,
     mib: u64,
     count: usize,
     add: &mut dyn FnMut(Row, f64),
@@ -82,10 +123,8 @@ fn many(
             if number >= count {
                 return Ok(clones);
             }
-            let folder = plan.scratch.join(format!("clone{number}"));
-            let mut process = Process::start(plan, vmm, &folder, arrivals)?;
-            process.load(files)?;
-            let cpu = cpu(process.run.id())?;
+            let process = make(number, arrivals)?;
+            let cpu = cpu(process.id())?;
             clones.push(Clone { process, cpu });
         }
     };
@@ -109,7 +148,7 @@ fn many(
     }
     let beaten = start.elapsed();
     let used = || -> anyhow::Result<Duration> {
-        let times = clones.iter().map(|clone| cpu(clone.process.run.id()));
+        let times = clones.iter().map(|clone| cpu(clone.process.id()));
         times.sum()
     };
     let (before, from) = (used()?, Instant::now());
@@ -118,9 +157,8 @@ fn many(
     let running = used()?.saturating_sub(before);
     let mut memory = Memory::default();
     for clone in &clones {
-        let file = format!("/proc/{}/smaps", clone.process.run.id());
-        let text = fs::read_to_string(&file)
-            .map_err(|e| anyhow::anyhow!(clone.process.run.failure(&format!("{file}: {e}"))))?;
+        let file = format!("/proc/{}/smaps", clone.process.id());
+        let text = fs::read_to_string(&file).with_context(|| format!("{file}: it has ended"))?;
         let mappings = smaps::parse(&text).map_err(anyhow::Error::msg)?;
         let split = smaps::split(&mappings, mib << 20).map_err(anyhow::Error::msg)?;
         memory.guest += split.guest;

@@ -4,7 +4,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use rustix::fs::inotify;
 use serde_json::{Value, json};
 
 use super::table::Row;
-use super::{Plan, milliseconds};
+use super::{Plan, milliseconds, template};
 use crate::client::Client;
 use crate::run::Run;
 use crate::vmm::{Kind, Vmm, utf8};
@@ -44,6 +44,12 @@ pub(super) struct Shape {
 /// kernel, which is longer than a restore.
 pub(super) struct Arrivals(OwnedFd);
 
+impl AsFd for Arrivals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl Arrivals {
     pub(super) fn new() -> anyhow::Result<Self> {
         let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
@@ -51,7 +57,7 @@ impl Arrivals {
     }
 
     /// Forgets what has come, and becomes readable when something comes to `folder`.
-    fn expect(&self, folder: &Path) -> anyhow::Result<()> {
+    pub(super) fn expect(&self, folder: &Path) -> anyhow::Result<()> {
         inotify::add_watch(&self.0, folder, inotify::WatchFlags::CREATE)?;
         let mut events = [0; 4096];
         while rustix::io::read(&self.0, &mut events).is_ok() {}
@@ -85,6 +91,14 @@ impl Files {
     pub(super) fn remove(&self) {
         let _ = fs::remove_file(&self.state);
         let _ = fs::remove_file(&self.memory);
+    }
+
+    /// What a load of it says, but whether the guest runs.
+    pub(super) fn load_body(&self) -> anyhow::Result<Value> {
+        Ok(json!({
+            "snapshot_path": utf8(&self.state)?,
+            "mem_backend": {"backend_type": "File", "backend_path": utf8(&self.memory)?},
+        }))
     }
 
     fn body(&self, more: Value) -> anyhow::Result<String> {
@@ -224,10 +238,8 @@ impl Process {
 
     /// Loads a snapshot into a process that has no machine, and has the guest go on; how long the answer took.
     pub(super) fn load(&mut self, files: &Files) -> anyhow::Result<Duration> {
-        let body = json!({
-            "snapshot_path": utf8(&files.state)?, "resume_vm": true,
-            "mem_backend": {"backend_type": "File", "backend_path": utf8(&files.memory)?},
-        });
+        let mut body = files.load_body()?;
+        body["resume_vm"] = json!(true);
         self.ask("PUT", "/snapshot/load", &body.to_string())
     }
 
@@ -280,6 +292,9 @@ pub(super) fn measure(
     }
     drop(guest);
     restore(plan, vmm, &files, &arrivals, add).context("restore")?;
+    if vmm.kind == Kind::Alveole {
+        template::measure(plan, vmm, &files, &arrivals, add)?;
+    }
     drop(files);
 
     shape.tracks_pages = true;

@@ -7,6 +7,7 @@ mod clones;
 mod life;
 mod live;
 mod table;
+mod template;
 mod touches;
 
 use std::fs;

@@ -23,6 +23,8 @@ pub(super) enum Place {
     /// A guest that goes on.
     Live,
     Clones,
+    /// Copies whose VMM is a copy of a process that has the snapshot prepared.
+    Templated,
     /// Memory that is touched after a restore: of a file in the page cache, and of one that is on the disk only.
     Warm,
     Cold,
@@ -44,6 +46,7 @@ impl Case {
             Place::Cold => format!("{number} MiB, disk, cold"),
             Place::Disk => format!("{number} MiB, disk"),
             Place::Clones => format!("{number}"),
+            Place::Templated => format!("{number}, of a template"),
         }
     }
 }
@@ -65,6 +68,8 @@ pub(super) enum Row {
     Load,
     Answered,
     Beat,
+    CopyAnswered,
+    CopyBeat,
     FirstTouch,
     SecondTouch,
     Unique,
@@ -101,7 +106,16 @@ const TABLES: [(&str, &[Row]); 5] = [
             Row::LiveDiffWritten,
         ],
     ),
-    ("Restore, ms", &[Row::Load, Row::Answered, Row::Beat]),
+    (
+        "Restore, ms",
+        &[
+            Row::Load,
+            Row::Answered,
+            Row::Beat,
+            Row::CopyAnswered,
+            Row::CopyBeat,
+        ],
+    ),
     (
         "Memory after a restore",
         &[Row::FirstTouch, Row::SecondTouch],
@@ -148,6 +162,14 @@ impl Row {
             Self::Load => ("load_ms", "PUT /snapshot/load with resume_vm"),
             Self::Answered => ("answered_ms", "process start → load answered"),
             Self::Beat => ("beat_ms", "process start → first byte of the guest"),
+            Self::CopyAnswered => (
+                "copy_answered_ms",
+                "a template is asked → the machine answers",
+            ),
+            Self::CopyBeat => (
+                "copy_beat_ms",
+                "a template is asked → first byte of the guest",
+            ),
             Self::Unique => ("unique_mib", "memory of its own, each, MiB (USS)"),
             Self::GuestsOwn => (
                 "guests_own_mib",
@@ -286,6 +308,7 @@ pub(super) fn json(columns: &[Column]) -> Value {
         for ((row, case), values) in &column.samples {
             let name = match case.place {
                 Place::Clones => format!("{} copies", case.number),
+                Place::Templated => format!("{} copies of a template", case.number),
                 Place::Live => format!("{} MiB, live", case.number),
                 _ => case.title(),
             };

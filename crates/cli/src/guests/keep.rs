@@ -66,6 +66,9 @@ pub(crate) struct KeepArgs {
     /// What it changes of its memory is noted from its beginning
     #[arg(long, requires = "from")]
     track_changes: bool,
+    /// Its monitor is a copy of the process that is asked at this socket
+    #[arg(long, requires = "from")]
+    template: Option<PathBuf>,
 }
 
 /// The words about networks, as `alveole run` has them.
@@ -131,7 +134,14 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
         purpose,
         |vm| {
             let machine = match from.take() {
-                Some(from) => restored(&places, vm, from, hooks, args.track_changes),
+                Some(from) => restored(
+                    &places,
+                    vm,
+                    from,
+                    hooks,
+                    args.template.as_deref(),
+                    args.track_changes,
+                ),
                 None => machine(&places, vm, args.offline),
             };
             machine.map_err(|e| format!("{e:#}"))
@@ -247,6 +257,7 @@ fn machine(places: &Places, vm: &Vm, offline: bool) -> anyhow::Result<Machine> {
     held.push(Box::new(plugged.descriptors));
     Ok(Machine {
         monitor,
+        template: None,
         begin: Beginning::Boot(Box::new(setup)),
         held,
         discarded: discarded(record),

@@ -12,6 +12,7 @@ mod restore;
 mod run;
 mod sample;
 mod stats;
+mod template;
 mod terminal;
 mod top;
 mod update;

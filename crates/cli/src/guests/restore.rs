@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,8 +11,8 @@ use std::time::Duration;
 use alveole_block_store::{Backing, Format, tools};
 use alveole_host::programs;
 use alveole_instance::{
-    Beginning, Content, Happened, Identity, MEMORY, Machine, MonitorApi, Placed, Record, Restored,
-    Snapshot, SnapshotRecord, Snapshots, State, Vm, memory_before,
+    Beginning, Content, Happened, Identity, MEMORY, Machine, MonitorApi, MonitorTemplate, Placed,
+    Record, Restored, Snapshot, SnapshotRecord, Snapshots, State, Vm, memory_before,
 };
 use anyhow::{Context, bail};
 use serde::Deserialize;
@@ -19,6 +20,7 @@ use serde_json::{Value, json};
 
 use super::keep::{CHANGES, Disks, device_words, discarded, plug};
 use super::run::{Begun, now_ms, start_keeper};
+use super::template::Template;
 use crate::hint;
 use crate::interfaces::keep_over_exec;
 use crate::places::Places;
@@ -28,6 +30,8 @@ use crate::run::{hand_over, path_of};
 const TAKE_PATIENCE: Duration = Duration::from_secs(900);
 /// So many copies are begun before the first of them runs.
 const AT_ONCE: usize = 8;
+/// From so many copies on, a process that has the snapshot prepared costs less than it spares.
+const WORTH_A_TEMPLATE: u32 = 3;
 /// What a disk for changes is laid over begins so.
 const BASE: &str = "base-";
 /// A disk for changes that is laid over another one.
@@ -451,11 +455,25 @@ pub(crate) fn restore(
     places.vms().sweep();
     let _loading = snapshot.load()?;
     let hooks = format!("--hooks-ms={}", copies.hooks.as_millis());
-    let track = copies.track_changes.then_some("--track-changes");
     let from = snapshot
         .folder()
         .to_str()
         .with_context(|| format!("'{}' is no UTF-8", snapshot.folder().display()))?;
+    let template = match copies.number {
+        WORTH_A_TEMPLATE.. => Template::start(snapshot)
+            // Each copy says what is wrong with the snapshot, if that is it.
+            .map_err(|e| log::debug!("{e:#}"))
+            .ok(),
+        _ => None,
+    };
+    let mut words = vec!["--from".to_owned(), from.to_owned(), hooks];
+    if let Some(template) = &template {
+        words.push(format!("--template={}", template.socket().display()));
+    }
+    if copies.track_changes {
+        words.push("--track-changes".to_owned());
+    }
+    let words: Vec<&str> = words.iter().map(|word| &**word).collect();
     let mut begun = VecDeque::new();
     let mut well = true;
     for number in 1..=copies.number {
@@ -464,10 +482,7 @@ pub(crate) fn restore(
             (Some(name), _) => format!("{name}-{number}"),
             (None, _) => format!("{}-{}", snapshot.record.vm, Record::new_id()?),
         };
-        let copy = make(&places, snapshot, &name, copies).and_then(|vm| {
-            let words = ["--from", from, &hooks].into_iter().chain(track);
-            start_keeper(&vm, &words.collect::<Vec<_>>())
-        });
+        let copy = make(&places, snapshot, &name, copies).and_then(|vm| start_keeper(&vm, &words));
         match copy {
             Ok(copy) => begun.push_back(copy),
             Err(e) => {
@@ -517,12 +532,21 @@ fn runs(
     Ok(false)
 }
 
-/// The machine of a VM that goes on from the snapshot in this folder.
+/// What all copies of a snapshot load.
+pub(super) fn load_of(snapshot: &Snapshot) -> Value {
+    json!({
+        "snapshot_path": snapshot.at("state"),
+        "mem_backend": {"backend_type": "File", "backend_path": snapshot.at(MEMORY)},
+    })
+}
+
+/// The machine of a VM that goes on from the snapshot in this folder; by the template, if there is one at this socket.
 pub(super) fn restored(
     places: &Places,
     vm: &Vm,
     from: &Path,
     hooks: Option<Duration>,
+    template: Option<&Path>,
     track_changes: bool,
 ) -> anyhow::Result<Machine> {
     let snapshot = Snapshot::open(from)?
@@ -544,17 +568,16 @@ pub(super) fn restored(
             })
         })
         .collect();
-    let load = json!({
-        "snapshot_path": snapshot.at("state"),
-        "mem_backend": {"backend_type": "File", "backend_path": snapshot.at(MEMORY)},
-        "track_dirty_pages": track_changes,
-        "resume_vm": true,
-        // Of one that was just taken, all is in the page cache.
-        "working_set_path": (!snapshot.is_passing()).then(|| snapshot.at("working-set")),
-        "drive_overrides": drives,
-        "network_overrides": interfaces,
-        "vsock_override": {"uds_path": vm.socket("vsock")},
-    });
+    let mut load = load_of(&snapshot);
+    load["resume_vm"] = true.into();
+    load["track_dirty_pages"] = track_changes.into();
+    // Of one that was just taken, all is in the page cache.
+    load["working_set_path"] = (!snapshot.is_passing())
+        .then(|| snapshot.at("working-set"))
+        .map_or(Value::Null, |path| json!(path));
+    load["drive_overrides"] = drives.into();
+    load["network_overrides"] = interfaces.into();
+    load["vsock_override"] = json!({"uds_path": vm.socket("vsock")});
     let load = hand_over(&without_nulls(load))?;
     let mut monitor = std::process::Command::new(programs::vmm()?);
     monitor
@@ -577,11 +600,17 @@ pub(super) fn restored(
         hooks,
         links: links.collect(),
     };
+    let inherited = plugged.descriptors.iter().map(AsRawFd::as_raw_fd);
+    let template = template.map(|socket| MonitorTemplate {
+        socket: socket.to_owned(),
+        descriptors: inherited.chain([load.as_raw_fd()]).collect(),
+    });
     let mut held = disks.held;
     held.push(Box::new(load));
     held.push(Box::new(plugged.descriptors));
     Ok(Machine {
         monitor,
+        template,
         begin: Beginning::Restored(restored),
         held,
         discarded: discarded(&vm.record),

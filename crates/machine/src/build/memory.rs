@@ -5,7 +5,7 @@ use alveole_hypervisor::Partition;
 use alveole_vm_config::HugePages;
 
 use crate::build::BuildError;
-use crate::snapshot::{MemorySource, RangeV1};
+use crate::snapshot::{LayerV1, MemorySource, RangeV1};
 use crate::{Snapshot, ValidConfig};
 
 /// Address space that is needed besides guest memory, for each processor (a stack of 2 MiB and what KVM shares of it), and for the other
@@ -33,31 +33,48 @@ pub(super) fn plan_memory(config: &ValidConfig) -> Result<WithMemory, BuildError
 /// The RAM of a snapshot.
 pub(super) fn map_snapshot(
     config: &ValidConfig,
-    snapshot: &Snapshot,
+    snapshot: &mut Snapshot,
 ) -> Result<WithMemory, BuildError> {
-    let ranges = config
-        .memory
-        .ranges()
-        .iter()
-        .map(|range| RangeV1::from(*range));
-    if !ranges.eq(snapshot.ranges.iter().copied()) {
+    let ram = match snapshot.ram.take() {
+        Some(ram) => ram,
+        None => map_memory(
+            config,
+            &snapshot.ranges,
+            &snapshot.memory,
+            &snapshot.layers,
+            snapshot.config().machine_config.huge_pages,
+        )?,
+    };
+    Ok(WithMemory { ram })
+}
+
+/// RAM as `config` lays it out, which has to be that of the snapshot, with what `source` has of it.
+pub(crate) fn map_memory(
+    config: &ValidConfig,
+    ranges: &[RangeV1],
+    source: &MemorySource,
+    layers: &[LayerV1],
+    huge_pages: HugePages,
+) -> Result<GuestRam, BuildError> {
+    let laid_out = config.memory.ranges().iter();
+    if !laid_out
+        .map(|range| RangeV1::from(*range))
+        .eq(ranges.iter().copied())
+    {
         return Err(BuildError::OtherMemory);
     }
-    let ram = match &snapshot.memory {
+    Ok(match source {
         MemorySource::Files(files) => {
-            let layers: Vec<_> = files
-                .iter()
-                .zip(snapshot.layers.iter().map(|layer| &layer.map))
-                .collect();
-            match snapshot.config().machine_config.huge_pages {
+            let maps = layers.iter().map(|layer| &layer.map);
+            let layers: Vec<_> = files.iter().zip(maps).collect();
+            match huge_pages {
                 HugePages::None => GuestRam::map_snapshot(&config.memory, &layers)?,
                 // Pages of a file are small ones.
                 HugePages::Transparent => GuestRam::copy_snapshot(&config.memory, &layers)?,
             }
         }
         MemorySource::Server(server) => GuestRam::map_served(&config.memory, server)?,
-    };
-    Ok(WithMemory { ram })
+    })
 }
 
 impl WithMemory {

@@ -20,10 +20,11 @@ use alveole_vcpu::cpuid::Missing;
 use alveole_vcpu::template::NoSuchLeaf;
 
 pub use alveole_boot_loader::Placement;
+pub(crate) use memory::map_memory;
 
 use crate::catalog::interface_name;
 use crate::lifecycle::Lifecycle;
-use crate::snapshot::{MemorySource, ServerWatch, WorkingSet};
+use crate::snapshot::{LoadError, MemorySource, ServerWatch, WorkingSet};
 use crate::validate::NotForHost;
 use crate::{HostResources, Machine, Mailbox, Snapshot, ValidConfig};
 
@@ -137,6 +138,9 @@ pub enum BuildError {
     /// A processor's thread.
     #[error(transparent)]
     Vcpu(#[from] alveole_vcpu::VcpuError),
+    /// A snapshot that is prepared.
+    #[error(transparent)]
+    Load(LoadError),
     /// The memory of a snapshot is not what its description says.
     #[error("the snapshot's memory is not laid out as its description says: it is damaged")]
     OtherMemory,
@@ -199,6 +203,7 @@ impl BuildError {
             | Self::TooManyCpus { .. }
             | Self::CpuTemplate(_)
             | Self::CpuConfig(_)
+            | Self::Load(_)
             | Self::OtherMemory
             | Self::Snapshot(_)
             | Self::Restore(..)
@@ -262,10 +267,10 @@ pub fn restore(
     workers: Vec<Box<dyn Worker>>,
     mailbox: &Mailbox,
     options: Options,
-    snapshot: Snapshot,
+    mut snapshot: Snapshot,
 ) -> Result<Machine, BuildError> {
     let options = snapshot.options(options);
-    let memory = memory::map_snapshot(config, &snapshot)?;
+    let memory = memory::map_snapshot(config, &mut snapshot)?;
     let ram = memory.ram().clone();
     let Snapshot {
         state,

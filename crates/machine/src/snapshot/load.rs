@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use alveole_guest_memory::{PageServer, ServeError};
+use alveole_guest_memory::{GuestRam, PageServer, ServeError};
 use alveole_hypervisor::RestoredClock;
 use alveole_saved_state::{
     FormatError, Header, MAX_FILE_BYTES, RestoreError, SavedState, StateFile,
@@ -15,7 +15,7 @@ use alveole_vm_config::{
     ConfigError, HugePages, MemoryBackendType, SnapshotLoad, VmConfig, WORKING_SET_MS,
 };
 
-use crate::build::{Options, Transport};
+use crate::build::{BuildError, Options, Transport, map_memory};
 use crate::resources::{self, ResourceError};
 use crate::snapshot::LAYOUT;
 use crate::snapshot::state::{
@@ -23,6 +23,7 @@ use crate::snapshot::state::{
     TransportV1,
 };
 use crate::snapshot::working_set::WorkingSetPlan;
+use crate::validate;
 
 /// Why a snapshot cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +63,14 @@ pub enum LoadError {
         /// What is wrong.
         source: ConfigError,
     },
+    /// The description in it is of no machine that can be.
+    #[error("{path:?}: the machine that it describes cannot be built: {why}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Everything that is wrong.
+        why: String,
+    },
     /// What is named anew is not there.
     #[error("{path:?}: {what}; the snapshot has {known}")]
     Override {
@@ -96,6 +105,19 @@ pub enum LoadError {
     /// The working set cannot be used.
     #[error("{0}")]
     WorkingSet(String),
+    /// Something else was prepared.
+    #[error(
+        "{what} differs from what this process has prepared: load that, or in a process of its own"
+    )]
+    NotPrepared {
+        /// What.
+        what: &'static str,
+    },
+    /// What cannot be prepared.
+    #[error(
+        "memory that a process serves cannot be prepared, as each guest has pages of its own there: name a memory file, or load it in a process of its own"
+    )]
+    PreparedServer,
 }
 
 impl LoadError {
@@ -109,6 +131,19 @@ impl LoadError {
     }
 }
 
+/// A snapshot whose files are open and whose state has been read, before anything is named anew: a process that has this, and is copied, need
+/// not do so again.
+pub struct Prepared {
+    load: SnapshotLoad,
+    config: VmConfig,
+    machine: MachineStateV1,
+    memory: MemoryStateV1,
+    copies: Vec<DriveCopyV1>,
+    source: MemorySource,
+    state: StateFile,
+    ram: Option<GuestRam>,
+}
+
 /// A snapshot whose files are open: what the machine is, and what is put into it.
 pub struct Snapshot {
     config: VmConfig,
@@ -117,6 +152,8 @@ pub struct Snapshot {
     /// The memory files that it is of, the oldest first.
     pub(crate) layers: Vec<LayerV1>,
     pub(crate) memory: MemorySource,
+    /// The memory, if that has been mapped already.
+    pub(crate) ram: Option<GuestRam>,
     pub(crate) state: StateFile,
     pub(crate) clock: RestoredClock,
     pub(crate) resume: bool,
@@ -134,12 +171,11 @@ pub(crate) enum MemorySource {
     Server(PageServer),
 }
 
-impl Snapshot {
+impl Prepared {
     /// Opens the files that `load` names, and reads the state.
     ///
     /// # Errors
-    /// A file is missing, is not a snapshot's, is damaged, or newer than this program; something is to be named anew that the
-    /// snapshot does not have.
+    /// A file is missing, is not a snapshot's, is damaged, or newer than this program.
     pub fn open(load: &SnapshotLoad) -> Result<Self, LoadError> {
         let path = &load.snapshot_path;
         let format = |source| LoadError::Format {
@@ -158,26 +194,97 @@ impl Snapshot {
                 found: machine.layout,
             });
         }
-        let mut config = described(path, &description)?;
-        name_anew(load, &mut config)?;
+        let config = described(path, &description)?;
         let copies = match state.take_if_any(state::DRIVES) {
             Some(drives) => part(path, &drives, state::DRIVES, state::DRIVES_VERSION)?,
             None => Vec::new(),
         };
+        let source = open_memory(load, &memory)?;
+        Ok(Self {
+            load: load.clone(),
+            config,
+            machine,
+            memory,
+            copies,
+            source,
+            state,
+            ram: None,
+        })
+    }
+
+    /// Maps the memory, too. Copies of this process share what of it they do not write.
+    ///
+    /// # Errors
+    /// The description in it is none of a machine, or not of this memory; the host does not map it; a process is to serve it.
+    pub fn map_memory(&mut self) -> Result<(), BuildError> {
+        if matches!(self.source, MemorySource::Server(_)) {
+            return Err(BuildError::Load(LoadError::PreparedServer));
+        }
+        let path = &self.load.snapshot_path;
+        let valid = validate(&self.config).map_err(|broken| {
+            let all: Vec<_> = broken.iter().map(ToString::to_string).collect();
+            BuildError::Load(LoadError::Invalid {
+                path: path.clone(),
+                why: all.join("; "),
+            })
+        })?;
+        let pages = self.huge_pages(&self.load);
+        let ram = map_memory(
+            &valid,
+            &self.memory.ranges,
+            &self.source,
+            &self.memory.layers,
+            pages,
+        )?;
+        self.ram = Some(ram);
+        Ok(())
+    }
+
+    /// What `load` makes of it, which names the same files.
+    ///
+    /// # Errors
+    /// Something is to be named anew that the snapshot does not have; or `load` is of another snapshot.
+    pub fn snapshot(self, load: &SnapshotLoad) -> Result<Snapshot, LoadError> {
+        for (what, same) in [
+            (
+                "snapshot_path",
+                load.snapshot_path == self.load.snapshot_path,
+            ),
+            ("mem_backend", load.mem_backend == self.load.mem_backend),
+            (
+                "huge_pages",
+                self.ram.is_none() || self.huge_pages(load) == self.huge_pages(&self.load),
+            ),
+        ] {
+            if !same {
+                return Err(LoadError::NotPrepared { what });
+            }
+        }
+        let pages = self.huge_pages(load);
+        let Self {
+            mut config,
+            machine,
+            memory,
+            copies,
+            source,
+            state,
+            ram,
+            ..
+        } = self;
+        name_anew(load, &mut config)?;
         warn_of_originals(load, &copies);
         config.machine_config.track_dirty_pages = load.track_dirty_pages;
-        let pages = &mut config.machine_config.huge_pages;
-        *pages = load.huge_pages.unwrap_or(*pages);
-        let source = open_memory(load, &memory)?;
-        let working_set = match config.machine_config.huge_pages {
+        config.machine_config.huge_pages = pages;
+        let working_set = match pages {
             HugePages::None => plan_working_set(load, &memory, &source)?,
             // All is read before it runs.
             HugePages::Transparent => None,
         };
-        Ok(Self {
+        Ok(Snapshot {
             config,
             machine,
             memory: source,
+            ram,
             working_set,
             layers: memory.layers,
             ranges: memory.ranges,
@@ -193,6 +300,22 @@ impl Snapshot {
                 .map(|new| (new.iface_id.clone(), new.link_up))
                 .collect(),
         })
+    }
+
+    /// What `load` says of them, and else the snapshot.
+    fn huge_pages(&self, load: &SnapshotLoad) -> HugePages {
+        load.huge_pages
+            .unwrap_or(self.config.machine_config.huge_pages)
+    }
+}
+
+impl Snapshot {
+    /// Opens the files that `load` names, and reads the state.
+    ///
+    /// # Errors
+    /// As [`Prepared::open`] and [`Prepared::snapshot`].
+    pub fn open(load: &SnapshotLoad) -> Result<Self, LoadError> {
+        Prepared::open(load)?.snapshot(load)
     }
 
     /// What every version of this program can say of a snapshot: version of its form, and who wrote it.

@@ -30,11 +30,11 @@ mod write;
 
 pub(crate) use gather::Tracking;
 pub(crate) use load::MemorySource;
-pub use load::{LoadError, Snapshot};
+pub use load::{LoadError, Prepared, Snapshot};
 pub(crate) use restore::{cpu_state, partition_state, restore_devices};
 pub(crate) use served::ServerWatch;
 pub use state::SNAPSHOT_VERSION;
-pub(crate) use state::{LAYOUT, RangeV1};
+pub(crate) use state::{LAYOUT, LayerV1, RangeV1};
 pub use tools::{Flatten, Flattened, Verified, flatten, verify};
 pub(crate) use working_set::WorkingSet;
 pub use write::Taken;
