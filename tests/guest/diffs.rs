@@ -123,6 +123,15 @@ fn diffs_have_what_changed_and_need_no_other_snapshot() {
     home.does(&["snapshot", "rm", "web-1"]);
     assert_eq!(home.does(&["snapshot", "verify", "web-2"]), "web-2: whole");
     restores(&home, "web-2", &of_three);
+    let many = home.does(&["fork", "web-2", "-n", "4", "--name", "many", "--rm"]);
+    let many: Vec<_> = many.lines().collect();
+    assert_eq!(many.len(), 4);
+    for copy in &many {
+        is_of(&home, copy, &of_three);
+    }
+    home.does(&["fork", many[0], "--name", "of-one", "--rm"]);
+    is_of(&home, "of-one", &of_three);
+    home.does(&[&["rm", "-f", "of-one"], &many[..]].concat());
     home.does(&["pool", "create", "ready", "web-2", "-n", "1"]);
     let taken = home.does(&["pool", "take", "ready"]);
     is_of(&home, &taken, &of_three);
