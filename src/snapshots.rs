@@ -27,10 +27,14 @@ pub(crate) fn verify(state: &Path, memory: Option<&Path>) -> ExitCode {
     exit::failed(&Failure::Config(wrong.join("; ")))
 }
 
-/// Makes one snapshot of a chain, and prints how much memory it has.
+/// Makes one snapshot of a chain, and prints how much memory it has, and its id.
 pub(crate) fn flatten(flatten: &Flatten) -> ExitCode {
     match alveole_machine::flatten(flatten) {
-        Ok(bytes) => print(&format!("{} KiB of memory\n", bytes >> 10)),
+        Ok(flat) => print(&format!(
+            "{} KiB of memory\nid {}\n",
+            flat.memory_bytes >> 10,
+            flat.memory_id
+        )),
         Err(why) => exit::failed(&Failure::Config(format!(
             "cannot flatten snapshot {:?}: {why}",
             flatten.state

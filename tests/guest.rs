@@ -23,6 +23,8 @@ mod console;
 mod cpu;
 #[path = "guest/debian.rs"]
 mod debian;
+#[path = "guest/diffs.rs"]
+mod diffs;
 #[path = "guest/disks.rs"]
 mod disks;
 #[path = "guest/ends.rs"]

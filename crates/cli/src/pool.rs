@@ -94,6 +94,7 @@ impl Pool {
             remove: true,
             hooks: Duration::from_millis(self.hooks_ms),
             labels,
+            track_changes: false,
         }
     }
 }

@@ -6,12 +6,12 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, UNIX_EPOCH};
 
 use alveole_host::programs;
-use alveole_instance::{InstanceError, Snapshot, SnapshotRecord};
+use alveole_instance::{InstanceError, MEMORY, Snapshot, SnapshotRecord, memory_before};
 use anyhow::{Context, anyhow, bail};
 use clap::Subcommand;
 use serde_json::json;
 
-use crate::guests::{self, CopyArgs, Format, table, take};
+use crate::guests::{self, Copies, CopyArgs, Format, Taking, table, take};
 use crate::places::Places;
 use crate::pool;
 use crate::size::human;
@@ -27,6 +27,10 @@ pub(crate) struct SnapshotArgs {
 enum SnapshotCommand {
     /// Take a snapshot of a running VM, memory and disk of one moment; the VM goes on
     Create {
+        /// Only what has changed in memory since the snapshot of this VM before it, which may be removed afterwards. The first has all, and what
+        /// changes is noted from then on, which costs the VM some time
+        #[arg(long)]
+        diff: bool,
         /// The VM
         vm: String,
         /// What to call it [the VM's name, and -1, -2 and so on]
@@ -53,7 +57,7 @@ enum SnapshotCommand {
         #[arg(required = true)]
         names: Vec<String>,
     },
-    /// Make one disk of those that a snapshot of a copy is laid over, so that it stands alone
+    /// Make one disk of those that a snapshot of a copy is laid over, and one memory file of those of a diff, so that it stands alone
     Flatten {
         /// Their names
         #[arg(required = true)]
@@ -89,6 +93,10 @@ pub(crate) struct RestoreArgs {
     copies: CopyArgs,
     /// The snapshot
     snapshot: String,
+    /// Note what they change in memory from their beginning, so that their first snapshot by `create --diff` builds upon this one. What they
+    /// use anew comes in small pages then
+    #[arg(long)]
+    track_changes: bool,
 }
 
 #[derive(clap::Args)]
@@ -103,9 +111,13 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
     let places = Places::usual();
     let all = places.snapshots();
     match &args.command {
-        SnapshotCommand::Create { vm, name } => {
+        SnapshotCommand::Create { diff, vm, name } => {
             let vm = places.vms().find(vm)?;
-            let take = |folder: &Path| take(&vm, folder, true);
+            let what = match diff {
+                true => Taking::Diff(&all),
+                false => Taking::Full,
+            };
+            let take = |folder: &Path| take(&vm, folder, what);
             let made = match name {
                 Some(name) => all.create(name, take)?,
                 None => {
@@ -129,7 +141,7 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
             let text = match format {
                 _ if *quiet => list.iter().map(|s| format!("{}\n", s.name)).collect(),
                 Format::Json => {
-                    let facts: Vec<_> = list.iter().map(facts).collect();
+                    let facts: Vec<_> = list.iter().map(|s| facts(s, &list)).collect();
                     format!("{}\n", serde_json::to_string_pretty(&facts)?)
                 }
                 Format::Text => {
@@ -141,10 +153,14 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
                             guests::shortened(&of.record.image),
                             created(of.created_ms),
                             format!("{} MiB", of.memory_mib),
+                            kind(s, &list),
+                            human(s.memory_bytes()),
                             human(s.taken_bytes()),
                         ]
                     };
-                    let head = ["NAME", "VM", "IMAGE", "TAKEN", "MEMORY", "ON DISK"];
+                    let head = [
+                        "NAME", "VM", "IMAGE", "TAKEN", "MEMORY", "KIND", "ITS OWN", "ON DISK",
+                    ];
                     table(&head, list.iter().map(row).collect())
                 }
             };
@@ -152,7 +168,8 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
         }
         SnapshotCommand::Inspect { names } => {
             let found: Result<Vec<_>, _> = names.iter().map(|name| all.find(name)).collect();
-            let facts: Vec<_> = found?.iter().map(facts).collect();
+            let list = all.list()?;
+            let facts: Vec<_> = found?.iter().map(|s| facts(s, &list)).collect();
             print(&format!("{}\n", serde_json::to_string_pretty(&facts)?))?;
         }
         SnapshotCommand::Verify { names } => {
@@ -160,8 +177,12 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
         }
         SnapshotCommand::Flatten { names } => {
             return each_name(names, |name| match guests::flatten(&all.find(name)?)? {
-                true => print(&format!("{name}: its disk is one now\n")),
-                false => print(&format!("{name}: its disk is one already\n")),
+                true => print(&format!(
+                    "{name}: its memory is one file now, and its disk one\n"
+                )),
+                false => print(&format!(
+                    "{name}: its memory is one file already, and its disk one\n"
+                )),
             });
         }
         SnapshotCommand::Export { name, output } => export(&all.find(name)?, output)?,
@@ -234,8 +255,16 @@ fn import(file: &Path, folder: &Path) -> anyhow::Result<SnapshotRecord> {
         }
     }
     let found = Snapshot::open(folder)?.ok_or_else(|| not_one("it has no snapshot.json"))?;
-    for name in ["state", "memory"] {
-        if !folder.join(name).exists() {
+    let before = found.builds_upon();
+    if let Some(id) = before
+        .iter()
+        .find(|id| !id.bytes().all(|b| b.is_ascii_hexdigit()))
+    {
+        return Err(not_one(&format!("'{id}' is no id of a memory file")));
+    }
+    let names = ["state", MEMORY].map(str::to_owned).into_iter();
+    for name in names.chain(before.iter().map(|id| memory_before(id))) {
+        if !folder.join(&name).exists() {
             return Err(not_one(&format!("it has no '{name}'")));
         }
     }
@@ -247,11 +276,30 @@ fn created(ms: u64) -> String {
     humantime::format_rfc3339_seconds(time).to_string()
 }
 
-fn facts(snapshot: &Snapshot) -> serde_json::Value {
+/// The snapshot whose memory is the newest of what this one builds upon, if it is there.
+fn base<'a>(snapshot: &Snapshot, all: &'a [Snapshot]) -> Option<&'a str> {
+    let id = snapshot.builds_upon().last()?;
+    let base = all.iter().find(|s| s.memory_id() == Some(id))?;
+    Some(&base.name)
+}
+
+/// What a snapshot has of its VM's memory, for people.
+fn kind(snapshot: &Snapshot, all: &[Snapshot]) -> String {
+    match base(snapshot, all) {
+        Some(base) => format!("diff of {base}"),
+        None if snapshot.builds_upon().is_empty() => "full".into(),
+        // It has all that it needs.
+        None => "diff of one removed".into(),
+    }
+}
+
+fn facts(snapshot: &Snapshot, all: &[Snapshot]) -> serde_json::Value {
     let of = &snapshot.record;
     json!({
         "name": snapshot.name, "vm": of.vm, "image": of.record.image, "image_id": of.record.image_id,
         "created_ms": of.created_ms, "stood_still_us": of.stood_still_us, "cpus": of.cpus, "memory_mib": of.memory_mib,
+        "kind": if snapshot.builds_upon().is_empty() { "full" } else { "diff" }, "base": base(snapshot, all),
+        "memory_files": snapshot.memory_files().len().max(1), "memory_bytes": snapshot.memory_bytes(),
         "taken_bytes": snapshot.taken_bytes(), "folder": snapshot.folder(), "record": of.record,
     })
 }
@@ -288,25 +336,28 @@ fn verify(snapshot: &Snapshot) -> anyhow::Result<()> {
 
 pub(crate) fn restore(args: &RestoreArgs) -> anyhow::Result<ExitCode> {
     let snapshot = Places::usual().snapshots().find(&args.snapshot)?;
-    restored(&snapshot, &args.copies)
+    let copies = Copies {
+        track_changes: args.track_changes,
+        ..(&args.copies).into()
+    };
+    restored(&snapshot, &copies)
 }
 
 /// Makes copies, and prints the name of each.
-fn restored(snapshot: &Snapshot, args: &CopyArgs) -> anyhow::Result<ExitCode> {
-    guests::restore(snapshot, &args.into(), |vm| {
-        print(&format!("{}\n", vm.name))
-    })
+fn restored(snapshot: &Snapshot, copies: &Copies) -> anyhow::Result<ExitCode> {
+    guests::restore(snapshot, copies, |vm| print(&format!("{}\n", vm.name)))
 }
 
 pub(crate) fn fork(args: &ForkArgs) -> anyhow::Result<ExitCode> {
     let places = Places::usual();
     match places.vms().find(&args.of) {
         Ok(vm) => {
-            let passing = places.snapshots().pass(|folder| take(&vm, folder, false))?;
-            restored(passing.snapshot(), &args.copies)
+            let take = |folder: &Path| take(&vm, folder, Taking::Passing);
+            let passing = places.snapshots().pass(take)?;
+            restored(passing.snapshot(), &(&args.copies).into())
         }
         Err(InstanceError::Unknown(name)) => match places.snapshots().find(&name) {
-            Ok(snapshot) => restored(&snapshot, &args.copies),
+            Ok(snapshot) => restored(&snapshot, &(&args.copies).into()),
             Err(InstanceError::UnknownSnapshot(_)) => bail!(
                 "there is neither a VM nor a snapshot '{name}'; `alveole ps` shows the VMs that run, `alveole snapshot ls` the \
                  snapshots"

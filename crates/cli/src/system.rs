@@ -1,5 +1,6 @@
 //! `alveole system`: what all of it takes on this host's disk, and how to have less.
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -85,8 +86,10 @@ fn df(format: Format) -> anyhow::Result<ExitCode> {
         bytes: 0,
         unused_bytes: 0,
     };
+    // Copies and snapshots share files: each counts with the first that has it.
+    let mut seen = HashSet::new();
     for vm in places.vms().list()? {
-        let bytes = taken(vm.folder());
+        let bytes = taken(vm.folder(), &mut seen);
         vms.count += 1;
         vms.bytes += bytes;
         if matches!(vm.state(), Ok(State::Ended(_) | State::Lost)) {
@@ -98,7 +101,7 @@ fn df(format: Format) -> anyhow::Result<ExitCode> {
     kinds.push(Kind {
         name: "snapshots",
         count: snapshots.len() as u64,
-        bytes: snapshots.iter().map(|s| taken(s.folder())).sum(),
+        bytes: snapshots.iter().map(|s| taken(s.folder(), &mut seen)).sum(),
         unused_bytes: 0,
     });
     let (count, bytes, unused_bytes) = crate::volume::usage(&places)?;
@@ -112,7 +115,7 @@ fn df(format: Format) -> anyhow::Result<ExitCode> {
     kinds.push(Kind {
         name: "empty disks, to be copied",
         count: fs::read_dir(&empty).into_iter().flatten().count() as u64,
-        bytes: taken(&empty),
+        bytes: taken(&empty, &mut seen),
         unused_bytes: 0,
     });
     let text = match format {
@@ -140,11 +143,12 @@ fn df(format: Format) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What the files in a folder take of the disk: holes do not.
-fn taken(folder: &Path) -> u64 {
+/// What the files in a folder take of the disk, but for those (device, inode) that have been seen: holes do not.
+fn taken(folder: &Path, seen: &mut HashSet<(u64, u64)>) -> u64 {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries
         .filter_map(|entry| entry.metadata().ok())
+        .filter(|metadata| seen.insert((metadata.dev(), metadata.ino())))
         .map(|metadata| metadata.blocks().saturating_mul(512))
         .sum()
 }
@@ -169,4 +173,25 @@ fn prune(all: bool) -> anyhow::Result<ExitCode> {
     }
     print(&format!("freed {} of images\n", human(freed_bytes)))?;
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_with_several_names_counts_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+        for folder in [&one, &two] {
+            fs::create_dir(folder).unwrap();
+        }
+        fs::write(one.join("memory"), vec![1; 64 << 10]).unwrap();
+        fs::hard_link(one.join("memory"), two.join("memory-before")).unwrap();
+        let mut seen = HashSet::new();
+        let first = taken(&one, &mut seen);
+        assert!(first >= 64 << 10, "{first}");
+        assert_eq!(taken(&two, &mut seen), 0);
+        assert_eq!(taken(&two, &mut HashSet::new()), first);
+    }
 }

@@ -3,11 +3,13 @@
 //! ```text
 //! NAME/snapshot.json    what it is
 //! NAME/state, memory    as the monitor writes them
+//! NAME/memory-ID        of a diff: what it builds upon, further names of other snapshots' memory, so that it needs none of them
 //! NAME/working-set      what its guests touch first, once one has been loaded
 //! NAME/changes...       the disk that took the root's changes, of the same moment, and what it is laid over
 //! NAME/volumeN.erofs    copies of this host's folders that the VM had
 //! ```
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -18,6 +20,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::folder::{UNFINISHED, check_name, found_in, read_json, sweep, write_json};
 use crate::{InstanceError, Record};
+
+/// The memory file that is a snapshot's own.
+pub const MEMORY: &str = "memory";
+
+/// What a memory file that a snapshot builds upon is called in its folder: the monitor finds it by this.
+#[must_use]
+pub fn memory_before(id: &str) -> String {
+    format!("{MEMORY}-{id}")
+}
 
 /// All snapshots of one user.
 #[derive(Clone, Debug)]
@@ -46,6 +57,10 @@ pub struct SnapshotRecord {
     pub main_pid: u32,
     /// The words about networks that the guest was set up by.
     pub network: Vec<String>,
+    /// The ids of the memory files that it is made of, the oldest first, its own last; those before are what a diff builds upon.
+    /// Of a snapshot of an older version nothing is known.
+    #[serde(default)]
+    pub memory_ids: Vec<String>,
 }
 
 impl SnapshotRecord {
@@ -181,6 +196,16 @@ impl Snapshots {
         })
     }
 
+    /// The memory files that all of them have, by their ids. One that several have is there by one of its names.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Snapshots::list`].
+    pub fn memory_files(&self) -> Result<BTreeMap<String, PathBuf>, InstanceError> {
+        let all = self.list()?;
+        Ok(all.iter().flat_map(Snapshot::memory_files).collect())
+    }
+
     /// Removes what killed commands left half-made, a minute after.
     pub fn sweep(&self) {
         sweep(&self.folder);
@@ -227,6 +252,36 @@ impl Snapshot {
         &self.folder
     }
 
+    /// The id of its own memory file, if that is known.
+    #[must_use]
+    pub fn memory_id(&self) -> Option<&str> {
+        self.record.memory_ids.last().map(String::as_str)
+    }
+
+    /// The ids of the memory files before it that it builds upon, the oldest first; of a full one none.
+    #[must_use]
+    pub fn builds_upon(&self) -> &[String] {
+        let ids = &self.record.memory_ids;
+        ids.split_last().map_or(&[], |(_, before)| before)
+    }
+
+    /// The memory files in its folder with their ids, the oldest first, its own last.
+    #[must_use]
+    pub fn memory_files(&self) -> Vec<(String, PathBuf)> {
+        let before = self.builds_upon().iter();
+        let mut files: Vec<_> = before
+            .map(|id| (id.clone(), self.at(&memory_before(id))))
+            .collect();
+        files.extend(self.memory_id().map(|id| (id.into(), self.at(MEMORY))));
+        files
+    }
+
+    /// What its own memory file takes of this host's disk, in bytes.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        fs::metadata(self.at(MEMORY)).map_or(0, |m| m.blocks().saturating_mul(512))
+    }
+
     /// Whether it has no name, and goes with the command that has taken it.
     #[must_use]
     pub fn is_passing(&self) -> bool {
@@ -266,14 +321,14 @@ impl Snapshot {
         }
     }
 
-    /// Puts other files in its place, all at once: `make` makes them in this folder, where its description is already.
+    /// Puts other files in its place, all at once: `make` makes them in this folder, and says what it is from now on.
     ///
     /// # Errors
     ///
     /// It is being loaded, or nothing can be written. Those of `make` come as they are; it is as it was then.
     pub fn replace<E: From<InstanceError>>(
         &self,
-        make: impl FnOnce(&Path) -> Result<(), E>,
+        make: impl FnOnce(&Path) -> Result<SnapshotRecord, E>,
     ) -> Result<(), E> {
         let _lock = self.locked(FlockOperation::NonBlockingLockExclusive)?;
         let beside = self.folder.parent().unwrap_or(&self.folder);
@@ -281,8 +336,8 @@ impl Snapshot {
             .prefix(UNFINISHED)
             .tempdir_in(beside)
             .map_err(InstanceError::file("make a folder in", beside))?;
-        write_json(&new.path().join("snapshot.json"), &self.record)?;
-        make(new.path())?;
+        let record = make(new.path())?;
+        write_json(&new.path().join("snapshot.json"), &record)?;
         // What was there is removed with the folder's other name.
         rustix::fs::renameat_with(
             rustix::fs::CWD,
@@ -335,6 +390,7 @@ mod tests {
             memory_mib: 64,
             main_pid: 77,
             network: vec!["alveole.net=02:00:00:00:00:01".into()],
+            memory_ids: vec!["aa".into()],
             record: vm.record,
         }
     }
@@ -386,18 +442,25 @@ mod tests {
         let (first, second) = (made.load().unwrap(), made.load().unwrap());
         let error = made.clone().remove().unwrap_err();
         assert!(matches!(error, InstanceError::SnapshotInUse(_)), "{error}");
-        let error = made.replace(|_| Ok::<_, InstanceError>(())).unwrap_err();
+        let as_it_is = |_: &Path| Ok::<_, InstanceError>(record.clone());
+        let error = made.replace(as_it_is).unwrap_err();
         assert!(matches!(error, InstanceError::SnapshotInUse(_)), "{error}");
         drop((first, second));
         fs::write(made.at("old"), "").unwrap();
-        let failed = made.replace(|_| Err::<(), _>(InstanceError::DoesNotRun("x".into())));
+        let failed =
+            made.replace(|_| Err::<SnapshotRecord, _>(InstanceError::DoesNotRun("x".into())));
         assert!(failed.is_err() && made.at("old").exists());
+        let other = SnapshotRecord {
+            memory_ids: vec!["bb".into()],
+            ..record.clone()
+        };
         let write = |folder: &Path| {
-            fs::write(folder.join("new"), "").map_err(InstanceError::file("write", folder))
+            fs::write(folder.join("new"), "").map_err(InstanceError::file("write", folder))?;
+            Ok::<_, InstanceError>(other.clone())
         };
         made.replace(write).unwrap();
         assert!(made.at("new").exists() && !made.at("old").exists());
-        assert_eq!(all.find("one").unwrap().record, made.record);
+        assert_eq!(all.find("one").unwrap().record, other);
         assert_eq!(
             fs::read_dir(dir.path().join("snapshots")).unwrap().count(),
             1
@@ -414,6 +477,42 @@ mod tests {
         assert!(passing.snapshot().is_passing() && !made.is_passing());
         drop(passing);
         assert!(!folder.exists());
+    }
+
+    #[test]
+    fn memory_files_are_known_by_their_ids_whoever_has_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let all = Snapshots::new(&dir.path().join("snapshots"));
+        let record = record(dir.path());
+        let take = |name: &str, ids: &[&str]| {
+            let record = SnapshotRecord {
+                memory_ids: ids.iter().map(|id| (*id).into()).collect(),
+                ..record.clone()
+            };
+            all.create(name, |_| Ok::<_, InstanceError>(record))
+                .unwrap()
+        };
+        let full = take("full", &["aa"]);
+        let diff = take("diff", &["aa", "bb"]);
+        // Of an older version.
+        let old = take("old", &[]);
+        assert_eq!(
+            (full.builds_upon(), full.memory_id()),
+            (&[][..], Some("aa"))
+        );
+        assert_eq!(diff.builds_upon(), ["aa"]);
+        assert_eq!((old.builds_upon(), old.memory_id()), (&[][..], None));
+        let own = ("bb".to_owned(), diff.at("memory"));
+        assert_eq!(
+            diff.memory_files(),
+            [("aa".into(), diff.at("memory-aa")), own.clone()]
+        );
+        let found = all.memory_files().unwrap();
+        assert_eq!(found.len(), 2);
+        assert_eq!(found.get("bb"), Some(&own.1));
+        full.remove().unwrap();
+        let found = all.memory_files().unwrap();
+        assert_eq!(found.get("aa"), Some(&diff.at("memory-aa")));
     }
 
     #[test]

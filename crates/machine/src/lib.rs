@@ -30,7 +30,8 @@ pub use files::{Files, FilesError, Opened};
 pub use lifecycle::{Change, Lifecycle, next};
 pub use resources::{HostResources, ResourceError};
 pub use snapshot::{
-    Flatten, LoadError, Prepared, SNAPSHOT_VERSION, Snapshot, Taken, Verified, flatten, verify,
+    Flatten, Flattened, LoadError, Prepared, SNAPSHOT_VERSION, Snapshot, Taken, Verified, flatten,
+    verify,
 };
 pub use validate::{
     Invalid, MAX_CPUS, MAX_DRIVES, MAX_QUEUES, MIN_MEMORY_MIB, NotForHost, SERIAL_BYTES,

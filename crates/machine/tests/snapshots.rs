@@ -16,13 +16,13 @@ use std::time::Instant;
 
 use alveole_block_store::Format;
 use alveole_block_store::tools::create_overlay;
-use alveole_guest_memory::HostPages;
 use alveole_guest_memory::test_huge_pages::MorePages;
 use alveole_guest_memory::test_server::{TestServer, may_serve};
+use alveole_guest_memory::{HostPages, MAX_LAYERS};
 use alveole_hypervisor::fake::{FakePartition, Step};
 use alveole_machine::{
-    Desk, End, Event, Files, Flatten, HostResources, Identity, Machine, Mailbox, Options,
-    SNAPSHOT_VERSION, Snapshot, Transport, Verified, flatten, restore, validate, verify,
+    Desk, End, Event, Files, Flatten, Flattened, HostResources, Identity, Machine, Mailbox,
+    Options, SNAPSHOT_VERSION, Snapshot, Transport, Verified, flatten, restore, validate, verify,
 };
 use alveole_mmds::Metadata;
 use alveole_saved_state::{SavedState, StateFile};
@@ -863,7 +863,12 @@ fn a_chain_becomes_one_snapshot_with_the_same_memory() {
     let why = flatten(&into).unwrap_err();
     assert!(why.contains("builds upon"), "{why}");
     into.into_memory = named("flat", "memory");
-    let bytes = flatten(&into).unwrap();
+    let Flattened {
+        memory_bytes: bytes,
+        memory_id,
+    } = flatten(&into).unwrap();
+    let file = fs::read(named("flat", "memory")).unwrap();
+    assert!(file.ends_with(memory_id.as_bytes()) && memory_id.len() == 32);
     let want = all_memory(&load(path, "2"));
     let first_bytes = [5, 6, 9, 5000].map(|page: usize| want[page * 4096]);
     assert_eq!(first_bytes, [0xab, 0, 0xe0, 0xe0]);
@@ -969,6 +974,176 @@ fn a_snapshot_is_verified_without_a_machine() {
     fs::write(&state, &good[..good.len() / 2]).unwrap();
     wrong(None, &["2.state"]);
     assert!(!verify(&path.join("none"), None).wrong.is_empty());
+}
+
+/// A machine that notes nothing from its beginning, and writes a page whenever it is looked at.
+fn writing_on(dir: &Path) -> Bench {
+    let mut steps = script();
+    for page in 1..=80 {
+        steps[0].push(Step::Compute);
+        let bytes = vec![u8::try_from(page).unwrap(); 4096];
+        steps[0].push(Step::RamWrite((100 + page) * PAGE, bytes));
+    }
+    Bench::new(dir, Transport::Pci, false, steps)
+}
+
+fn create(dir: &Path, name: &str, kind: SnapshotType, live: bool) -> SnapshotCreate {
+    SnapshotCreate {
+        snapshot_path: dir.join(format!("{name}.state")),
+        mem_file_path: dir.join(format!("{name}.memory")),
+        snapshot_type: kind,
+        live,
+        sync: false,
+        ..SnapshotCreate::default()
+    }
+}
+
+/// The ids of the memory files that the snapshot in this folder is made of.
+fn layer_ids(dir: &Path, name: &str) -> Vec<String> {
+    let state = fs::read(dir.join(format!("{name}.state"))).unwrap();
+    let memory = StateFile::read(&state).unwrap().take("memory").unwrap();
+    let memory: Value = serde_json::from_slice(&memory.bytes).unwrap();
+    let layers = memory["layers"].as_array().unwrap().iter();
+    layers
+        .map(|layer| layer["id"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+fn pages_of(dir: &Path, name: &str, layer: usize) -> u64 {
+    let state = fs::read(dir.join(format!("{name}.state"))).unwrap();
+    let runs = data_runs_of(&state, layer);
+    runs.iter().map(|(_, pages)| pages).sum()
+}
+
+#[test]
+fn what_is_written_may_be_noted_from_a_snapshot_on() {
+    for live in [false, true] {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path();
+        let bench = writing_on(path);
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let (full, diff) = (SnapshotType::Full, SnapshotType::Diff);
+        let take = |create: SnapshotCreate| {
+            if !live {
+                pause(&bench);
+            }
+            let outcome = bench.ask(Command::CreateSnapshot(create));
+            if !live {
+                assert_eq!(bench.ask(Command::Resume), Ok(Answer::Done));
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            outcome
+        };
+        let tracks = |create: SnapshotCreate| SnapshotCreate {
+            track_dirty_pages: true,
+            ..create
+        };
+        let passing = |create: SnapshotCreate| SnapshotCreate {
+            is_base: false,
+            ..create
+        };
+        let why = take(passing(tracks(create(path, "0", full, live)))).unwrap_err();
+        assert!(why.to_string().contains("is_base"), "{why}");
+        // One that fails begins nothing: the next has all.
+        take(tracks(create(&path.join("nowhere"), "0", full, live))).unwrap_err();
+        take(create(path, "all", diff, live)).unwrap();
+        assert_eq!(layer_ids(path, "all").len(), 1);
+        take(tracks(create(path, "0", diff, live))).unwrap();
+        // This is in the next one, too.
+        take(passing(create(path, "passing", diff, live))).unwrap();
+        take(create(path, "1", diff, live)).unwrap();
+        pause(&bench);
+        let last = bench.ask(Command::CreateSnapshot(create(path, "2", diff, live)));
+        let whole = passing(create(path, "whole", full, live));
+        bench.ask(Command::CreateSnapshot(whole)).unwrap();
+        let ids = layer_ids(path, "2");
+        assert_eq!(ids.len(), 3);
+        assert_eq!(ids[..2], layer_ids(path, "1"));
+        assert_eq!(ids[..1], layer_ids(path, "0"));
+        assert_eq!(ids[..1], layer_ids(path, "passing")[..1]);
+        if let Ok(Answer::Snapshot(last)) = last {
+            assert_eq!(last.memory_ids, ids);
+        }
+        bench.end();
+        let pages = [0, 1, 2].map(|layer| pages_of(path, "2", layer));
+        println!("live {live}: {pages:?} pages");
+        assert!(pages[0] > 4 && pages[1] > 0, "{pages:?}");
+        assert!(pages[1] < 20 && pages[2] < 20, "{pages:?}");
+        let want = all_memory(&load(path, "whole"));
+        assert!(want[105 * 4096] == 5, "it has not written");
+        assert!(all_memory(&load(path, "2")) == want);
+    }
+}
+
+#[test]
+fn a_chain_is_no_longer_than_one_that_can_be_loaded() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path();
+    let bench = Bench::new(path, Transport::Pci, true, script());
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    pause(&bench);
+    let take =
+        |name: &str, kind| bench.ask(Command::CreateSnapshot(create(path, name, kind, false)));
+    for number in 0..MAX_LAYERS {
+        take(&number.to_string(), SnapshotType::Diff).unwrap();
+    }
+    let why = take("one-more", SnapshotType::Diff)
+        .unwrap_err()
+        .to_string();
+    assert!(why.contains("256 memory files"), "{why}");
+    assert!(why.contains("flatten") && why.contains("Full"), "{why}");
+    assert!(!path.join("one-more.memory").exists());
+    take("full", SnapshotType::Full).unwrap();
+    take("one-more", SnapshotType::Diff).unwrap();
+    bench.end();
+    assert_eq!(layer_ids(path, "one-more").len(), 2);
+    let longest = (MAX_LAYERS - 1).to_string();
+    assert_eq!(layer_ids(path, &longest).len(), MAX_LAYERS);
+    assert_eq!(told(&load(path, &longest)), "");
+}
+
+/// Whoever keeps the files of a chain together, and calls all of them the same, adds their ids.
+#[test]
+fn files_of_a_chain_are_found_beside_the_state_by_their_ids() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path();
+    chain(path);
+    let want = all_memory(&load(path, "2"));
+    let ids = layer_ids(path, "2");
+    let moved = path.join("moved");
+    fs::create_dir(&moved).unwrap();
+    for name in ["0", "1"] {
+        let (from, id) = (
+            format!("{name}.memory"),
+            &ids[name.parse::<usize>().unwrap()],
+        );
+        fs::copy(path.join(&from), moved.join(format!("{from}-{id}"))).unwrap();
+        // Another one has its name, where it was written and beside the state.
+        for folder in [path, &moved] {
+            fs::copy(path.join("2.memory"), folder.join(&from)).unwrap();
+        }
+    }
+    for name in ["2.state", "2.memory", "disk"] {
+        fs::copy(path.join(name), moved.join(name)).unwrap();
+    }
+    assert!(all_memory(&load(&moved, "2")) == want);
+    let Verified { found, wrong } = verify(&moved.join("2.state"), None);
+    assert_eq!(wrong, Vec::<String>::new());
+    assert!(found.join("\n").contains(&ids[0]), "{found:?}");
+    let into = Flatten {
+        state: moved.join("2.state"),
+        memory: None,
+        into_state: moved.join("flat.state"),
+        into_memory: moved.join("flat.memory"),
+    };
+    flatten(&into).unwrap();
+    assert!(all_memory(&load(&moved, "flat")) == want);
+    fs::remove_file(moved.join(format!("0.memory-{}", ids[0]))).unwrap();
+    let why = told(&load(&moved, "2"));
+    assert!(
+        why.contains("0.memory") && why.contains("its id is"),
+        "{why}"
+    );
 }
 
 /// The page of the generation id.

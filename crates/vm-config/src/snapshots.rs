@@ -21,6 +21,10 @@ pub struct SnapshotCreate {
     pub drives: Vec<DriveCopy>,
     /// Whether the files are on the medium when the snapshot is told to be whole. Without it a host that loses power may lose it.
     pub sync: bool,
+    /// Whether pages the guest writes are remembered from this snapshot on, if they were not before: a diff after it has these alone.
+    pub track_dirty_pages: bool,
+    /// Whether diffs after it build upon it. Of one that is not kept, they build upon the one before.
+    pub is_base: bool,
 }
 
 impl Default for SnapshotCreate {
@@ -32,6 +36,8 @@ impl Default for SnapshotCreate {
             live: false,
             drives: Vec::new(),
             sync: true,
+            track_dirty_pages: false,
+            is_base: true,
         }
     }
 }
@@ -166,6 +172,8 @@ pub(crate) fn create(body: &mut Object<'_>) -> SnapshotCreate {
             path_on_host: body.required("path_on_host"),
         }),
         sync: body.optional("sync").unwrap_or(true),
+        track_dirty_pages: body.optional("track_dirty_pages").unwrap_or_default(),
+        is_base: body.optional("is_base").unwrap_or(true),
     }
 }
 

@@ -164,7 +164,7 @@ pub enum Answer {
 }
 
 /// What came of a live snapshot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SnapshotTaken {
     /// How long the guest stood still, in microseconds.
     pub stood_still_us: u64,
@@ -172,6 +172,8 @@ pub struct SnapshotTaken {
     pub disks_us: u64,
     /// Bytes of guest memory that are in the memory file; pages of zeros are not.
     pub memory_bytes: u64,
+    /// The ids of the memory files that it is made of, the oldest first, its own last: of a full one, that alone.
+    pub memory_ids: Vec<String>,
 }
 
 /// What runs here.

@@ -63,6 +63,9 @@ pub(crate) struct KeepArgs {
     /// How long programs of a guest that goes on may take; 0: they do not run
     #[arg(long, requires = "from")]
     hooks_ms: Option<u64>,
+    /// What it changes of its memory is noted from its beginning
+    #[arg(long, requires = "from")]
+    track_changes: bool,
     /// Its monitor is a copy of the process that is asked at this socket
     #[arg(long, requires = "from")]
     template: Option<PathBuf>,
@@ -131,7 +134,14 @@ pub(crate) fn keep_vm(args: &KeepArgs) -> anyhow::Result<ExitCode> {
         purpose,
         |vm| {
             let machine = match from.take() {
-                Some(from) => restored(&places, vm, from, hooks, args.template.as_deref()),
+                Some(from) => restored(
+                    &places,
+                    vm,
+                    from,
+                    hooks,
+                    args.template.as_deref(),
+                    args.track_changes,
+                ),
                 None => machine(&places, vm, args.offline),
             };
             machine.map_err(|e| format!("{e:#}"))

@@ -24,7 +24,7 @@ use std::time::SystemTime;
 pub(crate) use commands::{GuestCommand, end_and_remove, guest};
 pub(crate) use keep::{KeepArgs, keep_vm};
 pub(crate) use maker::{Maker, Wanted, changes};
-pub(crate) use restore::{Copies, CopyArgs, flatten, restore, root_disk, take};
+pub(crate) use restore::{Copies, CopyArgs, Taking, flatten, restore, root_disk, take};
 pub(crate) use run::{ImageArgs, labels, run_image};
 
 /// How a list is shown.

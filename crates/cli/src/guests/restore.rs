@@ -9,11 +9,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use alveole_block_store::{Backing, Format, tools};
+use alveole_host::programs;
 use alveole_instance::{
-    Beginning, Content, Happened, Identity, Machine, MonitorApi, MonitorTemplate, Placed, Record,
-    Restored, Snapshot, SnapshotRecord, State, Vm,
+    Beginning, Content, Happened, Identity, MEMORY, Machine, MonitorApi, MonitorTemplate, Placed,
+    Record, Restored, Snapshot, SnapshotRecord, Snapshots, State, Vm, memory_before,
 };
 use anyhow::{Context, bail};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::keep::{CHANGES, Disks, device_words, discarded, plug};
@@ -65,6 +67,8 @@ pub(crate) struct Copies {
     pub(crate) hooks: Duration,
     /// Besides those of the VM.
     pub(crate) labels: BTreeMap<String, String>,
+    /// What they change is noted from their beginning, so that their first diff builds upon the snapshot.
+    pub(crate) track_changes: bool,
 }
 
 impl From<&CopyArgs> for Copies {
@@ -76,12 +80,32 @@ impl From<&CopyArgs> for Copies {
             remove: args.rm,
             hooks: args.hooks,
             labels: BTreeMap::new(),
+            track_changes: false,
         }
     }
 }
 
+/// What a snapshot is to be.
+#[derive(Clone, Copy)]
+pub(crate) enum Taking<'a> {
+    /// All of memory.
+    Full,
+    /// What has changed since the snapshot before it, which is one of these; if there is none to build upon, all.
+    Diff(&'a Snapshots),
+    /// All of memory, not to be kept: no diff builds upon it, and a host that loses power may lose it.
+    Passing,
+}
+
+/// What the monitor says of a snapshot that it has taken.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Said {
+    stood_still_us: u64,
+    memory_ids: Vec<String>,
+}
+
 /// Takes a snapshot of a running VM into this folder. The guest goes on.
-pub(crate) fn take(vm: &Vm, folder: &Path, sync: bool) -> anyhow::Result<SnapshotRecord> {
+pub(crate) fn take(vm: &Vm, folder: &Path, what: Taking<'_>) -> anyhow::Result<SnapshotRecord> {
     let name = &vm.name;
     let (phase, main_pid) = match vm.state()? {
         State::Kept(phase) => match phase.main_pid {
@@ -110,12 +134,37 @@ pub(crate) fn take(vm: &Vm, folder: &Path, sync: bool) -> anyhow::Result<Snapsho
         .iter()
         .map(|path| json!({"drive_id": CHANGES, "path_on_host": folder.join(file_name(path))}))
         .collect();
-    let body = json!({
-        "snapshot_path": folder.join("state"), "mem_file_path": folder.join("memory"),
-        "snapshot_type": "Full", "live": true, "sync": sync, "drives": drives,
-    });
-    let said = MonitorApi::new(vm, TAKE_PATIENCE).put("/snapshot/create", &body)?;
-    let said: Value = serde_json::from_str(&said).unwrap_or_default();
+    let ask = |what| {
+        let is_diff = matches!(what, Taking::Diff(_));
+        let is_passing = matches!(what, Taking::Passing);
+        let body = json!({
+            "snapshot_path": folder.join("state"), "mem_file_path": folder.join(MEMORY),
+            "snapshot_type": if is_diff { "Diff" } else { "Full" }, "live": true, "sync": !is_passing, "drives": drives,
+            "is_base": !is_passing, "track_dirty_pages": is_diff,
+        });
+        let said = MonitorApi::new(vm, TAKE_PATIENCE).put("/snapshot/create", &body)?;
+        let said = serde_json::from_str(&said).context("the monitor's answer is none")?;
+        anyhow::Ok::<Said>(said)
+    };
+    let mut said = ask(what)?;
+    if let Taking::Diff(all) = what {
+        let ids = said.memory_ids.split_last();
+        let before = ids.map_or(&[][..], |(_own, before)| before);
+        if before.is_empty() {
+            hint(&format!(
+                "this snapshot has all of memory: until now nobody has noted what the VM '{name}' changes; from now on it is noted, and the \
+                 next --diff has that alone"
+            ));
+        } else if !link_before(&all.memory_files()?, before, folder)? {
+            hint(
+                "the snapshot that this one would build upon has been removed, or flattened: it has all of memory, and the next --diff \
+                 builds upon it",
+            );
+            let first = said.stood_still_us;
+            said = ask(Taking::Full)?;
+            said.stood_still_us += first;
+        }
+    }
     if let Some(changes) = changes {
         let copy = folder.join(file_name(&changes));
         // Copies are laid over it.
@@ -125,7 +174,10 @@ pub(crate) fn take(vm: &Vm, folder: &Path, sync: bool) -> anyhow::Result<Snapsho
     for file in kept_files(vm.folder())? {
         link(&file, &folder.join(file_name(&file)))?;
     }
-    let stood_still_us = said["stood_still_us"].as_u64().unwrap_or_default();
+    let Said {
+        stood_still_us,
+        memory_ids,
+    } = said;
     vm.note(Happened::Snapshot { stood_still_us });
     Ok(SnapshotRecord {
         version: SnapshotRecord::VERSION,
@@ -137,7 +189,41 @@ pub(crate) fn take(vm: &Vm, folder: &Path, sync: bool) -> anyhow::Result<Snapsho
         memory_mib: phase.memory_mib,
         main_pid,
         network: phase.network,
+        memory_ids,
     })
+}
+
+/// Gives the memory files that a diff builds upon, by their ids, names in its folder, so that it needs no other snapshot; false, and no
+/// names: one of them is gone.
+fn link_before(
+    all: &BTreeMap<String, PathBuf>,
+    ids: &[String],
+    folder: &Path,
+) -> anyhow::Result<bool> {
+    let mut linked = Vec::new();
+    let mut one = |id: &String| {
+        let Some(from) = all.get(id).filter(|path| path.exists()) else {
+            return Ok(false);
+        };
+        let to = folder.join(memory_before(id));
+        // Its snapshot may be removed meanwhile.
+        match link(from, &to) {
+            Ok(()) => linked.push(to),
+            Err(_) if !from.exists() => return Ok(false),
+            Err(e) => return Err(e),
+        }
+        Ok(true)
+    };
+    for id in ids {
+        if !one(id)? {
+            for name in linked {
+                fs::remove_file(&name)
+                    .with_context(|| format!("cannot remove '{}'", name.display()))?;
+            }
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// The disk that takes a VM's changes, if it is there.
@@ -177,29 +263,65 @@ fn link(from: &Path, to: &Path) -> anyhow::Result<()> {
     })
 }
 
-/// Makes one disk of those that a snapshot's is laid over, in a folder that takes the place of the snapshot's; false: it is one already.
+/// Makes one disk of those that a snapshot's is laid over, and one memory file of those that it is made of, in a folder that takes the
+/// place of the snapshot's; false: they are so already.
 pub(crate) fn flatten(snapshot: &Snapshot) -> anyhow::Result<bool> {
     let (bases, mut files): (Vec<_>, Vec<_>) = kept_files(snapshot.folder())?
         .into_iter()
         .partition(|file| file_name(file).starts_with(BASE));
-    if bases.is_empty() {
+    let is_diff = !snapshot.builds_upon().is_empty();
+    if bases.is_empty() && !is_diff {
         return Ok(false);
     }
-    let overlay = snapshot.at(OVERLAY);
     snapshot.replace(|folder| {
-        // Of the same name and format, as the state has them.
-        let (disk, format) = (folder.join(OVERLAY), Format::Qcow2);
-        tools::convert(&overlay, format, &disk, format, Backing::BesideImage)
-            .with_context(|| format!("cannot make one disk of '{}'", overlay.display()))?;
-        fs::set_permissions(&disk, fs::Permissions::from_mode(0o400))
-            .with_context(|| format!("cannot protect '{}'", disk.display()))?;
-        files.extend(["state", "memory", "working-set"].map(|name| snapshot.at(name)));
+        let mut record = snapshot.record.clone();
+        if is_diff {
+            record.memory_ids = vec![one_memory(snapshot, folder)?];
+        } else {
+            // The working set is of the memory file by its id.
+            files.extend(["state", MEMORY, "working-set"].map(|name| snapshot.at(name)));
+        }
+        if bases.is_empty() {
+            files.extend([OVERLAY, CHANGES].map(|name| snapshot.at(name)));
+        } else {
+            one_disk(&snapshot.at(OVERLAY), &folder.join(OVERLAY))?;
+        }
         files.retain(|file| file.exists());
         files
             .iter()
-            .try_for_each(|file| link(file, &folder.join(file_name(file))))
+            .try_for_each(|file| link(file, &folder.join(file_name(file))))?;
+        anyhow::Ok(record)
     })?;
     Ok(true)
+}
+
+/// Of the same name and format, as the state has them.
+fn one_disk(overlay: &Path, disk: &Path) -> anyhow::Result<()> {
+    let format = Format::Qcow2;
+    tools::convert(overlay, format, disk, format, Backing::BesideImage)
+        .with_context(|| format!("cannot make one disk of '{}'", overlay.display()))?;
+    fs::set_permissions(disk, fs::Permissions::from_mode(0o400))
+        .with_context(|| format!("cannot protect '{}'", disk.display()))
+}
+
+/// Has the monitor make one memory file of a diff's, with a state that names it, in this folder. Gives its id.
+fn one_memory(snapshot: &Snapshot, folder: &Path) -> anyhow::Result<String> {
+    let done = std::process::Command::new(programs::vmm()?)
+        .arg("--flatten-snapshot")
+        .arg(snapshot.at("state"))
+        .arg("--into-state")
+        .arg(folder.join("state"))
+        .arg("--into-memory")
+        .arg(folder.join(MEMORY))
+        .output()
+        .context("cannot start the monitor")?;
+    if !done.status.success() {
+        bail!("{}", String::from_utf8_lossy(&done.stderr).trim());
+    }
+    let said = String::from_utf8_lossy(&done.stdout);
+    let id = said.lines().find_map(|line| line.strip_prefix("id "));
+    id.map(str::to_owned)
+        .context("the monitor does not say which memory file it has made: it is of another version")
 }
 
 /// Makes a copy's disk, over that of the snapshot.
@@ -348,6 +470,9 @@ pub(crate) fn restore(
     if let Some(template) = &template {
         words.push(format!("--template={}", template.socket().display()));
     }
+    if copies.track_changes {
+        words.push("--track-changes".to_owned());
+    }
     let words: Vec<&str> = words.iter().map(|word| &**word).collect();
     let mut begun = VecDeque::new();
     let mut well = true;
@@ -411,7 +536,7 @@ fn runs(
 pub(super) fn load_of(snapshot: &Snapshot) -> Value {
     json!({
         "snapshot_path": snapshot.at("state"),
-        "mem_backend": {"backend_type": "File", "backend_path": snapshot.at("memory")},
+        "mem_backend": {"backend_type": "File", "backend_path": snapshot.at(MEMORY)},
     })
 }
 
@@ -422,6 +547,7 @@ pub(super) fn restored(
     from: &Path,
     hooks: Option<Duration>,
     template: Option<&Path>,
+    track_changes: bool,
 ) -> anyhow::Result<Machine> {
     let snapshot = Snapshot::open(from)?
         .with_context(|| format!("there is no snapshot in '{}'", from.display()))?;
@@ -444,6 +570,7 @@ pub(super) fn restored(
         .collect();
     let mut load = load_of(&snapshot);
     load["resume_vm"] = true.into();
+    load["track_dirty_pages"] = track_changes.into();
     // Of one that was just taken, all is in the page cache.
     load["working_set_path"] = (!snapshot.is_passing())
         .then(|| snapshot.at("working-set"))
@@ -452,7 +579,7 @@ pub(super) fn restored(
     load["network_overrides"] = interfaces.into();
     load["vsock_override"] = json!({"uds_path": vm.socket("vsock")});
     let load = hand_over(&without_nulls(load))?;
-    let mut monitor = std::process::Command::new(alveole_host::programs::vmm()?);
+    let mut monitor = std::process::Command::new(programs::vmm()?);
     monitor
         .arg("--load-snapshot")
         .arg(path_of(&load))
@@ -553,6 +680,36 @@ mod tests {
         assert_eq!(with, ["--net=user", "--name=copy"]);
         let without = network(&record(&[], 0), "copy", &[]).unwrap();
         assert_eq!(without, ["--net=none", "--name=copy"]);
+    }
+
+    #[test]
+    fn a_diff_has_names_for_all_that_it_builds_upon_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let folder = at("diff");
+        fs::create_dir(&folder).unwrap();
+        fs::write(at("a"), "of a").unwrap();
+        fs::write(at("b"), "of b").unwrap();
+        let all = ["a", "b", "gone"].map(|id| (id.to_owned(), at(id))).into();
+        let names = || {
+            let mut names: Vec<_> = fs::read_dir(&folder)
+                .unwrap()
+                .map(|entry| file_name(&entry.unwrap().path()))
+                .collect();
+            names.sort();
+            names
+        };
+        let link = |ids: &[&str]| {
+            let ids: Vec<_> = ids.iter().map(|id| (*id).to_owned()).collect();
+            link_before(&all, &ids, &folder).unwrap()
+        };
+        // Of one the name is there and the file is not, of the other nothing is known.
+        assert!(!link(&["a", "gone"]) && !link(&["a", "unknown"]));
+        assert!(names().is_empty());
+        assert!(link(&["a", "b"]));
+        assert_eq!(names(), ["memory-a", "memory-b"]);
+        fs::remove_file(at("b")).unwrap();
+        assert_eq!(fs::read_to_string(folder.join("memory-b")).unwrap(), "of b");
     }
 
     #[test]

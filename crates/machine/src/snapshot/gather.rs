@@ -4,7 +4,7 @@ use std::sync::PoisonError;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use alveole_guest_memory::PageSet;
+use alveole_guest_memory::{MAX_LAYERS, PageSet};
 use alveole_hypervisor::CpuState;
 use alveole_saved_state::{SavedState, StateFile};
 use alveole_vcpu::{Order, ReportKind};
@@ -87,10 +87,12 @@ impl Machine {
             reply.send(Err(Refusal::Failed(format!("cannot {what}: {why}"))));
             return None;
         }
-        if let Err(why) = self.disks_to_copy(&create) {
+        let may_be = self.check_chain(&create);
+        if let Err(why) = may_be.and_then(|()| self.disks_to_copy(&create).map(drop)) {
             reply.send(Err(Refusal::Failed(format!("cannot {what}: {why}"))));
             return None;
         }
+        let tracks_from_here = create.track_dirty_pages && !self.tracking.is_on;
         let is_running = self.state == Lifecycle::Running;
         self.tracking.underway = Some(Underway {
             what,
@@ -104,8 +106,31 @@ impl Machine {
         });
         match is_running {
             true => self.begin_ahead(events, tick),
-            false => self.capture(events, tick),
+            false => {
+                if tracks_from_here && let Err(why) = self.begin_tracking() {
+                    self.snapshot_failed(why);
+                    return None;
+                }
+                self.capture(events, tick)
+            }
         }
+    }
+
+    /// Whether this snapshot, and diffs after it, could be loaded.
+    fn check_chain(&self, create: &SnapshotCreate) -> Result<(), String> {
+        if create.track_dirty_pages && !create.is_base {
+            return Err(String::from(
+                "track_dirty_pages is for diffs after this snapshot, which with is_base false do not build upon it: leave one of them out",
+            ));
+        }
+        let before = self.base(create.snapshot_type).len();
+        if before >= MAX_LAYERS {
+            return Err(format!(
+                "the snapshot before is made of {before} memory files, and more than {MAX_LAYERS} make no memory: take a full one (snapshot_type \
+                 Full, or no --diff), upon which further diffs build; to flatten the one before makes one file of its own, for those who load it"
+            ));
+        }
+        Ok(())
     }
 
     /// Has memory captured while the machine stands still. It goes on if it ran.
@@ -123,8 +148,10 @@ impl Machine {
                 self.resume();
                 self.stood_still_since(start);
             }
-            // Nobody needs to stand still for that.
-            self.end_ahead();
+            // Nobody needs to stand still for that. Where noting is to go on, only a failure ends it.
+            if !self.tracks_on() {
+                self.end_ahead();
+            }
         }
         match captured {
             Ok(None) => {}
@@ -147,15 +174,23 @@ impl Machine {
 
     /// Answers whoever wanted the snapshot.
     pub(crate) fn snapshot_taken(&mut self, taken: Taken) {
-        self.end_ahead();
+        if taken.outcome.is_ok() && self.tracks_on() {
+            self.tracking.is_on = true;
+        } else {
+            self.end_ahead();
+        }
         let Some(underway) = self.tracking.underway.take() else {
             return;
         };
         let what = &underway.what;
         let outcome = match taken.outcome {
             Ok(written) => {
-                self.tracking.layers = written.layers;
-                self.tracking.unsaved = None;
+                let memory_ids = written.layers.iter().map(|layer| layer.id.clone());
+                let memory_ids = memory_ids.collect();
+                if underway.create.is_base {
+                    self.tracking.layers = written.layers;
+                    self.tracking.unsaved = None;
+                }
                 log::info!(
                     "snapshot written within {:?}: {} KiB of memory",
                     underway.start.elapsed(),
@@ -168,6 +203,7 @@ impl Machine {
                         disks_us: u64::try_from(written.copying_disks.as_micros())
                             .unwrap_or(u64::MAX),
                         memory_bytes: written.memory_bytes,
+                        memory_ids,
                     })),
                     false => Ok(Answer::Done),
                 }

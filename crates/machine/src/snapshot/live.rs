@@ -30,15 +30,11 @@ impl Machine {
             if let Some(end) = self.pause(events, tick) {
                 return Some(end);
             }
-            let tracked = self.partition.track_dirty(&self.ram);
-            self.ram.track_writes();
+            let tracked = self.begin_tracking();
             self.resume();
             self.stood_still_since(start);
-            if let Some(underway) = &mut self.tracking.underway {
-                underway.tracks_for_this = true;
-            }
-            if let Err(e) = tracked {
-                self.snapshot_failed(e.to_string());
+            if let Err(why) = tracked {
+                self.snapshot_failed(why);
                 return None;
             }
         }
@@ -117,6 +113,22 @@ impl Machine {
                 none => *none = Some(pages.clone()),
             }
         }
+    }
+
+    /// Notes what is written from now on, for the snapshot that is being written. The machine stands still.
+    pub(super) fn begin_tracking(&mut self) -> Result<(), String> {
+        if let Some(underway) = &mut self.tracking.underway {
+            underway.tracks_for_this = true;
+        }
+        let tracked = self.partition.track_dirty(&self.ram);
+        self.ram.track_writes();
+        tracked.map_err(|e| e.to_string())
+    }
+
+    /// Whether what is noted for the snapshot that is being written is to be noted after it, too.
+    pub(super) fn tracks_on(&self) -> bool {
+        let underway = self.tracking.underway.as_ref();
+        underway.is_some_and(|u| u.tracks_for_this && u.create.track_dirty_pages)
     }
 
     /// Notes no more what is written, where that was for one snapshot.

@@ -506,7 +506,7 @@ pub(super) fn open_memory(
         let named = newest.filter(|_| index == last);
         let path = match named {
             Some(path) => path.clone(),
-            None => find(&layer.path, &load.snapshot_path, newest.map(|path| &**path)),
+            None => find_layer(layer, &load.snapshot_path, newest.map(|path| &**path)),
         };
         let file = resources::open("memory file", &path)?;
         check_mark(&file, &path, size, layer)?;
@@ -515,7 +515,19 @@ pub(super) fn open_memory(
     Ok(MemorySource::Files(files))
 }
 
-/// Where a memory file is: where it was written, or, if that is gone, beside the files of the snapshot, which may have been moved
+/// Where a memory file of a chain is: beside the state, with its id behind its name, which is what keeps those of a chain apart that
+/// all had one name; or where [`find`] finds it.
+pub(super) fn find_layer(layer: &LayerV1, state: &Path, memory: Option<&Path>) -> PathBuf {
+    let beside = || {
+        let mut name = layer.path.file_name()?.to_owned();
+        name.push(format!("-{}", layer.id));
+        let path = state.parent()?.join(name);
+        path.exists().then_some(path)
+    };
+    beside().unwrap_or_else(|| find(&layer.path, state, memory))
+}
+
+/// Where a file of a snapshot is: where it was written, or, if that is gone, beside the files of the snapshot, which may have been moved
 /// together.
 pub(super) fn find(written: &Path, state: &Path, memory: Option<&Path>) -> PathBuf {
     if written.exists() {

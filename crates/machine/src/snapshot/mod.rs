@@ -35,7 +35,7 @@ pub(crate) use restore::{cpu_state, partition_state, restore_devices};
 pub(crate) use served::ServerWatch;
 pub use state::SNAPSHOT_VERSION;
 pub(crate) use state::{LAYOUT, LayerV1, RangeV1};
-pub use tools::{Flatten, Verified, flatten, verify};
+pub use tools::{Flatten, Flattened, Verified, flatten, verify};
 pub(crate) use working_set::WorkingSet;
 pub use write::Taken;
 pub(crate) use write::{Ahead, SnapshotJob, take};

@@ -9,7 +9,7 @@ use alveole_saved_state::{Header, SavedState, StateFile};
 use alveole_vm_config::{Drive, MemoryBackend, MemoryBackendType, SnapshotLoad, VmConfig};
 
 use crate::snapshot::load::{
-    LoadError, check_mark, described, find, open_memory, part, read_bounded,
+    LoadError, check_mark, described, find, find_layer, open_memory, part, read_bounded,
 };
 use crate::snapshot::state::{
     self, DriveCopyV1, LayerV1, MachineStateV1, MemoryStateV1, TransportV1,
@@ -198,7 +198,7 @@ fn memory_files(
     for (index, layer) in memory.layers.iter().enumerate() {
         let file = match newest.filter(|_| index == last) {
             Some(file) => file.to_owned(),
-            None => find(&layer.path, path, newest),
+            None => find_layer(layer, path, newest),
         };
         let checked = resources::open("memory file", &file)
             .map_err(LoadError::from)
@@ -244,11 +244,20 @@ pub struct Flatten {
     pub into_memory: PathBuf,
 }
 
-/// Makes one full snapshot of a chain: the files of the chain are not needed by it. Pages of zeroes are left out. Says how many bytes of memory it has.
+/// A chain that became one snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Flattened {
+    /// Bytes of memory that it has.
+    pub memory_bytes: u64,
+    /// The id of its memory file.
+    pub memory_id: String,
+}
+
+/// Makes one full snapshot of a chain: the files of the chain are not needed by it. Pages of zeroes are left out.
 ///
 /// # Errors
 /// The chain is not whole, or larger than this host's memory; or the files cannot be written. Then nothing is changed.
-pub fn flatten(flatten: &Flatten) -> Result<u64, String> {
+pub fn flatten(flatten: &Flatten) -> Result<Flattened, String> {
     let path = &flatten.state;
     let told = |e: LoadError| e.to_string();
     let format = |source| LoadError::Format {

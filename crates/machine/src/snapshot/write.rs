@@ -12,6 +12,7 @@ use alveole_saved_state::{SavedState, StateFile};
 use alveole_virtio_blk::BlkHandle;
 use alveole_vm_config::SnapshotCreate;
 
+use crate::snapshot::Flattened;
 use crate::snapshot::new_file::New;
 use crate::snapshot::state::{self, DriveCopyV1, ID_BYTES, LayerV1, MARK, MemoryStateV1};
 
@@ -292,8 +293,8 @@ pub(super) struct Flat<'a> {
     pub(super) into_memory: &'a Path,
 }
 
-/// Writes the one full snapshot, and says how many bytes of memory it has.
-pub(super) fn write_flat(flat: Flat<'_>) -> Result<u64, String> {
+/// Writes the one full snapshot.
+pub(super) fn write_flat(flat: Flat<'_>) -> Result<Flattened, String> {
     let Flat {
         mut state,
         ram,
@@ -313,9 +314,12 @@ pub(super) fn write_flat(flat: Flat<'_>) -> Result<u64, String> {
         .save_pages(&pages, &memory.file)
         .map_err(|e| memory.wrong(&e))?;
     let memory_bytes = map.pages_of(PageKind::Data).saturating_mul(PAGE_BYTES);
-    files.add_memory(&mut state, ram, Vec::new(), map)?;
+    let layers = files.add_memory(&mut state, ram, Vec::new(), map)?;
     files.put(&state, true)?;
-    Ok(memory_bytes)
+    Ok(Flattened {
+        memory_bytes,
+        memory_id: layers.last().map_or_else(String::new, |l| l.id.clone()),
+    })
 }
 
 /// An id that no other memory file has.
