@@ -27,7 +27,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -89,10 +89,7 @@ impl Vms {
             .mode(0o700)
             .create(&self.folder)
             .map_err(InstanceError::file("make the folder", &self.folder))?;
-        let new = tempfile::Builder::new()
-            .prefix(UNFINISHED)
-            .tempdir_in(&self.folder)
-            .map_err(InstanceError::file("make a folder in", &self.folder))?;
+        let new = Unfinished::make_in(&self.folder)?;
         write_json(&new.path().join("vm.json"), record)?;
         let lock = new.path().join("lock");
         File::create(&lock).map_err(InstanceError::file("make", &lock))?;
@@ -216,13 +213,49 @@ pub(crate) fn found_in<T>(
         .collect()
 }
 
+/// A folder that is being made: it goes with this, unless it has got its name. As long as this is there nobody takes it for a left one,
+/// however long that takes.
+#[derive(Debug)]
+pub(crate) struct Unfinished {
+    folder: tempfile::TempDir,
+    _lock: File,
+}
+
+impl Unfinished {
+    pub(crate) fn make_in(folder: &Path) -> Result<Self, InstanceError> {
+        let new = tempfile::Builder::new()
+            .prefix(UNFINISHED)
+            .tempdir_in(folder)
+            .map_err(InstanceError::file("make a folder in", folder))?;
+        let locked = || -> io::Result<File> {
+            let lock = File::open(new.path())?;
+            flock(&lock, FlockOperation::LockShared)?;
+            Ok(lock)
+        };
+        let lock = locked().map_err(InstanceError::file("lock", new.path()))?;
+        Ok(Self {
+            _lock: lock,
+            folder: new,
+        })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
 /// Removes what lies in a folder and was left half-made, a minute after: who makes one now is not disturbed.
 pub(crate) fn sweep(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let old = entry
             .metadata()
             .is_ok_and(|m| now_ms() / 1000 > m.mtime().unsigned_abs() + 60);
-        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) && old {
+        let unfinished = entry.file_name().to_string_lossy().starts_with(UNFINISHED);
+        let is_left = || {
+            let locked = |lock| flock(lock, FlockOperation::NonBlockingLockExclusive);
+            File::open(entry.path()).is_ok_and(|lock| locked(lock).is_ok())
+        };
+        if unfinished && old && is_left() {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -318,7 +351,7 @@ impl Vm {
             file => file.map_err(InstanceError::file("open", &path))?,
         };
         // Shared: those who look do not take each other for keepers.
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+        match flock(&file, FlockOperation::NonBlockingLockShared) {
             Ok(()) => Ok(false),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(true),
             Err(e) => Err(InstanceError::file("lock", &path)(e.into())),
@@ -356,7 +389,7 @@ impl Vm {
             io::ErrorKind::NotFound => InstanceError::Unknown(self.name.clone()),
             _ => InstanceError::file("open", &self.folder)(e),
         })?;
-        rustix::io::retry_on_intr(|| rustix::fs::flock(&folder, FlockOperation::LockExclusive))
+        rustix::io::retry_on_intr(|| flock(&folder, FlockOperation::LockExclusive))
             .map_err(|e| InstanceError::file("lock", &self.folder)(e.into()))?;
         let mut changed = self.again()?;
         how(&mut changed.record)?;
@@ -379,7 +412,7 @@ impl Vm {
         let file = File::open(&path).map_err(InstanceError::file("open", &path))?;
         // Those who look hold it for a moment.
         for _ in 0..LOCK_TRIES {
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(KeeperLock { _file: file }),
                 Err(rustix::io::Errno::WOULDBLOCK) => {
                     std::thread::sleep(std::time::Duration::from_millis(1));

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use crate::folder::{UNFINISHED, check_name, found_in, read_json, sweep, write_json};
+use crate::folder::{UNFINISHED, Unfinished, check_name, found_in, read_json, sweep, write_json};
 use crate::{InstanceError, Record};
 
 /// The memory file that is a snapshot's own.
@@ -82,7 +82,7 @@ pub struct Snapshot {
 #[derive(Debug)]
 pub struct PassingSnapshot {
     snapshot: Snapshot,
-    folder: tempfile::TempDir,
+    folder: Unfinished,
 }
 
 /// That a snapshot is being loaded: it is not removed meanwhile.
@@ -149,10 +149,7 @@ impl Snapshots {
             .create(&self.folder)
             .map_err(InstanceError::file("make the folder", &self.folder))?;
         self.sweep();
-        let folder = tempfile::Builder::new()
-            .prefix(UNFINISHED)
-            .tempdir_in(&self.folder)
-            .map_err(InstanceError::file("make a folder in", &self.folder))?;
+        let folder = Unfinished::make_in(&self.folder)?;
         let record = take(folder.path())?;
         write_json(&folder.path().join("snapshot.json"), &record)?;
         Ok(PassingSnapshot {
@@ -332,10 +329,7 @@ impl Snapshot {
     ) -> Result<(), E> {
         let _lock = self.locked(FlockOperation::NonBlockingLockExclusive)?;
         let beside = self.folder.parent().unwrap_or(&self.folder);
-        let new = tempfile::Builder::new()
-            .prefix(UNFINISHED)
-            .tempdir_in(beside)
-            .map_err(InstanceError::file("make a folder in", beside))?;
+        let new = Unfinished::make_in(beside)?;
         let record = make(new.path())?;
         write_json(&new.path().join("snapshot.json"), &record)?;
         // What was there is removed with the folder's other name.
@@ -393,6 +387,37 @@ mod tests {
             memory_ids: vec!["aa".into()],
             record: vm.record,
         }
+    }
+
+    /// Memory of many GiB takes its time to be written, and a thousand copies theirs to be made.
+    #[test]
+    fn what_is_being_made_is_not_swept_however_long_it_takes() {
+        let dir = tempfile::tempdir().unwrap();
+        let record = record(dir.path());
+        let all = Snapshots::new(&dir.path().join("snapshots"));
+        let age = |folder: &Path| {
+            let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
+            File::open(folder).unwrap().set_modified(long_ago).unwrap();
+        };
+        let passing = all
+            .pass(|folder| {
+                fs::write(folder.join("memory"), "half").unwrap();
+                age(folder);
+                all.sweep();
+                assert!(folder.join("memory").exists());
+                Ok::<_, InstanceError>(record.clone())
+            })
+            .unwrap();
+        let folder = passing.snapshot().folder().to_owned();
+        age(&folder);
+        all.sweep();
+        assert!(folder.exists());
+        // Of a command that was killed.
+        let left = all.folder.join(format!("{UNFINISHED}left"));
+        fs::create_dir(&left).unwrap();
+        age(&left);
+        all.sweep();
+        assert!(!left.exists());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::InstanceError;
-use crate::folder::{UNFINISHED, found_in, now_ms, read_json, sweep, write_json};
+use crate::folder::{UNFINISHED, Unfinished, found_in, now_ms, read_json, sweep, write_json};
 
 /// All volumes of one user.
 #[derive(Clone, Debug)]
@@ -83,10 +83,7 @@ impl Volumes {
             .create(&self.folder)
             .map_err(InstanceError::file("make the folder", &self.folder))?;
         self.sweep();
-        let new = tempfile::Builder::new()
-            .prefix(UNFINISHED)
-            .tempdir_in(&self.folder)
-            .map_err(InstanceError::file("make a folder in", &self.folder))?;
+        let new = Unfinished::make_in(&self.folder)?;
         make(&new.path().join("disk"))?;
         let record = VolumeRecord {
             created_ms: now_ms(),
