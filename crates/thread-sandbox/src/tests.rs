@@ -72,6 +72,7 @@ fn role_of(role: Role) -> policy::Role {
         Role::Vcpu => policy::Role::Vcpu,
         Role::Api => policy::Role::Api,
         Role::Files => policy::Role::Files,
+        Role::Pages => policy::Role::Pages,
     }
 }
 
