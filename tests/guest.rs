@@ -51,6 +51,8 @@ mod metadata;
 mod network;
 #[path = "guest/networks.rs"]
 mod networks;
+#[path = "guest/packed.rs"]
+mod packed;
 #[path = "guest/pauses.rs"]
 mod pauses;
 #[path = "guest/podman.rs"]

@@ -26,12 +26,12 @@ fn cpu_config() -> Option<String> {
     std::env::var("ALVEOLE_NATIVE_CPU_CONFIG").ok()
 }
 
-fn exec(home: &Home, name: &str, script: &str) -> String {
+pub(super) fn exec(home: &Home, name: &str, script: &str) -> String {
     home.does(&["exec", name, "sh", "-c", script])
 }
 
 /// What a VM's main process has counted to.
-fn ticks(home: &Home, name: &str) -> Vec<u64> {
+pub(super) fn ticks(home: &Home, name: &str) -> Vec<u64> {
     let logs = home.does(&["logs", name]);
     let ticks = logs.lines().filter_map(|l| l.strip_prefix("tick "));
     ticks.map(|n| n.parse().unwrap()).collect()
@@ -42,7 +42,7 @@ const COUNT: &str = "trap 'echo asked; exit 7' TERM; n=0; \
     while :; do n=$((n+1)); echo $n >/count; echo tick $n; sleep 0.05; done";
 
 /// Starts a VM that counts, and waits until it does.
-fn counts(home: &Home, name: &str, more: &[&str]) {
+pub(super) fn counts(home: &Home, name: &str, more: &[&str]) {
     let config = cpu_config();
     let mut words = vec!["-d", "--net", "none", "--name", name];
     words.extend(more);

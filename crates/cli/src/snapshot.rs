@@ -11,7 +11,9 @@ use anyhow::{Context, anyhow, bail};
 use clap::Subcommand;
 use serde_json::json;
 
-use crate::guests::{self, CopyArgs, Format, table, take};
+use crate::guests::{self, CopyArgs, Format, PACKED, is_packed, table, take};
+use crate::memory::told;
+use crate::packing;
 use crate::places::Places;
 use crate::pool;
 use crate::size::human;
@@ -55,6 +57,18 @@ enum SnapshotCommand {
     },
     /// Make one disk of those that a snapshot of a copy is laid over, so that it stands alone
     Flatten {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Compress the memory of snapshots, in place; VMs that go on from them have theirs from a process that unpacks it as they touch it
+    Pack {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Have the memory of snapshots as it was, to be mapped and shared by all VMs that go on from them
+    Unpack {
         /// Their names
         #[arg(required = true)]
         names: Vec<String>,
@@ -140,7 +154,7 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
                             of.vm.clone(),
                             guests::shortened(&of.record.image),
                             created(of.created_ms),
-                            format!("{} MiB", of.memory_mib),
+                            format!("{} MiB{}", of.memory_mib, packed(s)),
                             human(s.taken_bytes()),
                         ]
                     };
@@ -162,6 +176,18 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
             return each_name(names, |name| match guests::flatten(&all.find(name)?)? {
                 true => print(&format!("{name}: its disk is one now\n")),
                 false => print(&format!("{name}: its disk is one already\n")),
+            });
+        }
+        SnapshotCommand::Pack { names } => {
+            return each_name(names, |name| match packing::pack(&all.find(name)?)? {
+                Some(sizes) => print(&format!("{name}: {}\n", told(&sizes))),
+                None => print(&format!("{name}: it is packed already\n")),
+            });
+        }
+        SnapshotCommand::Unpack { names } => {
+            return each_name(names, |name| match packing::unpack(&all.find(name)?)? {
+                true => print(&format!("{name}: unpacked\n")),
+                false => print(&format!("{name}: it is not packed\n")),
             });
         }
         SnapshotCommand::Export { name, output } => export(&all.find(name)?, output)?,
@@ -234,9 +260,9 @@ fn import(file: &Path, folder: &Path) -> anyhow::Result<SnapshotRecord> {
         }
     }
     let found = Snapshot::open(folder)?.ok_or_else(|| not_one("it has no snapshot.json"))?;
-    for name in ["state", "memory"] {
-        if !folder.join(name).exists() {
-            return Err(not_one(&format!("it has no '{name}'")));
+    for names in [&["state"][..], &["memory", PACKED]] {
+        if !names.iter().any(|name| folder.join(name).exists()) {
+            return Err(not_one(&format!("it has no '{}'", names[0])));
         }
     }
     Ok(found.record)
@@ -247,11 +273,16 @@ fn created(ms: u64) -> String {
     humantime::format_rfc3339_seconds(time).to_string()
 }
 
+/// What a list says behind the size of its memory.
+fn packed(snapshot: &Snapshot) -> &'static str {
+    if is_packed(snapshot) { ", packed" } else { "" }
+}
+
 fn facts(snapshot: &Snapshot) -> serde_json::Value {
     let of = &snapshot.record;
     json!({
         "name": snapshot.name, "vm": of.vm, "image": of.record.image, "image_id": of.record.image_id,
-        "created_ms": of.created_ms, "stood_still_us": of.stood_still_us, "cpus": of.cpus, "memory_mib": of.memory_mib,
+        "created_ms": of.created_ms, "stood_still_us": of.stood_still_us, "cpus": of.cpus, "memory_mib": of.memory_mib, "packed": is_packed(snapshot),
         "taken_bytes": snapshot.taken_bytes(), "folder": snapshot.folder(), "record": of.record,
     })
 }
@@ -267,11 +298,16 @@ fn verify(snapshot: &Snapshot) -> anyhow::Result<()> {
     if let Err(e) = places.kernels().get(Some(&record.kernel)) {
         wrong.push(format!("{e:#}"));
     }
-    let read = Command::new(programs::vmm()?)
-        .arg("--verify-snapshot")
-        .arg(snapshot.at("state"))
-        .output()
-        .context("cannot start the monitor")?;
+    let mut read = Command::new(programs::vmm()?);
+    read.arg("--verify-snapshot").arg(snapshot.at("state"));
+    let stand_in = packing::verified(snapshot).unwrap_or_else(|e| {
+        wrong.push(format!("{e:#}"));
+        None
+    });
+    if let Some(file) = &stand_in {
+        read.arg("--memory").arg(file.path());
+    }
+    let read = read.output().context("cannot start the monitor")?;
     if !read.status.success() {
         let said = String::from_utf8_lossy(&read.stderr);
         wrong.push(said.trim().to_owned());

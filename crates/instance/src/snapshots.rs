@@ -3,6 +3,7 @@
 //! ```text
 //! NAME/snapshot.json    what it is
 //! NAME/state, memory    as the monitor writes them
+//! NAME/memory.zst       instead of memory, where that was packed
 //! NAME/working-set      what its guests touch first, once one has been loaded
 //! NAME/changes...       the disk that took the root's changes, of the same moment, and what it is laid over
 //! NAME/volumeN.erofs    copies of this host's folders that the VM had

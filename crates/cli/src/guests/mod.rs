@@ -11,6 +11,7 @@ mod ports;
 mod restore;
 mod run;
 mod sample;
+mod served;
 mod stats;
 mod terminal;
 mod top;
@@ -25,6 +26,7 @@ pub(crate) use keep::{KeepArgs, keep_vm};
 pub(crate) use maker::{Maker, Wanted, changes};
 pub(crate) use restore::{Copies, CopyArgs, flatten, restore, root_disk, take};
 pub(crate) use run::{ImageArgs, labels, run_image};
+pub(crate) use served::{PACKED, is_packed};
 
 /// How a list is shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::keep::{CHANGES, Disks, device_words, discarded, plug};
 use super::run::{Begun, now_ms, start_keeper};
+use super::served::{self, PACKED, is_packed};
 use crate::hint;
 use crate::interfaces::keep_over_exec;
 use crate::places::Places;
@@ -189,7 +190,7 @@ pub(crate) fn flatten(snapshot: &Snapshot) -> anyhow::Result<bool> {
             .with_context(|| format!("cannot make one disk of '{}'", overlay.display()))?;
         fs::set_permissions(&disk, fs::Permissions::from_mode(0o400))
             .with_context(|| format!("cannot protect '{}'", disk.display()))?;
-        files.extend(["state", "memory", "working-set"].map(|name| snapshot.at(name)));
+        files.extend(["state", "memory", PACKED, "working-set"].map(|name| snapshot.at(name)));
         files.retain(|file| file.exists());
         files
             .iter()
@@ -418,12 +419,13 @@ pub(super) fn restored(
             })
         })
         .collect();
+    let (backend, server) = served::memory(vm, &snapshot)?;
     let load = json!({
         "snapshot_path": snapshot.at("state"),
-        "mem_backend": {"backend_type": "File", "backend_path": snapshot.at("memory")},
+        "mem_backend": backend,
         "resume_vm": true,
-        // Of one that was just taken, all is in the page cache.
-        "working_set_path": (!snapshot.is_passing()).then(|| snapshot.at("working-set")),
+        // Of one that was just taken, all is in the page cache; what is packed has another way.
+        "working_set_path": (!snapshot.is_passing() && !is_packed(&snapshot)).then(|| snapshot.at("working-set")),
         "drive_overrides": drives,
         "network_overrides": interfaces,
         "vsock_override": {"uds_path": vm.socket("vsock")},
@@ -452,6 +454,7 @@ pub(super) fn restored(
     };
     let mut held = disks.held;
     held.push(Box::new(load));
+    held.push(server);
     held.push(Box::new(plugged.descriptors));
     Ok(Machine {
         monitor,
