@@ -42,11 +42,13 @@ pub(super) fn memory(vm: &Vm, snapshot: &Snapshot) -> anyhow::Result<(Value, Box
         let file = json!({"backend_type": "File", "backend_path": snapshot.at("memory")});
         return Ok((file, Box::new(())));
     }
+    // What a keeper has opened by its folder is not called by its name.
+    let name = snapshot.folder().file_name().unwrap_or_default();
+    let name = name.to_string_lossy();
     let cure = || {
         format!(
-            "the memory of the snapshot '{}' is packed, and so has to be served by another process, which this user may not have (userfaultfd): unpack it \
-             (alveole snapshot unpack {}), or have root allow it (sysctl vm.unprivileged_userfaultfd=1, or access to /dev/userfaultfd)",
-            snapshot.name, snapshot.name
+            "the memory of the snapshot '{name}' is packed, and so has to be served by another process, which this user may not have (userfaultfd): unpack it \
+             (alveole snapshot unpack {name}), or have root allow it (sysctl vm.unprivileged_userfaultfd=1, or access to /dev/userfaultfd)"
         )
     };
     may_be_served().with_context(cure)?;
