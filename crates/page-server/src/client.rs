@@ -215,7 +215,7 @@ impl Served {
                 break;
             };
             match self.put_in(addr, memory, at_once)? {
-                Ok(()) => {}
+                Ok(()) | Err(Put::Unmapped) => {}
                 Err(Put::Changing) => {
                     self.waiting.push_front(addr);
                     break;
@@ -273,8 +273,8 @@ impl Served {
         };
         if !pages.clone().any(|page| range.is_removed(page)) {
             match self.put(host(from), (to - from) as usize, bytes) {
-                // Some are there: it has been touched before, and what is there may have been written to.
-                Err(Put::Exists) => {}
+                // Some are there: it has been touched before, and what is there may have been written to. Or some are gone.
+                Err(Put::Exists | Put::Unmapped) => {}
                 done => return Ok(done),
             }
         }

@@ -119,3 +119,64 @@ impl SavedMemory {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use alveole_saved_state::SavedState;
+    use serde_json::json;
+
+    use super::*;
+
+    fn memory(tail: &[u8]) -> Memory {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 8192]).unwrap();
+        file.write_all(tail).unwrap();
+        Memory::open(file, 0).unwrap()
+    }
+
+    fn state(layers: usize, version: u32) -> tempfile::NamedTempFile {
+        let layer = json!({"path": "/x/memory", "id": "0123456789abcdef", "map": [[0, 2]]});
+        let said =
+            json!({"ranges": [{"start": 0, "size_bytes": 8192}], "layers": vec![layer; layers]});
+        let mut state = StateFile::new("test");
+        state.add(SavedState::pack(SECTION, version, &said));
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&state.to_bytes()).unwrap();
+        file
+    }
+
+    #[test]
+    fn memory_of_another_snapshot_is_told_from_its_own() {
+        let mark = |id: &str| [MARK, id.as_bytes()].concat();
+        let saved = SavedMemory::of_state(state(1, VERSION).path()).unwrap();
+        saved.check(&mut memory(&mark("0123456789abcdef"))).unwrap();
+        for (tail, part) in [
+            (mark("fedcba9876543210"), "its id is fedcba9876543210"),
+            (mark(""), "its id is ,"),
+            (b"something".to_vec(), "no mark"),
+            (Vec::new(), "no mark"),
+            (vec![1; 4096], "12288 bytes, 8192 are needed"),
+        ] {
+            let why = saved.check(&mut memory(&tail)).unwrap_err().to_string();
+            assert!(why.contains(part), "{why}");
+        }
+        let chain = SavedMemory::of_state(state(2, VERSION).path()).unwrap();
+        let why = chain.check(&mut memory(&mark("0123456789abcdef")));
+        assert!(matches!(why, Err(MarkError::Layers(2))), "{why:?}");
+    }
+
+    #[test]
+    fn a_state_that_is_none_is_named() {
+        for bytes in [&b"nothing"[..], b""] {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(bytes).unwrap();
+            let why = SavedMemory::of_state(file.path()).unwrap_err().to_string();
+            assert!(why.contains(file.path().to_str().unwrap()), "{why}");
+        }
+        let newer = state(1, 99);
+        let why = SavedMemory::of_state(newer.path()).unwrap_err().to_string();
+        assert!(why.contains("99"), "{why}");
+    }
+}

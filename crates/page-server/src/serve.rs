@@ -101,6 +101,10 @@ pub fn serve(
             let mut done = Ok(());
             if stream.intersects(PollFlags::HUP | PollFlags::ERR) && faults.is_empty() {
                 done = Err(Parting::Ended);
+            } else if faults.intersects(PollFlags::ERR | PollFlags::NVAL) {
+                // It has made it one whose reading waits, which poll(2) tells so.
+                let why = "its userfaultfd cannot be waited for any more";
+                done = Err(Parting::Refused(why.into()));
             } else if stream.contains(PollFlags::IN) {
                 done = client.hear(memory);
             }

@@ -36,6 +36,8 @@ pub(crate) enum Event {
 pub(crate) enum Put {
     /// A page is there already.
     Exists,
+    /// It is not, or no longer, memory that is served: so nobody waits for it.
+    Unmapped,
     /// Pages are being taken away: what is told of that has to be read first.
     Changing,
     /// The process behind it is at its end.
@@ -158,6 +160,7 @@ fn outcome(result: Result<(), Errno>, said: u64, all: usize) -> Result<usize, Pu
         Err(Errno::AGAIN) if went > 0 => Ok(all.min(went as usize)),
         Err(Errno::AGAIN) => Err(Put::Changing),
         Err(Errno::EXIST) => Err(Put::Exists),
+        Err(Errno::NOENT) => Err(Put::Unmapped),
         // ENOSPC: older kernels, of a process that is at its end.
         Err(Errno::SRCH | Errno::NOSPC) => Err(Put::Gone),
         Err(e) => Err(Put::Failed(e.into())),

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{IoSlice, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -297,6 +297,31 @@ fn clients_that_are_no_good_are_sent_away_and_others_served() {
     half.write_all(b" ").unwrap();
     let (_connection, ram) = server.guest();
     check(&ram, 3);
+}
+
+/// A descriptor's flags are those of all who have it.
+#[test]
+fn a_userfaultfd_whose_reading_waits_keeps_nobody_waiting() {
+    if !may_serve("a_userfaultfd_whose_reading_waits_keeps_nobody_waiting") {
+        return;
+    }
+    let server = Server::new(packed(), Serving::default());
+    // SAFETY: plain numbers.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    // SAFETY: it was just made and belongs to nobody else.
+    let uffd = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).unwrap()) };
+    let mut api = [0xaa_u64, 0, 0];
+    // SAFETY: UFFDIO_API with its structure of three words.
+    let done = unsafe { libc::ioctl(uffd.as_raw_fd(), 0xc018_aa3f_u64 as _, api.as_mut_ptr()) };
+    assert_eq!(done, 0);
+    let mut stream = say(&server, &range(0x10_0000, PAGE, 0), &[uffd.as_fd()]);
+    let (_connection, ram) = server.guest();
+    check(&ram, 3);
+    rustix::fs::fcntl_setfl(&uffd, rustix::fs::OFlags::empty()).unwrap();
+    check(&ram, PAGES - 1);
+    server.says("cannot be waited for");
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    check(&ram, 500);
 }
 
 #[test]
