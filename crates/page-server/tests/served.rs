@@ -24,7 +24,7 @@ const PAGES: u64 = 2048;
 fn content(page: u64) -> Vec<u8> {
     let byte = match page {
         _ if (PAGES / 2..PAGES - 4).contains(&page) => 0,
-        _ if page / 5 % 3 == 0 => (page % 251) as u8 + 1,
+        _ if (page / 5).is_multiple_of(3) => (page % 251) as u8 + 1,
         _ => 0,
     };
     vec![byte; PAGE as usize]
@@ -167,10 +167,8 @@ fn what_is_given_back_is_zero_from_then_on() {
         let len = (pages.end - pages.start) * PAGE;
         let addr = (host + pages.start * PAGE) as *mut libc::c_void;
         // SAFETY: memory of this test alone, which nobody has references to. It waits until the server was told.
-        assert_eq!(
-            unsafe { libc::madvise(addr, len as usize, libc::MADV_DONTNEED) },
-            0
-        );
+        let done = unsafe { libc::madvise(addr, len as usize, libc::MADV_DONTNEED) };
+        assert_eq!(done, 0);
         for page in pages {
             assert_eq!(
                 ram.read_plain::<u64>(page * PAGE).unwrap(),
