@@ -64,6 +64,7 @@ const LAYERS: [&[&str]; 6] = [
         "guest-kernel",
         "instance",
         "image",
+        "page-server",
     ],
     &["vmm", "cli", "jailer", "bench", "agent"],
 ];
@@ -98,6 +99,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("httparse", &["api-server", "mmds", "instance"]),
     ("miniz_oxide", &["qcow2"]),
     ("ruzstd", &["qcow2", "guest-kernel", "image"]),
+    ("zstd", &["page-server"]),
     ("ureq", &["image"]),
     ("ratatui", &["cli"]),
     ("tar", &["image", "agent", "guest-kernel", "cli"]),
@@ -150,13 +152,17 @@ const UNSAFE: &[(&str, &str)] = &[
         "has monitors end with their keepers before they start",
     ),
     (
+        "page-server",
+        "puts pages into guests' memory by ioctls of userfaultfd",
+    ),
+    (
         "agent",
         "makes processes somebody else's before their programs start",
     ),
 ];
 
 /// What the VMM must never link, and why.
-const NOT_IN_THE_VMM: [(&str, &str); 12] = [
+const NOT_IN_THE_VMM: [(&str, &str); 14] = [
     ("tokio", "no async runtime in the guest-facing process"),
     ("ratatui", "what people look at is another process's"),
     ("clap", "half a megabyte for a dozen options"),
@@ -166,6 +172,11 @@ const NOT_IN_THE_VMM: [(&str, &str); 12] = [
     (
         "rustls",
         "no network of the host in the guest-facing process",
+    ),
+    ("zstd", "memory is unpacked by who serves it"),
+    (
+        "alveole-page-server",
+        "host-side work lives in another process",
     ),
     ("alveole-erofs", "host-side work lives in another process"),
     ("alveole-network", "host-side work lives in another process"),

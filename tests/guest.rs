@@ -55,6 +55,8 @@ mod metadata;
 mod network;
 #[path = "guest/networks.rs"]
 mod networks;
+#[path = "guest/packed.rs"]
+mod packed;
 #[path = "guest/pauses.rs"]
 mod pauses;
 #[path = "guest/podman.rs"]

@@ -18,7 +18,9 @@ mod interfaces;
 mod kernel;
 mod lab;
 mod login;
+mod memory;
 mod net;
+mod packing;
 mod places;
 mod pool;
 mod run;
@@ -72,6 +74,8 @@ enum Command {
     Volume(volume::VolumeArgs),
     /// Keep moments of running VMs, to go on from
     Snapshot(snapshot::SnapshotArgs),
+    /// Pack, unpack and serve memory files of snapshots that were taken by a monitor's API
+    Memory(memory::MemoryArgs),
     /// Make VMs that go on from a snapshot, each one of its own
     Restore(snapshot::RestoreArgs),
     /// Make copies of a running VM, or of a snapshot, that go on from there, each a VM of its own
@@ -131,6 +135,7 @@ fn main() -> ExitCode {
         Some(Command::Commit(args)) => commit::commit(&args),
         Some(Command::Volume(args)) => volume::volume(&args),
         Some(Command::Snapshot(args)) => snapshot::snapshot(&args),
+        Some(Command::Memory(args)) => memory::memory(&args),
         Some(Command::Restore(args)) => snapshot::restore(&args),
         Some(Command::Fork(args)) => snapshot::fork(&args),
         Some(Command::Pool(args)) => pool::pool(&args),

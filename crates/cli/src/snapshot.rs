@@ -6,12 +6,14 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, UNIX_EPOCH};
 
 use alveole_host::programs;
-use alveole_instance::{InstanceError, MEMORY, Snapshot, SnapshotRecord, memory_before};
+use alveole_instance::{InstanceError, MEMORY, PACKED, Snapshot, SnapshotRecord, memory_before};
 use anyhow::{Context, anyhow, bail};
 use clap::Subcommand;
 use serde_json::json;
 
 use crate::guests::{self, Copies, CopyArgs, Format, Taking, table, take};
+use crate::memory::told;
+use crate::packing;
 use crate::places::Places;
 use crate::pool;
 use crate::size::human;
@@ -59,6 +61,18 @@ enum SnapshotCommand {
     },
     /// Make one disk of those that a snapshot of a copy is laid over, and one memory file of those of a diff, so that it stands alone
     Flatten {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Compress the memory of snapshots, in place; VMs that go on from them have theirs from a process that unpacks it as they touch it
+    Pack {
+        /// Their names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Have the memory of snapshots as it was, to be mapped and shared by all VMs that go on from them
+    Unpack {
         /// Their names
         #[arg(required = true)]
         names: Vec<String>,
@@ -152,7 +166,7 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
                             of.vm.clone(),
                             guests::shortened(&of.record.image),
                             created(of.created_ms),
-                            format!("{} MiB", of.memory_mib),
+                            format!("{} MiB{}", of.memory_mib, packed(s)),
                             kind(s, &list),
                             human(s.memory_bytes()),
                             human(s.taken_bytes()),
@@ -183,6 +197,18 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
                 false => print(&format!(
                     "{name}: its memory is one file already, and its disk one\n"
                 )),
+            });
+        }
+        SnapshotCommand::Pack { names } => {
+            return each_name(names, |name| match packing::pack(&all.find(name)?)? {
+                Some(sizes) => print(&format!("{name}: {}\n", told(&sizes))),
+                None => print(&format!("{name}: it is packed already\n")),
+            });
+        }
+        SnapshotCommand::Unpack { names } => {
+            return each_name(names, |name| match packing::unpack(&all.find(name)?)? {
+                true => print(&format!("{name}: unpacked\n")),
+                false => print(&format!("{name}: it is not packed\n")),
             });
         }
         SnapshotCommand::Export { name, output } => export(&all.find(name)?, output)?,
@@ -262,7 +288,8 @@ fn import(file: &Path, folder: &Path) -> anyhow::Result<SnapshotRecord> {
     {
         return Err(not_one(&format!("'{id}' is no id of a memory file")));
     }
-    let names = ["state", MEMORY].map(str::to_owned).into_iter();
+    let memory = if found.is_packed() { PACKED } else { MEMORY };
+    let names = ["state", memory].map(str::to_owned).into_iter();
     for name in names.chain(before.iter().map(|id| memory_before(id))) {
         if !folder.join(&name).exists() {
             return Err(not_one(&format!("it has no '{name}'")));
@@ -274,6 +301,11 @@ fn import(file: &Path, folder: &Path) -> anyhow::Result<SnapshotRecord> {
 fn created(ms: u64) -> String {
     let time = UNIX_EPOCH + Duration::from_secs(ms / 1000);
     humantime::format_rfc3339_seconds(time).to_string()
+}
+
+/// What a list says behind the size of its memory.
+fn packed(snapshot: &Snapshot) -> &'static str {
+    if snapshot.is_packed() { ", packed" } else { "" }
 }
 
 /// The snapshot whose memory is the newest of what this one builds upon, if it is there.
@@ -298,7 +330,7 @@ fn facts(snapshot: &Snapshot, all: &[Snapshot]) -> serde_json::Value {
     json!({
         "name": snapshot.name, "vm": of.vm, "image": of.record.image, "image_id": of.record.image_id,
         "created_ms": of.created_ms, "stood_still_us": of.stood_still_us, "cpus": of.cpus, "memory_mib": of.memory_mib,
-        "kind": if snapshot.builds_upon().is_empty() { "full" } else { "diff" }, "base": base(snapshot, all),
+        "packed": snapshot.is_packed(), "kind": if snapshot.builds_upon().is_empty() { "full" } else { "diff" }, "base": base(snapshot, all),
         "memory_files": snapshot.memory_files().len().max(1), "memory_bytes": snapshot.memory_bytes(),
         "taken_bytes": snapshot.taken_bytes(), "folder": snapshot.folder(), "record": of.record,
     })
@@ -315,11 +347,16 @@ fn verify(snapshot: &Snapshot) -> anyhow::Result<()> {
     if let Err(e) = places.kernels().get(Some(&record.kernel)) {
         wrong.push(format!("{e:#}"));
     }
-    let read = Command::new(programs::vmm()?)
-        .arg("--verify-snapshot")
-        .arg(snapshot.at("state"))
-        .output()
-        .context("cannot start the monitor")?;
+    let mut read = Command::new(programs::vmm()?);
+    read.arg("--verify-snapshot").arg(snapshot.at("state"));
+    let stand_in = packing::verified(snapshot).unwrap_or_else(|e| {
+        wrong.push(format!("{e:#}"));
+        None
+    });
+    if let Some(file) = &stand_in {
+        read.arg("--memory").arg(file.path());
+    }
+    let read = read.output().context("cannot start the monitor")?;
     if !read.status.success() {
         let said = String::from_utf8_lossy(&read.stderr);
         wrong.push(said.trim().to_owned());

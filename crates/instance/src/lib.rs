@@ -36,7 +36,7 @@ pub use log::{LogEntry, LogReader};
 pub use monitor::MonitorTemplate;
 pub use record::{Content, Ended, Limits, Phase, Placed, Record, Restart, State};
 pub use snapshots::{
-    Loading, MEMORY, PassingSnapshot, Snapshot, SnapshotRecord, Snapshots, memory_before,
+    Loading, MEMORY, PACKED, PassingSnapshot, Snapshot, SnapshotRecord, Snapshots, memory_before,
 };
 pub use stages::{reached, stages_file};
 pub use volumes::{Use, Volume, VolumeRecord, Volumes};

@@ -3,6 +3,7 @@
 //! ```text
 //! NAME/snapshot.json    what it is
 //! NAME/state, memory    as the monitor writes them
+//! NAME/memory.zst       instead of memory, where that was packed
 //! NAME/memory-ID        of a diff: what it builds upon, further names of other snapshots' memory, so that it needs none of them
 //! NAME/working-set      what its guests touch first, once one has been loaded
 //! NAME/changes...       the disk that took the root's changes, of the same moment, and what it is laid over
@@ -23,6 +24,8 @@ use crate::{InstanceError, Record};
 
 /// The memory file that is a snapshot's own.
 pub const MEMORY: &str = "memory";
+/// What there is instead of that where memory is packed.
+pub const PACKED: &str = "memory.zst";
 
 /// What a memory file that a snapshot builds upon is called in its folder: the monitor finds it by this.
 #[must_use]
@@ -262,21 +265,29 @@ impl Snapshot {
         ids.split_last().map_or(&[], |(_, before)| before)
     }
 
-    /// The memory files in its folder with their ids, the oldest first, its own last.
+    /// The memory files in its folder with their ids, the oldest first, its own last; not its own where that is packed.
     #[must_use]
     pub fn memory_files(&self) -> Vec<(String, PathBuf)> {
         let before = self.builds_upon().iter();
         let mut files: Vec<_> = before
             .map(|id| (id.clone(), self.at(&memory_before(id))))
             .collect();
-        files.extend(self.memory_id().map(|id| (id.into(), self.at(MEMORY))));
+        let own = self.memory_id().filter(|_| !self.is_packed());
+        files.extend(own.map(|id| (id.into(), self.at(MEMORY))));
         files
+    }
+
+    /// Whether its memory file is packed.
+    #[must_use]
+    pub fn is_packed(&self) -> bool {
+        self.at(PACKED).exists()
     }
 
     /// What its own memory file takes of this host's disk, in bytes.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
-        fs::metadata(self.at(MEMORY)).map_or(0, |m| m.blocks().saturating_mul(512))
+        let own = self.at(if self.is_packed() { PACKED } else { MEMORY });
+        fs::metadata(own).map_or(0, |m| m.blocks().saturating_mul(512))
     }
 
     /// Whether it has no name, and goes with the command that has taken it.

@@ -91,15 +91,17 @@ pub(crate) enum Role {
     Vcpu,
     Api,
     Files,
+    Pages,
 }
 
 impl Role {
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 6] = [
         Self::Control,
         Self::Devices,
         Self::Vcpu,
         Self::Api,
         Self::Files,
+        Self::Pages,
     ];
 
     fn file(self) -> &'static str {
@@ -109,6 +111,7 @@ impl Role {
             Self::Vcpu => "vcpu.json",
             Self::Api => "api.json",
             Self::Files => "files.json",
+            Self::Pages => "pages.json",
         }
     }
 }

@@ -27,7 +27,10 @@ const SHOWN_CHARS: usize = 40;
 
 /// Firecracker's names of threads, and which roles do here what that thread does there.
 const THREADS: [(&str, &[Role]); 3] = [
-    ("vmm", &[Role::Control, Role::Devices, Role::Files]),
+    (
+        "vmm",
+        &[Role::Control, Role::Devices, Role::Files, Role::Pages],
+    ),
     ("api", &[Role::Api]),
     ("vcpu", &[Role::Vcpu]),
 ];

@@ -61,16 +61,19 @@ pub enum Role {
     Api,
     /// Opens files for a running machine, where clients can ask for that.
     Files,
+    /// Serves the memory of snapshots to monitors, in a process of its own.
+    Pages,
 }
 
 impl Role {
     /// All roles.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Control,
         Self::Devices,
         Self::Vcpu,
         Self::Api,
         Self::Files,
+        Self::Pages,
     ];
 
     /// The name that messages and policy files use.
@@ -82,6 +85,7 @@ impl Role {
             Self::Vcpu => "vcpu",
             Self::Api => "api",
             Self::Files => "files",
+            Self::Pages => "pages",
         }
     }
 }

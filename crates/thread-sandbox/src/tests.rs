@@ -72,6 +72,7 @@ fn role_of(role: Role) -> policy::Role {
         Role::Vcpu => policy::Role::Vcpu,
         Role::Api => policy::Role::Api,
         Role::Files => policy::Role::Files,
+        Role::Pages => policy::Role::Pages,
     }
 }
 
@@ -405,7 +406,7 @@ fn the_build_refuses_stray_files_and_policies_that_cannot_report() {
     assert_eq!(
         policy_of(&[("gpu.json", "[]")]).unwrap_err(),
         "gpu.json: there is no such role; the files are every-thread.json, control.json, \
-         devices.json, vcpu.json, api.json, files.json and the folder devices.d"
+         devices.json, vcpu.json, api.json, files.json, pages.json and the folder devices.d"
     );
     let told = policy_of(&[("devices.d/net.json", r#"{ "gpu": [] }"#)]).unwrap_err();
     assert!(

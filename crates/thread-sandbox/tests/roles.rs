@@ -146,6 +146,7 @@ fn refused_to(role: Role) -> Vec<Probe> {
         Role::Control => vec![run, read, wait, accept],
         Role::Api => vec![run],
         Role::Files => vec![run, wait, accept],
+        Role::Pages => vec![run, wait],
     }
 }
 
@@ -257,7 +258,7 @@ fn act(role: Role, what: &str) {
 /// those of the other threads refuse what every thread does all the time.
 fn extra_filters(role: Role) -> ExtraFilters {
     let own = match role {
-        Role::Control | Role::Devices | Role::Files => "vmm",
+        Role::Control | Role::Devices | Role::Files | Role::Pages => "vmm",
         Role::Api => "api",
         Role::Vcpu => "vcpu",
     };

@@ -11,6 +11,7 @@ mod ports;
 mod restore;
 mod run;
 mod sample;
+mod served;
 mod stats;
 mod template;
 mod terminal;

@@ -11,8 +11,8 @@ use std::time::Duration;
 use alveole_block_store::{Backing, Format, tools};
 use alveole_host::programs;
 use alveole_instance::{
-    Beginning, Content, Happened, Identity, MEMORY, Machine, MonitorApi, MonitorTemplate, Placed,
-    Record, Restored, Snapshot, SnapshotRecord, Snapshots, State, Vm, memory_before,
+    Beginning, Content, Happened, Identity, MEMORY, Machine, MonitorApi, MonitorTemplate, PACKED,
+    Placed, Record, Restored, Snapshot, SnapshotRecord, Snapshots, State, Vm, memory_before,
 };
 use anyhow::{Context, bail};
 use serde::Deserialize;
@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 
 use super::keep::{CHANGES, Disks, device_words, discarded, plug};
 use super::run::{Begun, now_ms, start_keeper};
+use super::served;
 use super::template::Template;
 use crate::hint;
 use crate::interfaces::keep_over_exec;
@@ -279,7 +280,7 @@ pub(crate) fn flatten(snapshot: &Snapshot) -> anyhow::Result<bool> {
             record.memory_ids = vec![one_memory(snapshot, folder)?];
         } else {
             // The working set is of the memory file by its id.
-            files.extend(["state", MEMORY, "working-set"].map(|name| snapshot.at(name)));
+            files.extend(["state", MEMORY, PACKED, "working-set"].map(|name| snapshot.at(name)));
         }
         if bases.is_empty() {
             files.extend([OVERLAY, CHANGES].map(|name| snapshot.at(name)));
@@ -460,7 +461,8 @@ pub(crate) fn restore(
         .to_str()
         .with_context(|| format!("'{}' is no UTF-8", snapshot.folder().display()))?;
     let template = match copies.number {
-        WORTH_A_TEMPLATE.. => Template::start(snapshot)
+        // What is packed is served to each by a process of its own.
+        WORTH_A_TEMPLATE.. if !snapshot.is_packed() => Template::start(snapshot)
             // Each copy says what is wrong with the snapshot, if that is it.
             .map_err(|e| log::debug!("{e:#}"))
             .ok(),
@@ -568,11 +570,13 @@ pub(super) fn restored(
             })
         })
         .collect();
+    let (backend, server) = served::memory(vm, &snapshot)?;
     let mut load = load_of(&snapshot);
+    load["mem_backend"] = backend;
     load["resume_vm"] = true.into();
     load["track_dirty_pages"] = track_changes.into();
-    // Of one that was just taken, all is in the page cache.
-    load["working_set_path"] = (!snapshot.is_passing())
+    // Of one that was just taken, all is in the page cache; what is packed has another way.
+    load["working_set_path"] = (!snapshot.is_passing() && !snapshot.is_packed())
         .then(|| snapshot.at("working-set"))
         .map_or(Value::Null, |path| json!(path));
     load["drive_overrides"] = drives.into();
@@ -607,6 +611,7 @@ pub(super) fn restored(
     });
     let mut held = disks.held;
     held.push(Box::new(load));
+    held.push(server);
     held.push(Box::new(plugged.descriptors));
     Ok(Machine {
         monitor,

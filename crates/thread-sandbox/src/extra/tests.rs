@@ -63,6 +63,7 @@ fn both_forms_are_read() {
             (Role::Control, "vmm"),
             (Role::Devices, "vmm"),
             (Role::Files, "vmm"),
+            (Role::Pages, "vmm"),
             (Role::Api, "Api"),
             (Role::Vcpu, "vcpu"),
         ] {
