@@ -10,7 +10,7 @@ use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::time::Instant;
 
-use alveole_guest_memory::{GuestRam, MemoryPlan, PageServer};
+use alveole_guest_memory::{GuestRam, HostPages, MemoryPlan, PageServer};
 use alveole_page_server::{Memory, Serving, serve};
 
 fn main() {
@@ -30,7 +30,7 @@ fn main() {
             let server = std::thread::spawn(move || serve(listener, &mut memory, serving, |_| ()));
             let connection = PageServer::connect(&socket).unwrap();
             let plan = MemoryPlan::around_hole(pages * 4096).unwrap();
-            let ram = GuestRam::map_served(&plan, &connection).unwrap();
+            let ram = GuestRam::map_served(&plan, &connection, HostPages::Anonymous).unwrap();
             let begun = Instant::now();
             // A twentieth of them, as a guest that goes on touches.
             for page in 0..pages / 20 {

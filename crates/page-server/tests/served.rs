@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use alveole_guest_memory::test_server::may_serve;
-use alveole_guest_memory::{GuestRam, MemoryPlan, PageServer};
+use alveole_guest_memory::{GuestRam, HostPages, MemoryPlan, PageServer};
 use alveole_page_server::{Memory, ServeError, Serving, pack, serve};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
@@ -98,7 +98,7 @@ impl Server {
 fn guest(path: &Path) -> (PageServer, GuestRam) {
     let server = PageServer::connect(path).unwrap();
     let plan = MemoryPlan::around_hole(PAGES * PAGE).unwrap();
-    let ram = GuestRam::map_served(&plan, &server).unwrap();
+    let ram = GuestRam::map_served(&plan, &server, HostPages::Anonymous).unwrap();
     (server, ram)
 }
 
