@@ -4,6 +4,8 @@
 //! Everything is done as people do it, by the programs, with a store of its own. Where the time goes is read from the file
 //! that `ALVEOLE_STAGES` names. Does not know how images or VMs are kept.
 
+mod copies;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -196,6 +198,7 @@ pub(crate) fn images(args: &Images) -> anyhow::Result<ExitCode> {
         }
     }
     bench.execs(execs, podman.as_ref())?;
+    bench.copies((!smoke).then_some(rounds))?;
     bench.imports(mib, if smoke { 1 } else { 3 }, podman.as_ref())?;
 
     let mut lines = conditions.lines();
@@ -503,7 +506,15 @@ impl Bench {
             columns.join(" | "),
             "---:|".repeat(columns.len())
         );
-        let rows = [RUN, OUTSIDE, TO_AGENT, EXEC, EXEC_VSOCK, IMPORT];
+        let rows = [RUN, OUTSIDE, TO_AGENT, EXEC, EXEC_VSOCK];
+        let copied = [
+            copies::SNAPSHOT,
+            copies::RESTORE,
+            copies::RESTORED_EXEC,
+            copies::FORK,
+            IMPORT,
+        ];
+        let rows = rows.into_iter().chain(copied);
         for row in STAGES.into_iter().chain(rows) {
             text += &format!("| {row} |");
             let ours = self.table.median(row, OURS);

@@ -238,8 +238,16 @@ impl Process {
 
     /// Loads a snapshot into a process that has no machine, and has the guest go on; how long the answer took.
     pub(super) fn load(&mut self, files: &Files) -> anyhow::Result<Duration> {
+        self.load_with(files, json!({}))
+    }
+
+    /// The same, and says more.
+    pub(super) fn load_with(&mut self, files: &Files, more: Value) -> anyhow::Result<Duration> {
         let mut body = files.load_body()?;
         body["resume_vm"] = json!(true);
+        if let (Value::Object(body), Value::Object(more)) = (&mut body, more) {
+            body.extend(more);
+        }
         self.ask("PUT", "/snapshot/load", &body.to_string())
     }
 

@@ -71,6 +71,7 @@ pub(super) enum Row {
     CopyAnswered,
     CopyBeat,
     FirstTouch,
+    AheadTouch,
     SecondTouch,
     Unique,
     GuestsOwn,
@@ -118,7 +119,7 @@ const TABLES: [(&str, &[Row]); 5] = [
     ),
     (
         "Memory after a restore",
-        &[Row::FirstTouch, Row::SecondTouch],
+        &[Row::FirstTouch, Row::AheadTouch, Row::SecondTouch],
     ),
     (
         "Copies of one snapshot",
@@ -158,6 +159,10 @@ impl Row {
             Self::LiveDiff => ("live_diff_still_ms", "diff: stood still"),
             Self::LiveDiffWritten => ("live_diff_written_ms", "diff: until written"),
             Self::FirstTouch => ("first_touch_us", "a page is written for the first time, us"),
+            Self::AheadTouch => (
+                "ahead_touch_us",
+                "the same, with a working set that is read ahead, us",
+            ),
             Self::SecondTouch => ("second_touch_us", "a page is written again, us"),
             Self::Load => ("load_ms", "PUT /snapshot/load with resume_vm"),
             Self::Answered => ("answered_ms", "process start → load answered"),
