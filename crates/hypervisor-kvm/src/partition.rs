@@ -2,18 +2,24 @@
 
 use std::ffi::CString;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use alveole_guest_memory::{GuestRam, RamRange};
 use alveole_hypervisor::{
-    CpuidEntry, DoorbellValue, Partition, PartitionError, PartitionState, RestoredClock, VirtualCpu,
+    CpuidEntry, DoorbellValue, NotedFrom, Partition, PartitionError, PartitionState, RestoredClock,
+    VirtualCpu,
 };
 use alveole_interrupts::{Doorbell, IrqLine, MsiVector};
 use kvm_bindings::{
-    KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, Msrs,
-    kvm_msr_entry, kvm_userspace_memory_region,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_LOG_DIRTY_PAGES, KVMIO, Msrs, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
+    kvm_enable_cap, kvm_msr_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iowr_nr;
 
 use crate::KVM_PATH;
 use crate::cpu::KvmCpu;
@@ -31,6 +37,10 @@ const TSS_ADDR: usize = 0xfffb_d000;
 /// extended CPUID), and every question is a system call before the guest's first instruction.
 const NEEDED: [(Cap, &str, &str); 1] = [(Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "4.13")];
 
+/// So many pages' notes are cleared by one call, which keeps processors waiting that fault meanwhile: 16 MiB.
+const CLEARED_AT_ONCE_PAGES: u64 = 4096;
+const PAGE_BYTES: u64 = 4096;
+
 /// What to do when this process is out of file descriptors.
 const MORE_FILES: &str = "raise the limit on open files (ulimit -n)";
 
@@ -42,6 +52,8 @@ pub struct KvmPartition {
     /// What every processor takes over from the host: index and value.
     host_msrs: Arc<[(u32, u64)]>,
     facts: OnceLock<Arc<StateFacts>>,
+    /// Written pages are noted, all of them to begin with, and nobody has taken them yet.
+    all_set: AtomicBool,
 }
 
 /// IA32_BIOS_SIGN_ID, AMD PATCH_LEVEL: the microcode revision. A kernel that sees none takes the processor
@@ -107,6 +119,7 @@ impl KvmPartition {
             vm,
             host_msrs,
             facts: OnceLock::new(),
+            all_set: AtomicBool::new(false),
         })
     }
 }
@@ -136,6 +149,81 @@ impl KvmPartition {
         Ok(())
     }
 }
+
+/// Noting that begins with all pages noted (Linux Documentation/virt/kvm/api.rst, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2): nothing of the guest's page
+/// tables is touched then, but when pages are cleared.
+impl KvmPartition {
+    /// Whether noting that begins from now on is like that. Clearing has to know, too: large pages are split by it.
+    fn begin_with_all_set(&self, on: bool) -> Result<(), PartitionError> {
+        let flags = match on {
+            true => KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET,
+            false => 0,
+        };
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            ..Default::default()
+        };
+        cap.args[0] = flags.into();
+        self.vm.enable_cap(&cap).map_err(refused(
+            format!(
+                "having all pages noted as written (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, {flags})"
+            ),
+            "",
+        ))
+    }
+
+    /// Clears the notes of all pages, piece by piece, and tells all pages. What is written to a page from then on is noted.
+    fn clear_all(&self, ram: &GuestRam) -> Result<Vec<Vec<u64>>, PartitionError> {
+        let mut all = Vec::new();
+        for (slot, (range, _)) in (0u32..).zip(ram.mapped_ranges()) {
+            let pages = range.size_bytes / PAGE_BYTES;
+            let mut first = 0;
+            while first < pages {
+                let count = CLEARED_AT_ONCE_PAGES.min(pages - first);
+                self.clear(slot, first, count).map_err(|source| {
+                    let act = format!(
+                        "clearing the notes of {count} written pages from guest address {:#x} on (KVM_CLEAR_DIRTY_LOG)",
+                        range.start + first * PAGE_BYTES
+                    );
+                    PartitionError::Refused {
+                        act,
+                        source,
+                        hint: "",
+                    }
+                })?;
+                first += count;
+            }
+            let words = usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX);
+            let mut bits = vec![u64::MAX; words];
+            if let (Some(last), rest @ 1..) = (bits.last_mut(), pages % 64) {
+                *last = (1 << rest) - 1;
+            }
+            all.push(bits);
+        }
+        self.begin_with_all_set(false)?;
+        Ok(all)
+    }
+
+    /// Clears the notes of `count` pages of a slot, which begin at a multiple of 64 and are one many, or the last.
+    fn clear(&self, slot: u32, first_page: u64, count: u64) -> Result<(), io::Error> {
+        let mut bits = [u64::MAX; CLEARED_AT_ONCE_PAGES as usize / 64];
+        let log = kvm_clear_dirty_log {
+            slot,
+            num_pages: u32::try_from(count).unwrap_or(u32::MAX),
+            first_page,
+            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+                dirty_bitmap: bits.as_mut_ptr().cast(),
+            },
+        };
+        // SAFETY: the kernel reads a bit for each of at most CLEARED_AT_ONCE_PAGES pages, which `bits` has, and writes nothing.
+        match unsafe { ioctl_with_ref(&*self.vm, KVM_CLEAR_DIRTY_LOG(), &log) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 
 fn open(path: &str) -> Result<Kvm, PartitionError> {
     let name = CString::new(path)
@@ -309,15 +397,18 @@ impl Partition for KvmPartition {
         partition_state::restore(&self.vm, state, clock)
     }
 
-    /// Pages are noted until they are told, and told and forgotten by one call: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is left
-    /// off. It would have pages forgotten by a second call, in pieces, which is kinder to a guest that has written very much between
-    /// two calls; but what is written between a page's copy and its second call is then easily lost, and a first call that tells
-    /// all pages (its KVM_DIRTY_LOG_INITIALLY_SET) is no list of what was written.
-    fn track_dirty(&self, ram: &GuestRam) -> Result<(), PartitionError> {
+    /// Pages are told and forgotten by one call. KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 would have them forgotten by a second call, in pieces: what is written
+    /// between a page's copy and that call is then easily lost. So it is on only where noting begins with the first taking, until that.
+    fn track_dirty(&self, ram: &GuestRam, from: NotedFrom) -> Result<(), PartitionError> {
+        let late = from == NotedFrom::FirstTake && self.begin_with_all_set(true).is_ok();
+        self.all_set.store(late, Ordering::Relaxed);
         self.set_slots(ram, KVM_MEM_LOG_DIRTY_PAGES)
     }
 
     fn take_dirty(&self, ram: &GuestRam) -> Result<Vec<Vec<u64>>, PartitionError> {
+        if self.all_set.swap(false, Ordering::Relaxed) {
+            return self.clear_all(ram);
+        }
         let ranges = (0u32..).zip(ram.mapped_ranges());
         let take = |(slot, (range, _)): (u32, (RamRange, u64))| {
             let act = format!(
@@ -333,6 +424,9 @@ impl Partition for KvmPartition {
     }
 
     fn untrack_dirty(&self, ram: &GuestRam) -> Result<(), PartitionError> {
+        if self.all_set.swap(false, Ordering::Relaxed) {
+            self.begin_with_all_set(false)?;
+        }
         self.set_slots(ram, 0)
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use alveole_guest_memory::{GuestRam, MemoryPlan};
 use alveole_hypervisor::state::{CpuState, PartitionState, RestoredClock};
-use alveole_hypervisor::{CpuExit, CpuidEntry, InitialState, Partition, VirtualCpu};
+use alveole_hypervisor::{CpuExit, CpuidEntry, InitialState, NotedFrom, Partition, VirtualCpu};
 use alveole_hypervisor_kvm::KvmPartition;
 use alveole_thread_sandbox::{Role, enter};
 use serde_json::Value;
@@ -655,7 +655,10 @@ fn exactly_the_pages_that_were_written_are_told() {
     assert_eq!(guest.run_for(PATIENCE), Some(0x80));
     let e = guest.partition.take_dirty(&guest.ram).unwrap_err();
     assert!(e.to_string().contains("were written pages tracked"), "{e}");
-    guest.partition.track_dirty(&guest.ram).unwrap();
+    guest
+        .partition
+        .track_dirty(&guest.ram, NotedFrom::Now)
+        .unwrap();
     let next = |guest: &mut Guest| {
         assert_eq!(guest.run_for(PATIENCE), Some(0x80));
         pages(&guest.partition.take_dirty(&guest.ram).unwrap())
@@ -668,8 +671,64 @@ fn exactly_the_pages_that_were_written_are_told() {
     assert_eq!(next(&mut guest), [0x20, 0x45], "a second time");
     guest.partition.untrack_dirty(&guest.ram).unwrap();
     guest.partition.take_dirty(&guest.ram).unwrap_err();
-    guest.partition.track_dirty(&guest.ram).unwrap();
+    guest
+        .partition
+        .track_dirty(&guest.ram, NotedFrom::Now)
+        .unwrap();
     assert_eq!(next(&mut guest), [0x45], "begins anew");
+}
+
+/// The first time all may be told, and nothing that comes after it is missed: neither by pages that the guest has written before, nor by others.
+#[test]
+fn pages_that_are_noted_from_the_first_taking_on_are_told_after_it() {
+    if skip("pages_that_are_noted_from_the_first_taking_on_are_told_after_it") {
+        return;
+    }
+    let mut guest = guest(&[
+        0xa3, 0x00, 0x00, 0x02, 0x00, // 1: mov [0x20000], eax
+        0xe6, 0x80, // out 0x80, al
+        0xa3, 0x08, 0x50, 0x04, 0x00, // mov [0x45008], eax
+        0xe6, 0x80, // out 0x80, al
+        0xeb, 0xf0, // jmp 1b
+    ]);
+    let next = |guest: &mut Guest| assert_eq!(guest.run_for(PATIENCE), Some(0x80));
+    for _ in 0..3 {
+        next(&mut guest);
+    }
+    for _ in 0..2 {
+        let (partition, ram) = (&guest.partition, &guest.ram);
+        partition.track_dirty(ram, NotedFrom::FirstTake).unwrap();
+        let first = pages(&partition.take_dirty(ram).unwrap());
+        let all: u64 = ram
+            .mapped_ranges()
+            .map(|(range, _)| range.size_bytes / 4096)
+            .sum();
+        assert!(first.is_empty() || first.len() as u64 == all, "{first:x?}");
+        next(&mut guest);
+        assert_eq!(
+            pages(&guest.partition.take_dirty(&guest.ram).unwrap()),
+            [0x45]
+        );
+        next(&mut guest);
+        assert_eq!(
+            pages(&guest.partition.take_dirty(&guest.ram).unwrap()),
+            [0x20]
+        );
+        next(&mut guest);
+        next(&mut guest);
+        let both = pages(&guest.partition.take_dirty(&guest.ram).unwrap());
+        assert_eq!(both, [0x20, 0x45]);
+        // Ended before anything was taken, it begins as if it had not been.
+        guest.partition.untrack_dirty(&guest.ram).unwrap();
+        let (partition, ram) = (&guest.partition, &guest.ram);
+        partition.track_dirty(ram, NotedFrom::FirstTake).unwrap();
+        partition.untrack_dirty(ram).unwrap();
+        partition.track_dirty(ram, NotedFrom::Now).unwrap();
+        assert!(pages(&partition.take_dirty(ram).unwrap()).is_empty());
+        partition.untrack_dirty(ram).unwrap();
+        next(&mut guest);
+        next(&mut guest);
+    }
 }
 
 #[test]
@@ -691,7 +750,7 @@ fn the_filters_of_the_threads_let_a_guest_be_saved() {
     let control = std::thread::spawn(move || {
         enter(Role::Control, "control").unwrap();
         partition.save().unwrap();
-        partition.track_dirty(&ram).unwrap();
+        partition.track_dirty(&ram, NotedFrom::FirstTake).unwrap();
         partition.take_dirty(&ram).unwrap();
         partition.untrack_dirty(&ram).unwrap();
         (partition, ram)

@@ -12,8 +12,8 @@ use alveole_interrupts::{Doorbell, IrqLine, MsiMessage, MsiVector};
 use crate::state::{IO_APIC_PINS, IoApicState, LAPIC_BYTES, MIN_XSAVE_BYTES};
 use crate::{
     CpuError, CpuExit, CpuPosition, CpuState, CpuidEntry, DoorbellValue, InitialState, Kick,
-    MsrChange, MsrRefusal, Partition, PartitionError, PartitionState, RestoredClock, StateError,
-    StuckReason, VirtualCpu,
+    MsrChange, MsrRefusal, NotedFrom, Partition, PartitionError, PartitionState, RestoredClock,
+    StateError, StuckReason, VirtualCpu,
 };
 
 /// Size of the pages whose writes are noted.
@@ -306,8 +306,17 @@ impl Partition for FakePartition {
         Ok(())
     }
 
-    fn track_dirty(&self, _: &GuestRam) -> Result<(), PartitionError> {
-        self.lock().dirty.get_or_insert_default();
+    fn track_dirty(&self, ram: &GuestRam, from: NotedFrom) -> Result<(), PartitionError> {
+        let mut shared = self.lock();
+        let dirty = shared.dirty.get_or_insert_default();
+        if from == NotedFrom::FirstTake {
+            let ranges = ram.mapped_ranges();
+            let pages = ranges.flat_map(|(range, _)| {
+                let first = range.start / PAGE_BYTES;
+                first..first + range.size_bytes / PAGE_BYTES
+            });
+            dirty.extend(pages);
+        }
         Ok(())
     }
 
@@ -636,7 +645,7 @@ mod tests {
         partition.take_dirty(&ram).unwrap_err();
         cpu.run().unwrap();
         assert_eq!(ram.read_plain::<u32>(0x3000).unwrap(), 0x0101_0101);
-        partition.track_dirty(&ram).unwrap();
+        partition.track_dirty(&ram, NotedFrom::Now).unwrap();
         let none = vec![vec![0; 4]];
         assert_eq!(partition.take_dirty(&ram).unwrap(), none, "before");
         cpu.run().unwrap();
@@ -647,5 +656,8 @@ mod tests {
         partition.untrack_dirty(&ram).unwrap();
         cpu.run().unwrap();
         partition.take_dirty(&ram).unwrap_err();
+        partition.track_dirty(&ram, NotedFrom::FirstTake).unwrap();
+        assert_eq!(partition.take_dirty(&ram).unwrap(), [[u64::MAX; 4]]);
+        assert_eq!(partition.take_dirty(&ram).unwrap(), none);
     }
 }

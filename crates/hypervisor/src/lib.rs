@@ -94,9 +94,9 @@ pub trait Partition: Send + Sync {
     ///
     /// # Errors
     /// The hypervisor refuses.
-    fn track_dirty(&self, ram: &GuestRam) -> Result<(), PartitionError>;
+    fn track_dirty(&self, ram: &GuestRam, from: NotedFrom) -> Result<(), PartitionError>;
 
-    /// Which pages have been written since the last call, or since [`Partition::track_dirty`]: for each range of
+    /// Which pages have been written since the last call, or since [`Partition::track_dirty`] (see [`NotedFrom`]): for each range of
     /// `ram`, in order, one bit a page of 4 KiB, bit 0 of the first word for the first. They count as not written from then
     /// on. May be called while the guest runs: what it writes meanwhile is told by this call or by the next. No page that was
     /// written is left out; one that was read for the first time may be told as well.
@@ -110,6 +110,16 @@ pub trait Partition: Send + Sync {
     /// # Errors
     /// The hypervisor refuses.
     fn untrack_dirty(&self, ram: &GuestRam) -> Result<(), PartitionError>;
+}
+
+/// From when on written pages are noted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotedFrom {
+    /// From the call on. It takes the longer the more memory there is: writes to all of it are to be seen.
+    Now,
+    /// From the first [`Partition::take_dirty`] on, which may tell all pages, and takes that time while the guest runs. The call itself takes
+    /// none, where the hypervisor knows such a way; else this is [`NotedFrom::Now`].
+    FirstTake,
 }
 
 /// Which writes ring a doorbell.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use alveole_counters::Registry;
 use alveole_event_loop::Worker;
+use alveole_hypervisor::NotedFrom;
 use alveole_metrics::Process;
 
 use crate::build::processors::WithProcessors;
@@ -59,7 +60,9 @@ impl WithProcessors {
             ram: self.ram,
         };
         if config.track_dirty_pages {
-            machine.partition.track_dirty(&machine.ram)?;
+            machine
+                .partition
+                .track_dirty(&machine.ram, NotedFrom::Now)?;
             machine.ram.track_writes();
             machine.tracking.is_on = true;
         }

@@ -5,7 +5,7 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use alveole_guest_memory::{MAX_LAYERS, PageSet};
-use alveole_hypervisor::CpuState;
+use alveole_hypervisor::{CpuState, NotedFrom};
 use alveole_saved_state::{SavedState, StateFile};
 use alveole_vcpu::{Order, ReportKind};
 use alveole_virtio_blk::BlkHandle;
@@ -107,7 +107,7 @@ impl Machine {
         match is_running {
             true => self.begin_ahead(events, tick),
             false => {
-                if tracks_from_here && let Err(why) = self.begin_tracking() {
+                if tracks_from_here && let Err(why) = self.begin_tracking(NotedFrom::Now) {
                     self.snapshot_failed(why);
                     return None;
                 }

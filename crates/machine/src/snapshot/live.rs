@@ -5,6 +5,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use alveole_guest_memory::PageSet;
+use alveole_hypervisor::NotedFrom;
 use alveole_vm_config::SnapshotType;
 
 use crate::control::Tick;
@@ -30,7 +31,7 @@ impl Machine {
             if let Some(end) = self.pause(events, tick) {
                 return Some(end);
             }
-            let tracked = self.begin_tracking();
+            let tracked = self.begin_tracking(NotedFrom::FirstTake);
             self.resume();
             self.stood_still_since(start);
             if let Err(why) = tracked {
@@ -83,7 +84,8 @@ impl Machine {
         None
     }
 
-    /// What the next round writes: at first all that the snapshot has, then what has changed.
+    /// What the next round writes: at first all that the snapshot has, then what has changed since that was asked for, which is before any of it is
+    /// written.
     fn next_round(&mut self, rounds: u32, kind: SnapshotType) -> Result<PageSet, String> {
         let changed = self.take_dirty()?;
         self.note_unsaved(&changed);
@@ -115,12 +117,12 @@ impl Machine {
         }
     }
 
-    /// Notes what is written from now on, for the snapshot that is being written. The machine stands still.
-    pub(super) fn begin_tracking(&mut self) -> Result<(), String> {
+    /// Notes what is written, for the snapshot that is being written. The machine stands still.
+    pub(super) fn begin_tracking(&mut self, from: NotedFrom) -> Result<(), String> {
         if let Some(underway) = &mut self.tracking.underway {
             underway.tracks_for_this = true;
         }
-        let tracked = self.partition.track_dirty(&self.ram);
+        let tracked = self.partition.track_dirty(&self.ram, from);
         self.ram.track_writes();
         tracked.map_err(|e| e.to_string())
     }
