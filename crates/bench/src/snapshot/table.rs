@@ -68,6 +68,7 @@ pub(super) enum Row {
     Load,
     Answered,
     Beat,
+    ExecutedAnswered,
     CopyAnswered,
     CopyBeat,
     FirstTouch,
@@ -113,6 +114,7 @@ const TABLES: [(&str, &[Row]); 5] = [
             Row::Load,
             Row::Answered,
             Row::Beat,
+            Row::ExecutedAnswered,
             Row::CopyAnswered,
             Row::CopyBeat,
         ],
@@ -167,6 +169,10 @@ impl Row {
             Self::Load => ("load_ms", "PUT /snapshot/load with resume_vm"),
             Self::Answered => ("answered_ms", "process start → load answered"),
             Self::Beat => ("beat_ms", "process start → first byte of the guest"),
+            Self::ExecutedAnswered => (
+                "executed_answered_ms",
+                "process start with --load-snapshot → the machine answers",
+            ),
             Self::CopyAnswered => (
                 "copy_answered_ms",
                 "a template is asked → the machine answers",

@@ -139,7 +139,7 @@ impl Guest {
     }
 }
 
-/// How soon a copy answers and runs.
+/// How soon a copy answers and runs; and how soon a program does that is executed for the same.
 pub(super) fn measure(
     plan: &Plan,
     vmm: &Vmm,
@@ -154,5 +154,29 @@ pub(super) fn measure(
     add(Row::CopyAnswered, milliseconds(guest.start.elapsed()));
     guest.beat()?;
     add(Row::CopyBeat, milliseconds(guest.start.elapsed()));
+    drop(guest);
+
+    let folder = plan.scratch.join("executed");
+    fs::create_dir_all(&folder)?;
+    let socket = folder.join("api");
+    let _ = fs::remove_file(&socket);
+    let words = [
+        "--api-sock",
+        utf8(&socket)?,
+        "--level",
+        "Error",
+        "--load-snapshot",
+        utf8(&template.load)?,
+    ];
+    let words: Vec<_> = words.into_iter().map(Into::into).collect();
+    arrivals.expect(&folder)?;
+    let errors = folder.with_extension("stderr");
+    let start = Instant::now();
+    let run = Run::start(vmm.path.as_os_str(), &words, &errors, plan.patience)?;
+    let mut client = Client::connect(&socket, arrivals, plan.patience)?;
+    client
+        .ask("GET", "/machine-config", "")
+        .with_context(|| run.failure("it was to load a snapshot"))?;
+    add(Row::ExecutedAnswered, milliseconds(start.elapsed()));
     Ok(())
 }
