@@ -120,6 +120,31 @@ fn every_thread_is_confined() {
 }
 
 /// Hosts that start Firecracker without filters start this with them.
+/// Where hosts give huge pages unasked, one of them would be a monitor's largest part, and clearing it the longest of a thread's start.
+#[test]
+fn nothing_of_a_monitor_is_as_large_as_a_huge_page_but_guest_memory() {
+    const HUGE_PAGE_BYTES: u64 = 2 << 20;
+    if no_kvm("nothing_of_a_monitor_is_as_large_as_a_huge_page_but_guest_memory") {
+        return;
+    }
+    let bench = Bench::new(&hang());
+    let mut running = start(&bench, 1, "none");
+    let maps = fs::read_to_string(format!("/proc/{}/maps", running.id())).unwrap();
+    let address = |text: &str| u64::from_str_radix(text, 16).unwrap();
+    let mut large = Vec::new();
+    for line in maps.lines() {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let (start, end) = fields[0].split_once('-').unwrap();
+        let is_anonymous = fields[1].starts_with("rw-p") && fields[4] == "0";
+        if is_anonymous && address(end) - address(start) >= HUGE_PAGE_BYTES {
+            large.push(line);
+        }
+    }
+    assert_eq!(large.len(), 1, "guest memory alone:\n{maps}");
+    running.signal(SIGTERM);
+    running.child.wait().unwrap();
+}
+
 #[test]
 fn a_wish_for_no_filters_is_understood_and_they_stay() {
     if no_kvm("a_wish_for_no_filters_is_understood_and_they_stay") {

@@ -75,6 +75,7 @@ impl ApiThread {
         };
         let thread = std::thread::Builder::new()
             .name("api".into())
+            .stack_size(alveole_thread_sandbox::STACK_BYTES)
             .spawn(body)
             .map_err(StartError::Thread)?;
         Ok(Self {

@@ -82,6 +82,7 @@ impl Files {
         let mailbox = mailbox.clone();
         std::thread::Builder::new()
             .name(NAME.into())
+            .stack_size(alveole_thread_sandbox::STACK_BYTES)
             .spawn(move || live(&inbox, &mailbox))
             .map_err(FilesError)?;
         Ok(Self(jobs))

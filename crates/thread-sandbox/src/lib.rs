@@ -48,6 +48,10 @@ pub use report::{install_refusal_report, set_report_log};
 /// The exit code of a process that was refused a system call. It is the one Firecracker uses.
 pub const REFUSED_EXIT_CODE: i32 = 148;
 
+/// Bytes of a thread's stack. Less than a huge page of the host: where those are given unasked (transparent_hugepage=always), the first touch of a
+/// stack of Rust's usual 2 MiB takes, and clears, all of it.
+pub const STACK_BYTES: usize = 1 << 20;
+
 /// What a thread is for, and so which system calls it may make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {

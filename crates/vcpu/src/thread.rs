@@ -137,6 +137,7 @@ impl Vcpu {
         };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu {index}"))
+            .stack_size(alveole_thread_sandbox::STACK_BYTES)
             .spawn(move || runner.live())
             .map_err(|source| VcpuError::NoThread { index, source })?;
         Ok(VcpuHandle {

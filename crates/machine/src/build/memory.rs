@@ -9,7 +9,7 @@ use crate::snapshot::{LayerV1, MemorySource, RangeV1};
 use crate::validate::host_pages;
 use crate::{Snapshot, ValidConfig};
 
-/// Address space that is needed besides guest memory, for each processor (a stack of 2 MiB and what KVM shares of it), and for the other
+/// Address space that is needed besides guest memory, for each processor (a stack and what KVM shares of it), and for the other
 /// threads, their stacks and the heap.
 const ROOM_PER_CPU_BYTES: u64 = 3 << 20;
 const ROOM_BYTES: u64 = 10 << 20;

@@ -203,6 +203,7 @@ fn start(
     };
     std::thread::Builder::new()
         .name(short)
+        .stack_size(alveole_thread_sandbox::STACK_BYTES)
         .spawn(body)
         .map_err(BuildError::Thread)
 }

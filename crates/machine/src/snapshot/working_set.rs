@@ -128,6 +128,7 @@ impl WorkingSet {
         let records = matches!(plan, WorkingSetPlan::Record { .. });
         let thread = std::thread::Builder::new()
             .name(NAME.into())
+            .stack_size(alveole_thread_sandbox::STACK_BYTES)
             .spawn(move || {
                 if let Err(e) = alveole_thread_sandbox::enter(Role::Files, NAME) {
                     log::warn!("the working set is left alone: {e}");
