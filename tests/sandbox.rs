@@ -169,10 +169,14 @@ fn a_filter_that_allows_everything_runs_a_guest() {
     let bench = Bench::new(&hang());
     let all = filters::file(&filters::same_for_all(&filters::allow()));
     bench.write("all.bpf", &all);
-    let running = start_with(&bench, 1, words);
-    for thread in threads(running.id()).values() {
-        assert!(thread.has("Seccomp_filters:", "2"), "{}", thread.status);
-    }
+    let mut running = start_with(&bench, 1, words);
+    // A thread has its own filter first, for a moment that one alone.
+    let id = running.id();
+    let both = || {
+        let threads = threads(id);
+        threads.values().all(|t| t.has("Seccomp_filters:", "2"))
+    };
+    assert!(running.wait_until(both), "{}", running.said());
     running.signal(SIGINT);
     running.end().assert(130, &[]);
     let bench = Bench::new(&power_off());
