@@ -82,15 +82,7 @@ impl Guest {
         fs::create_dir_all(folder)?;
         let socket = folder.join("api");
         let _ = fs::remove_file(&socket);
-        let words = [
-            "--api-sock",
-            utf8(&socket)?,
-            "--level",
-            "Error",
-            "--load-snapshot",
-            utf8(&template.load)?,
-        ]
-        .map(OsStr::new);
+        let words = load_words(&socket, &template.load)?.map(OsStr::new);
         let (output, theirs) = std::io::pipe()?;
         let nothing = File::open("/dev/null")?;
         let errors = File::create(folder.with_extension("stderr"))?;
@@ -139,6 +131,19 @@ impl Guest {
     }
 }
 
+/// The command line of a VMM that loads what this file says.
+fn load_words<'a>(socket: &'a Path, load: &'a Path) -> anyhow::Result<[&'a str; 6]> {
+    let (socket, load) = (utf8(socket)?, utf8(load)?);
+    Ok([
+        "--api-sock",
+        socket,
+        "--level",
+        "Error",
+        "--load-snapshot",
+        load,
+    ])
+}
+
 /// How soon a copy answers and runs; and how soon a program does that is executed for the same.
 pub(super) fn measure(
     plan: &Plan,
@@ -160,15 +165,10 @@ pub(super) fn measure(
     fs::create_dir_all(&folder)?;
     let socket = folder.join("api");
     let _ = fs::remove_file(&socket);
-    let words = [
-        "--api-sock",
-        utf8(&socket)?,
-        "--level",
-        "Error",
-        "--load-snapshot",
-        utf8(&template.load)?,
-    ];
-    let words: Vec<_> = words.into_iter().map(Into::into).collect();
+    let words: Vec<_> = load_words(&socket, &template.load)?
+        .into_iter()
+        .map(Into::into)
+        .collect();
     arrivals.expect(&folder)?;
     let errors = folder.with_extension("stderr");
     let start = Instant::now();
