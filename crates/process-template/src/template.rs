@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -23,6 +24,8 @@ use crate::wire::{self, MAX_DESCRIPTORS, MAX_REQUEST_BYTES, Request};
 
 /// How long who has connected may take to say what it wants, or to take an answer. Abused by one that says nothing: others wait meanwhile.
 const PATIENCE_MS: i64 = 1000;
+/// After a connection that could not be taken.
+const PAUSE: Duration = Duration::from_millis(10);
 /// Connections that wait to be taken.
 const BACKLOG: i32 = 1024;
 /// Linux include/uapi/asm-generic/fcntl.h.
@@ -165,17 +168,19 @@ impl Template {
         let mut open = true;
         let stdin = io::stdin();
         let is_pipe = fs::metadata("/proc/self/fd/0").is_ok_and(|m| m.file_type().is_fifo());
+        // What it says is nothing to us: only its end is, and of anything else not even that.
+        let end = is_pipe.then_some(&stdin);
         loop {
             if !open && self.copies.is_empty() {
                 return Ok(None);
             }
             let mut all = vec![PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
-            // What it says is nothing to us: only its end is.
-            all.push(PollFd::new(stdin.as_fd(), PollFlags::empty()));
+            all.extend(end.map(|end| PollFd::new(end.as_fd(), PollFlags::empty())));
+            let others = all.len();
             let pidfds = self.copies.iter().map(|copy| copy.pidfd.as_fd());
             all.extend(pidfds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
             // Nobody is heard once no more are to be made.
-            let from = usize::from(!open) * 2;
+            let from = usize::from(!open) * others;
             match poll(&mut all[from..], PollTimeout::NONE) {
                 Ok(_) => {}
                 Err(Errno::EINTR) => continue,
@@ -186,7 +191,7 @@ impl Template {
                 .map(|fd| fd.revents().is_some_and(|seen| !seen.is_empty()))
                 .collect();
             drop(all);
-            let (heard, ended) = ready.split_at(2);
+            let (heard, ended) = ready.split_at(others);
             self.say_ends(ended);
             if !open {
                 continue;
@@ -199,7 +204,7 @@ impl Template {
                     Made::There => {}
                 }
             }
-            if is_pipe && heard[1] {
+            if heard.get(1) == Some(&true) {
                 open = false;
                 let _ = fs::remove_file(&self.path);
             }
@@ -227,7 +232,11 @@ impl Template {
 
     /// Who comes next, and what it wants. None: nothing that can be, which it has been told.
     fn hear(&self) -> Option<(OwnedFd, Request)> {
-        let raw = accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).ok()?;
+        let Ok(raw) = accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) else {
+            // The host has no descriptor left, and would say so again at once.
+            std::thread::sleep(PAUSE);
+            return None;
+        };
         // SAFETY: the kernel has just made it for us.
         let connection = unsafe { OwnedFd::from_raw_fd(raw) };
         let asked = credited(&connection).and_then(|()| heard(&connection));

@@ -24,6 +24,10 @@ struct Running {
 
 impl Running {
     fn start() -> Self {
+        Self::with_input(Stdio::piped())
+    }
+
+    fn with_input(input: Stdio) -> Self {
         let dir = TempDir::new().unwrap();
         let socket = dir.path().join("template");
         // DIR/deps/copies-HASH and DIR/examples/template
@@ -35,7 +39,7 @@ impl Running {
             .join("examples/template");
         let process = Command::new(&program)
             .arg(&socket)
-            .stdin(Stdio::piped())
+            .stdin(input)
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
@@ -151,6 +155,26 @@ fn a_template_whose_input_is_closed_ends_with_its_last_copy() {
     copy.kill();
     assert_eq!(copy.wait(), HowEnded::Signal(9));
     assert!(running.ends());
+}
+
+/// As a terminal that is gone. It says so for ever.
+#[test]
+fn the_end_of_an_input_that_is_no_pipe_ends_nothing_and_costs_nothing() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let running = Running::with_input(OwnedFd::from(theirs).into());
+    drop(ours);
+    std::thread::sleep(Duration::from_millis(500));
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", running.process.id())).unwrap();
+    // utime and stime, fields 14 and 15 of proc(5), in hundredths of a second; the state after the name is field 3.
+    let fields = stat.rsplit_once(')').unwrap().1.split_whitespace();
+    let ticks: u64 = fields
+        .skip(14 - 3)
+        .take(2)
+        .map(|t| t.parse::<u64>().unwrap())
+        .sum();
+    assert!(ticks < 20, "{ticks} of some 50");
+    let mut copy = running.ask(&["exit", "5"], &[]).unwrap();
+    assert_eq!(copy.wait(), HowEnded::Code(5));
 }
 
 #[test]
