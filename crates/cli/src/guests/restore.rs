@@ -158,7 +158,7 @@ pub(crate) fn take(vm: &Vm, folder: &Path, what: Taking<'_>) -> anyhow::Result<S
             ));
         } else if !link_before(&all.memory_files()?, before, folder)? {
             hint(
-                "the snapshot that this one would build upon has been removed, or flattened: it has all of memory, and the next --diff \
+                "the snapshot that this one would build upon has been removed, flattened or packed: it has all of memory, and the next --diff \
                  builds upon it",
             );
             let first = said.stood_still_us;
