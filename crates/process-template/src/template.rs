@@ -266,13 +266,9 @@ impl Template {
             Ok(ForkResult::Parent { child }) => {
                 match pidfd_of(child) {
                     Ok(pidfd) => {
-                        let said = wire::send(
-                            &connection,
-                            format!("pid {child}").as_bytes(),
-                            &[pidfd.as_fd()],
-                        );
+                        let pid = format!("pid {child}");
                         // Who has gone meanwhile has no copy: it ends by itself.
-                        let _ = said;
+                        let _ = wire::send(&connection, pid.as_bytes(), &[pidfd.as_fd()]);
                         self.copies.push(Copy {
                             pid: child,
                             pidfd,
