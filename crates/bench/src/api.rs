@@ -5,7 +5,7 @@
 //! Firecracker's API.
 
 #[path = "../../../tests/tiny_guest/code.rs"]
-mod code;
+pub(crate) mod code;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;

@@ -9,8 +9,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use serde_json::json;
 
 use super::life::{Arrivals, Files, Process, Shape};
+use super::networked::{self, Taps};
 use super::table::{Case, Place, Row};
 use super::template::{Guest, Template};
 use super::{Plan, Samples, milliseconds};
@@ -60,44 +62,82 @@ pub(super) fn measure(
     folder: &Path,
     samples: &mut Samples,
 ) -> anyhow::Result<()> {
+    for &count in counts {
+        copies(plan, vmm, mib, count, None, folder, samples)
+            .with_context(|| format!("{count} copies"))?;
+    }
+    Ok(())
+}
+
+/// Has a guest of `mib` with a network copied, for each tap but the guest's once, by a snapshot in `folder`.
+pub(super) fn measure_networked(
+    plan: &Plan,
+    vmm: &Vmm,
+    mib: u64,
+    taps: &Taps,
+    folder: &Path,
+    samples: &mut Samples,
+) -> anyhow::Result<()> {
+    copies(plan, vmm, mib, taps.count(), Some(taps), folder, samples)
+}
+
+fn copies(
+    plan: &Plan,
+    vmm: &Vmm,
+    mib: u64,
+    count: u64,
+    taps: Option<&Taps>,
+    folder: &Path,
+    samples: &mut Samples,
+) -> anyhow::Result<()> {
     let arrivals = Arrivals::new()?;
     let files = Files::new(folder, "clones");
-    for &count in counts {
-        let shape = Shape {
-            memory_mib: mib,
-            // Idle, but for its beats: what else changes is what its kernel writes.
-            window_mib: 0,
-            beat_pages: 0,
-            pause_us: u32::try_from(count * 1_000_000 / BEATS_A_SECOND)?,
-            tracks_pages: false,
+    let shape = Shape {
+        memory_mib: mib,
+        // Idle, but for its beats: what else changes is what its kernel writes.
+        window_mib: 0,
+        beat_pages: 0,
+        pause_us: u32::try_from(count * 1_000_000 / BEATS_A_SECOND)?,
+        tracks_pages: false,
+        tap: taps.map(Taps::of_guest),
+    };
+    let mut guest = Process::boot(plan, vmm, &shape, &arrivals).context("boot")?;
+    guest.take_full(&files).context("full snapshot")?;
+    drop(guest);
+    let mut measure = |place, make: &Make<'_>| {
+        let case = Case {
+            place,
+            number: count,
         };
-        let mut guest = Process::boot(plan, vmm, &shape, &arrivals).context("boot")?;
-        guest.take_full(&files).context("full snapshot")?;
-        drop(guest);
-        let mut measure = |place, make: &Make<'_>| {
-            let case = Case {
-                place,
-                number: count,
-            };
-            let mut add = |row, value| samples.push((case, row, value));
-            many(make, mib, usize::try_from(count)?, &mut add)
-                .with_context(|| format!("{count} copies"))
-        };
-        let folder = |number: usize| plan.scratch.join(format!("clone{number}"));
-        measure(Place::Clones, &|number, arrivals| {
-            let mut process = Process::start(plan, vmm, &folder(number), arrivals)?;
-            process.load(&files)?;
-            Ok(Made::Executed(process))
-        })?;
-        // Peers know no such thing.
-        if vmm.kind == Kind::Alveole {
-            let template = Template::start(plan, vmm, &files)?;
-            measure(Place::Templated, &|number, arrivals| {
-                let mut guest = Guest::start(plan, &template, &folder(number), arrivals)?;
-                guest.answered()?;
-                Ok(Made::Copied(guest))
-            })?;
-        }
+        let mut add = |row, value| samples.push((case, row, value));
+        many(make, taps, mib, usize::try_from(count)?, &mut add)
+    };
+    let (executed, templated) = match taps {
+        None => (Place::Clones, Place::Templated),
+        Some(_) => (Place::Networked, Place::NetworkedTemplated),
+    };
+    let folder = |number: usize| plan.scratch.join(format!("clone{number}"));
+    let tap = |number: usize| taps.map(|taps| taps.of_copy(number));
+    measure(executed, &|number, arrivals| {
+        let mut process = Process::start(plan, vmm, &folder(number), arrivals)?;
+        let more = tap(number).map_or(
+            json!({}),
+            |tap| json!({networked::OVERRIDES: networked::overrides(&tap)}),
+        );
+        process.load_with(&files, more)?;
+        Ok(Made::Executed(process))
+    })?;
+    // Peers know no such thing.
+    if vmm.kind == Kind::Alveole {
+        let template = Template::start(plan, vmm, &files)?;
+        measure(templated, &|number, arrivals| {
+            let tap = tap(number);
+            let folder = folder(number);
+            let mut guest = Guest::start(plan, &template, &folder, tap.as_deref(), arrivals)?;
+            guest.answered()?;
+            Ok(Made::Copied(guest))
+        })
+        .context("of a template")?;
     }
     Ok(())
 }
@@ -107,6 +147,7 @@ type Make<'a> = dyn Fn(usize, &Arrivals) -> anyhow::Result<Made> + Sync + 'a;
 
 fn many(
     make: &Make<'_>,
+    taps: Option<&Taps>,
     mib: u64,
     count: usize,
     add: &mut dyn FnMut(Row, f64),
@@ -147,6 +188,9 @@ fn many(
         clone.process.beat()?;
     }
     let beaten = start.elapsed();
+    if let Some(taps) = taps {
+        taps.have_carriers(count)?;
+    }
     let used = || -> anyhow::Result<Duration> {
         let times = clones.iter().map(|clone| cpu(clone.process.id()));
         times.sum()

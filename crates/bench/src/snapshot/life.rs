@@ -14,7 +14,7 @@ use rustix::fs::inotify;
 use serde_json::{Value, json};
 
 use super::table::Row;
-use super::{Plan, milliseconds, template};
+use super::{Plan, milliseconds, networked, template};
 use crate::client::Client;
 use crate::run::Run;
 use crate::vmm::{Kind, Vmm, utf8};
@@ -38,6 +38,8 @@ pub(super) struct Shape {
     /// Between two beats.
     pub(super) pause_us: u32,
     pub(super) tracks_pages: bool,
+    /// The tap of its network interface, if it has one.
+    pub(super) tap: Option<String>,
 }
 
 /// Tells when sockets come. One for many processes that is dropped when nothing is measured: to close it takes a grace period of the
@@ -166,15 +168,25 @@ impl Process {
         arrivals: &Arrivals,
     ) -> anyhow::Result<Self> {
         let mut process = Self::start(plan, vmm, &plan.scratch.join("first"), arrivals)?;
-        let line = format!(
+        let mut line = format!(
             "{ARGUMENTS} bench_fill={} bench_window={} bench_pages={} bench_pause={}",
             shape.memory_mib / 2,
             shape.window_mib.min(shape.memory_mib / 2),
             shape.beat_pages,
             shape.pause_us
         );
+        let mut initrd = &plan.initrd;
+        if let Some(tap) = &shape.tap {
+            initrd = plan
+                .net_initrd
+                .as_ref()
+                .context("there is no initramfs with a network")?;
+            line += networked::GUEST_ARGUMENTS;
+            let body = networked::interface(tap).to_string();
+            process.ask("PUT", networked::INTERFACE_PATH, &body)?;
+        }
         let source = json!({
-            "kernel_image_path": utf8(&plan.kernel)?, "initrd_path": utf8(&plan.initrd)?, "boot_args": line,
+            "kernel_image_path": utf8(&plan.kernel)?, "initrd_path": utf8(initrd)?, "boot_args": line,
         });
         let machine = json!({
             "vcpu_count": plan.cpus, "mem_size_mib": shape.memory_mib, "track_dirty_pages": shape.tracks_pages,
@@ -190,7 +202,7 @@ impl Process {
     }
 
     /// Asks, and says how long the answer took.
-    fn ask(&mut self, method: &str, path: &str, body: &str) -> anyhow::Result<Duration> {
+    pub(super) fn ask(&mut self, method: &str, path: &str, body: &str) -> anyhow::Result<Duration> {
         self.client
             .ask(method, path, body)
             .map_err(|error| anyhow::anyhow!(self.run.failure(&format!("{error:#}"))))
@@ -251,6 +263,13 @@ impl Process {
         self.ask("PUT", "/snapshot/load", &body.to_string())
     }
 
+    /// Has a snapshot loaded and the guest go on, and does not wait for the answer.
+    pub(super) fn send_load(&mut self, files: &Files) -> anyhow::Result<()> {
+        let mut body = files.load_body()?;
+        body["resume_vm"] = json!(true);
+        self.client.send("PUT", "/snapshot/load", &body.to_string())
+    }
+
     /// Waits until the guest has changed its whole window once more.
     pub(super) fn change_all(&mut self, shape: &Shape) -> anyhow::Result<()> {
         self.run.drain();
@@ -282,6 +301,7 @@ pub(super) fn measure(
         beat_pages: BEAT_PAGES,
         pause_us: 500,
         tracks_pages: false,
+        tap: None,
     };
     let arrivals = Arrivals::new()?;
     let files = Files::new(folder, "full");

@@ -26,6 +26,7 @@ pub(super) fn measure(
         beat_pages: BEAT_PAGES,
         pause_us: 500,
         tracks_pages: true,
+        tap: None,
     };
     let arrivals = Arrivals::new()?;
     let (full, diff) = (Files::new(folder, "live"), Files::new(folder, "live-diff"));

@@ -4,8 +4,10 @@
 //! This file reads the command line and puts the parts together. `tools/bench` builds what is measured and finds the guest kernel.
 
 mod clones;
+mod first;
 mod life;
 mod live;
+mod networked;
 mod table;
 mod template;
 mod touches;
@@ -30,6 +32,8 @@ const CPU_CONFIG: &str = "ALVEOLE_NATIVE_CPU_CONFIG";
 const PATIENCE: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(180));
 /// What the guests change for ever, so that there is always something to write again.
 const WINDOW_MIB: u64 = 64;
+/// Most copies with a network: the largest number of copies that is not above it is measured with one as well.
+const MOST_NETWORKED: u64 = 100;
 /// Most copies: they take a gigabyte or two of the host, and five threads each.
 const MOST_CLONES: u64 = 1000;
 
@@ -41,6 +45,9 @@ pub(crate) struct Snapshot {
     /// The guest kernel, an ELF file
     #[arg(long, value_name = "FILE")]
     kernel: PathBuf,
+    /// The initramfs of copies with a network; without, there are none
+    #[arg(long, value_name = "FILE")]
+    net_initrd: Option<PathBuf>,
     /// Memory of the guests that stand still and are restored, half of it filled [256,512,1024; 128 in a smoke run]
     #[arg(long, value_name = "MIB,...", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(64..=1 << 20))]
     sizes: Vec<u64>,
@@ -80,6 +87,8 @@ pub(crate) struct Snapshot {
 struct Plan {
     kernel: PathBuf,
     initrd: PathBuf,
+    /// Of guests with a network.
+    net_initrd: Option<PathBuf>,
     cpus: u32,
     cpu_config: Option<String>,
     patience: Duration,
@@ -122,6 +131,7 @@ pub(crate) fn snapshot(args: &Snapshot) -> anyhow::Result<ExitCode> {
     let plan = Plan {
         kernel: fs::canonicalize(&args.kernel)?,
         initrd,
+        net_initrd: args.net_initrd.as_ref().map(fs::canonicalize).transpose()?,
         cpus: args.cpus,
         cpu_config: cpu_config()?,
         patience: if conditions.in_lab {
@@ -132,6 +142,15 @@ pub(crate) fn snapshot(args: &Snapshot) -> anyhow::Result<ExitCode> {
         scratch: scratch_path,
     };
 
+    // With as many taps as there are copies, and one for the guest that they are copies of.
+    let networked = counts
+        .iter()
+        .copied()
+        .filter(|&count| count <= MOST_NETWORKED);
+    let taps = match (networked.max(), &plan.net_initrd) {
+        (Some(count), Some(_)) => Some(networked::Taps::make(count)?),
+        _ => None,
+    };
     let mut columns: Vec<_> = vmms.into_iter().map(Column::new).collect();
     let started = Instant::now();
     let mut places = vec![(table::Place::Memory, memory.path())];
@@ -152,6 +171,13 @@ pub(crate) fn snapshot(args: &Snapshot) -> anyhow::Result<ExitCode> {
                 });
             }
         }
+        let case = Case {
+            place: table::Place::Memory,
+            number: args.memory,
+        };
+        column.measure(case, |vmm, add| {
+            first::measure(&plan, vmm, args.memory, memory.path(), add)
+        });
         // Peers know no such thing.
         let is_ours = column.vmm.kind == Kind::Alveole;
         for &mib in lives.iter().filter(|_| is_ours) {
@@ -181,6 +207,15 @@ pub(crate) fn snapshot(args: &Snapshot) -> anyhow::Result<ExitCode> {
         column.measure_many(case, |vmm, samples| {
             clones::measure(&plan, vmm, args.memory, &counts, memory.path(), samples)
         });
+        if let Some(taps) = &taps {
+            let case = Case {
+                place: table::Place::Networked,
+                number: taps.count(),
+            };
+            column.measure_many(case, |vmm, samples| {
+                clones::measure_networked(&plan, vmm, args.memory, taps, memory.path(), samples)
+            });
+        }
     }
 
     let mut lines = conditions.lines();
@@ -190,7 +225,7 @@ pub(crate) fn snapshot(args: &Snapshot) -> anyhow::Result<ExitCode> {
         life::ARGUMENTS
     ));
     lines.push(format!(
-        "Snapshots in {}{}; copies of an idle guest of {} MiB",
+        "Snapshots in {}{}; copies, and first instructions, of an idle guest of {} MiB",
         args.dir.display(),
         args.disk
             .as_ref()

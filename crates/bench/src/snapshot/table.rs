@@ -25,6 +25,9 @@ pub(super) enum Place {
     Clones,
     /// Copies whose VMM is a copy of a process that has the snapshot prepared.
     Templated,
+    /// The same two, of a guest with a network, over a tap for each.
+    Networked,
+    NetworkedTemplated,
     /// Memory that is touched after a restore: of a file in the page cache, and of one that is on the disk only.
     Warm,
     Cold,
@@ -47,6 +50,8 @@ impl Case {
             Place::Disk => format!("{number} MiB, disk"),
             Place::Clones => format!("{number}"),
             Place::Templated => format!("{number}, of a template"),
+            Place::Networked => format!("{number}, with a network"),
+            Place::NetworkedTemplated => format!("{number}, with a network, of a template"),
         }
     }
 }
@@ -68,6 +73,11 @@ pub(super) enum Row {
     Load,
     Answered,
     Beat,
+    LoadInstruction,
+    StartInstruction,
+    ExecutedInstruction,
+    CopyInstruction,
+    LaterInstruction,
     ExecutedAnswered,
     CopyAnswered,
     CopyBeat,
@@ -114,6 +124,11 @@ const TABLES: [(&str, &[Row]); 5] = [
             Row::Load,
             Row::Answered,
             Row::Beat,
+            Row::LoadInstruction,
+            Row::StartInstruction,
+            Row::ExecutedInstruction,
+            Row::CopyInstruction,
+            Row::LaterInstruction,
             Row::ExecutedAnswered,
             Row::CopyAnswered,
             Row::CopyBeat,
@@ -169,6 +184,26 @@ impl Row {
             Self::Load => ("load_ms", "PUT /snapshot/load with resume_vm"),
             Self::Answered => ("answered_ms", "process start → load answered"),
             Self::Beat => ("beat_ms", "process start → first byte of the guest"),
+            Self::LoadInstruction => (
+                "load_instruction_ms",
+                "PUT /snapshot/load is sent → first guest instruction",
+            ),
+            Self::StartInstruction => (
+                "start_instruction_ms",
+                "process start, PUT /snapshot/load → first guest instruction",
+            ),
+            Self::ExecutedInstruction => (
+                "executed_instruction_ms",
+                "process start with --load-snapshot → first guest instruction",
+            ),
+            Self::CopyInstruction => (
+                "copy_instruction_ms",
+                "a fresh template is asked → first guest instruction",
+            ),
+            Self::LaterInstruction => (
+                "later_instruction_ms",
+                "a template is asked again → first guest instruction",
+            ),
             Self::ExecutedAnswered => (
                 "executed_answered_ms",
                 "process start with --load-snapshot → the machine answers",
@@ -320,6 +355,10 @@ pub(super) fn json(columns: &[Column]) -> Value {
             let name = match case.place {
                 Place::Clones => format!("{} copies", case.number),
                 Place::Templated => format!("{} copies of a template", case.number),
+                Place::Networked => format!("{} copies with a network", case.number),
+                Place::NetworkedTemplated => {
+                    format!("{} copies of a template with a network", case.number)
+                }
                 Place::Live => format!("{} MiB, live", case.number),
                 _ => case.title(),
             };

@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 
 use alveole_process_template::Copy;
 use anyhow::{Context, bail};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::life::{Arrivals, BEAT, Files};
 use super::table::Row;
-use super::{Plan, milliseconds};
+use super::{Plan, milliseconds, networked};
 use crate::client::Client;
 use crate::run::{self, Run};
 use crate::vmm::{Vmm, utf8};
@@ -26,6 +26,8 @@ pub(super) struct Template {
     _run: Run,
     socket: PathBuf,
     load: PathBuf,
+    /// What that file says.
+    body: Value,
 }
 
 impl Template {
@@ -57,6 +59,7 @@ impl Template {
             _run: run,
             socket,
             load,
+            body,
         })
     }
 }
@@ -72,17 +75,25 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    /// Has one made. Its socket is alone in `folder`, which is made.
+    /// Has one made. Its socket is alone in `folder`, which is made. Over `tap`, if there is one, goes its network.
     pub(super) fn start(
         plan: &Plan,
         template: &Template,
         folder: &Path,
+        tap: Option<&str>,
         arrivals: &Arrivals,
     ) -> anyhow::Result<Self> {
         fs::create_dir_all(folder)?;
         let socket = folder.join("api");
         let _ = fs::remove_file(&socket);
-        let words = load_words(&socket, &template.load)?.map(OsStr::new);
+        let mut load = template.load.clone();
+        if let Some(tap) = tap {
+            load = folder.with_extension("load.json");
+            let mut body = template.body.clone();
+            body[networked::OVERRIDES] = networked::overrides(tap);
+            fs::write(&load, body.to_string())?;
+        }
+        let words = load_words(&socket, &load)?.map(OsStr::new);
         let (output, theirs) = std::io::pipe()?;
         let nothing = File::open("/dev/null")?;
         let errors = File::create(folder.with_extension("stderr"))?;
@@ -154,7 +165,7 @@ pub(super) fn measure(
 ) -> anyhow::Result<()> {
     let template = Template::start(plan, vmm, files)?;
     let folder = plan.scratch.join("copied");
-    let mut guest = Guest::start(plan, &template, &folder, arrivals)?;
+    let mut guest = Guest::start(plan, &template, &folder, None, arrivals)?;
     guest.answered().context("a template's copy")?;
     add(Row::CopyAnswered, milliseconds(guest.start.elapsed()));
     guest.beat()?;
@@ -162,21 +173,31 @@ pub(super) fn measure(
     drop(guest);
 
     let folder = plan.scratch.join("executed");
-    fs::create_dir_all(&folder)?;
-    let socket = folder.join("api");
-    let _ = fs::remove_file(&socket);
-    let words: Vec<_> = load_words(&socket, &template.load)?
-        .into_iter()
-        .map(Into::into)
-        .collect();
-    arrivals.expect(&folder)?;
-    let errors = folder.with_extension("stderr");
-    let start = Instant::now();
-    let run = Run::start(vmm.path.as_os_str(), &words, &errors, plan.patience)?;
-    let mut client = Client::connect(&socket, arrivals, plan.patience)?;
+    let (run, start) = execute(plan, vmm, &template, &folder, arrivals)?;
+    let mut client = Client::connect(&folder.join("api"), arrivals, plan.patience)?;
     client
         .ask("GET", "/machine-config", "")
         .with_context(|| run.failure("it was to load a snapshot"))?;
     add(Row::ExecutedAnswered, milliseconds(start.elapsed()));
     Ok(())
+}
+
+/// Executes the program for what the template has prepared. Its socket is alone in `folder`, which is made; when it was started.
+pub(super) fn execute(
+    plan: &Plan,
+    vmm: &Vmm,
+    template: &Template,
+    folder: &Path,
+    arrivals: &Arrivals,
+) -> anyhow::Result<(Run, Instant)> {
+    fs::create_dir_all(folder)?;
+    let socket = folder.join("api");
+    let _ = fs::remove_file(&socket);
+    let words = load_words(&socket, &template.load)?;
+    let words: Vec<_> = words.into_iter().map(Into::into).collect();
+    arrivals.expect(folder)?;
+    let errors = folder.with_extension("stderr");
+    let start = Instant::now();
+    let run = Run::start(vmm.path.as_os_str(), &words, &errors, plan.patience)?;
+    Ok((run, start))
 }

@@ -42,6 +42,7 @@ pub(super) fn measure(
         beat_pages: BEAT_PAGES,
         pause_us: PAUSE_US,
         tracks_pages: false,
+        tap: None,
     };
     let arrivals = Arrivals::new()?;
     let files = Files::new(folder, "touches");
