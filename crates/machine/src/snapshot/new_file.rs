@@ -90,9 +90,14 @@ impl New {
         }
     }
 
+    /// Whether it takes the place of one of these.
+    pub(super) fn is_of(&self, base: &[LayerV1]) -> bool {
+        base.iter().any(|layer| layer.path == self.place)
+    }
+
     /// A diff must not take away what it builds upon.
     pub(super) fn check_base(&self, base: &[LayerV1]) -> Result<(), String> {
-        match base.iter().any(|layer| layer.path == self.place) {
+        match self.is_of(base) {
             false => Ok(()),
             true => Err(format!(
                 "{:?} has memory that this snapshot builds upon: give it another name",

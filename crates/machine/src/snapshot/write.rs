@@ -65,7 +65,7 @@ impl Ahead {
     /// Makes the files.
     pub(crate) fn begin(create: &SnapshotCreate, ram: &GuestRam) -> Result<Self, String> {
         // What a diff builds upon is looked at when it is known, at the end.
-        let files = Files::make(create, &[])?;
+        let files = Files::make(create)?;
         let prepared = ram.prepare_capture(&files.memory.file);
         Ok(Self {
             prepared: prepared.map_err(|e| files.memory.wrong(&e))?,
@@ -89,7 +89,7 @@ struct Files {
 }
 
 impl Files {
-    fn make(create: &SnapshotCreate, base: &[LayerV1]) -> Result<Self, String> {
+    fn make(create: &SnapshotCreate) -> Result<Self, String> {
         let memory = New::beside(&create.mem_file_path)?;
         let machine = New::beside(&create.snapshot_path)?;
         let disks = create.drives.iter().map(|drive| {
@@ -101,7 +101,6 @@ impl Files {
             machine,
             disks: disks.collect::<Result<_, _>>()?,
         };
-        files.check_base(base)?;
         let mut named: Vec<(&str, &New)> = vec![
             ("mem_file_path", &files.memory),
             ("snapshot_path", &files.machine),
@@ -222,17 +221,24 @@ fn write(
         create,
         mut state,
         ram,
-        pages,
-        base,
+        mut pages,
+        mut base,
         disks,
     } = job;
     let (files, prepared) = match ahead {
-        Some(Ahead { files, prepared }) => {
-            files.check_base(&base)?;
-            (files, Some(prepared))
-        }
-        None => (Files::make(&create, &base)?, None),
+        Some(Ahead { files, prepared }) => (files, Some(prepared)),
+        None => (Files::make(&create)?, None),
     };
+    if !create.live && files.memory.is_of(&base) {
+        // Firecracker writes a diff into the file that is there, which has all of memory then.
+        log::info!(
+            "{:?} has memory that the diff snapshot would build upon: all of memory is written, in its place",
+            create.mem_file_path
+        );
+        pages = PageSet::all(ram.pages());
+        base.clear();
+    }
+    files.check_base(&base)?;
     let memory = &files.memory;
     let start = Instant::now();
     for (disk, copy) in disks.iter().zip(&files.disks) {
@@ -308,7 +314,8 @@ pub(super) fn write_flat(flat: Flat<'_>) -> Result<Flattened, String> {
         mem_file_path: into_memory.to_owned(),
         ..SnapshotCreate::default()
     };
-    let files = Files::make(&create, chain)?;
+    let files = Files::make(&create)?;
+    files.check_base(chain)?;
     let memory = &files.memory;
     let map = ram
         .save_pages(&pages, &memory.file)
