@@ -489,7 +489,7 @@ fn a_disk_that_cannot_be_copied_leaves_everything_as_it_was() {
     bench.end();
 }
 
-/// Takes a full snapshot of a guest that has written to this address, which it does last.
+/// Takes a full snapshot of a guest that has written to this address, where nothing was before; it does that last.
 fn take_behind(bench: &Bench, dir: &Path, name: &str, address: u64) {
     let until = Instant::now() + PATIENCE;
     loop {
@@ -523,10 +523,10 @@ fn interrupts_that_were_on_their_way_are_raised_again() {
         Step::PortWrite(0x64, vec![0x60]),
         Step::PortWrite(0x60, vec![1]),
         Step::PortWrite(0x60, vec![0xee]),
-        Step::RamWrite(9 * PAGE, vec![1]),
+        Step::RamWrite(5000 * PAGE, vec![1]),
     ]];
     let bench = Bench::new(path, Transport::Mmio, false, script);
-    take_behind(&bench, path, "s", 9 * PAGE);
+    take_behind(&bench, path, "s", 5000 * PAGE);
     bench.end();
     let partition = FakePartition::new(Vec::new());
     let machine = restored(&load(path, "s"), &partition, &Mailbox::new().0);
