@@ -228,11 +228,14 @@ fn joined(runs: &[LayerRun], range: &Range<u64>) -> Vec<Part> {
     parts
 }
 
-/// Has what is shorter than `short` pages copied over what is mapped before it.
+/// Has what is shorter than `short` pages copied over what is mapped before it. Not over long zeroes, unless mappings run out: they are fresh memory,
+/// of which a host with huge pages would give, and clear, a whole one for each copy.
 fn without_short(parts: &[Part], short: u64, maps: &mut Vec<Part>, copies: &mut Vec<Part>) {
     let mut kept: Vec<Part> = Vec::new();
     for (pages, step) in parts {
-        if pages.end - pages.start >= short {
+        let is_in_zeroes = matches!(kept.last(), Some((before, Step::Fresh)) if before.end - before.start >= LONG_ZERO_PAGES);
+        let stays = short == SHORT_PAGES && is_in_zeroes && matches!(step, Step::Map(_));
+        if pages.end - pages.start >= short || stays {
             push(&mut kept, pages.clone(), *step);
             continue;
         }
@@ -315,5 +318,64 @@ impl GuestRam {
             }
         }
         Ok(set)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(first_page: u64, pages: u64, kind: PageKind) -> LayerRun {
+        let run = PageRun {
+            first_page,
+            pages,
+            kind,
+        };
+        LayerRun { layer: 0, run }
+    }
+
+    #[test]
+    fn a_page_among_long_zeroes_is_mapped_and_one_among_data_is_copied() {
+        let runs = [
+            run(0, 600, PageKind::Data),
+            run(600, 600, PageKind::Zero),
+            run(1200, 1, PageKind::Data),
+            run(1201, 600, PageKind::Zero),
+        ];
+        let (maps, copies) = plan_steps(&runs, &[0..1801]);
+        let want = [
+            (0..600, Step::Map(0)),
+            (600..1200, Step::Fresh),
+            (1200..1201, Step::Map(0)),
+            (1201..1801, Step::Fresh),
+        ];
+        assert_eq!(maps, want);
+        assert_eq!(copies, []);
+
+        let newer = LayerRun {
+            layer: 1,
+            run: run(600, 1, PageKind::Data).run,
+        };
+        let runs = [
+            run(0, 600, PageKind::Data),
+            newer,
+            run(601, 600, PageKind::Data),
+        ];
+        let (maps, copies) = plan_steps(&runs, &[0..1201]);
+        assert_eq!(maps, [(0..1201, Step::Map(0))]);
+        assert_eq!(copies, [(600..601, Step::Copy(1))]);
+    }
+
+    #[test]
+    fn where_mappings_run_out_pages_among_long_zeroes_are_copied() {
+        let mut runs = Vec::new();
+        let count = MAX_MAPPINGS as u64;
+        for block in 0..count {
+            runs.push(run(block * 601, 600, PageKind::Zero));
+            runs.push(run(block * 601 + 600, 1, PageKind::Data));
+        }
+        let (maps, copies) = plan_steps(&runs, &[0..count * 601]);
+        assert!(maps.len() <= MAX_MAPPINGS, "{}", maps.len());
+        assert_eq!(copies.len(), MAX_MAPPINGS);
     }
 }
