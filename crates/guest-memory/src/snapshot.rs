@@ -323,6 +323,8 @@ impl GuestRam {
 
 #[cfg(test)]
 mod tests {
+    use std::slice;
+
     use super::*;
 
     fn run(first_page: u64, pages: u64, kind: PageKind) -> LayerRun {
@@ -342,7 +344,7 @@ mod tests {
             run(1200, 1, PageKind::Data),
             run(1201, 600, PageKind::Zero),
         ];
-        let (maps, copies) = plan_steps(&runs, &[0..1801]);
+        let (maps, copies) = plan_steps(&runs, slice::from_ref(&(0..1801)));
         let want = [
             (0..600, Step::Map(0)),
             (600..1200, Step::Fresh),
@@ -361,7 +363,7 @@ mod tests {
             newer,
             run(601, 600, PageKind::Data),
         ];
-        let (maps, copies) = plan_steps(&runs, &[0..1201]);
+        let (maps, copies) = plan_steps(&runs, slice::from_ref(&(0..1201)));
         assert_eq!(maps, [(0..1201, Step::Map(0))]);
         assert_eq!(copies, [(600..601, Step::Copy(1))]);
     }
@@ -374,7 +376,7 @@ mod tests {
             runs.push(run(block * 601, 600, PageKind::Zero));
             runs.push(run(block * 601 + 600, 1, PageKind::Data));
         }
-        let (maps, copies) = plan_steps(&runs, &[0..count * 601]);
+        let (maps, copies) = plan_steps(&runs, slice::from_ref(&(0..count * 601)));
         assert!(maps.len() <= MAX_MAPPINGS, "{}", maps.len());
         assert_eq!(copies.len(), MAX_MAPPINGS);
     }
