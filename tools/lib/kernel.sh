@@ -6,7 +6,7 @@
 #   kernel_dir                   prints the directory of the cached kernel, fetching it if need be:
 #                                vmlinuz, vmlinux (the ELF inside it), config, lib/modules/RELEASE
 #   kernel_refresh               the same, but looks for a newer one and checks all contents
-#   kernel_vmlinuz, kernel_vmlinux, kernel_modules
+#   kernel_vmlinux, kernel_modules
 #                                print the path of one of these
 #   kernel_extract VMLINUZ OUT   writes the uncompressed ELF of any bzImage to OUT
 #
@@ -16,11 +16,6 @@
 source "$(dirname "${BASH_SOURCE[0]}")/packages.sh"
 # shellcheck source=tools/lib/cache.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cache.sh"
-
-kernel_vmlinuz() {
-    local dir
-    dir=$(kernel_dir) && printf '%s/vmlinuz\n' "$dir"
-}
 
 kernel_vmlinux() {
     local dir
