@@ -32,6 +32,18 @@ pub enum KernelError {
         /// What is missing.
         why: &'static str,
     },
+    /// Modules are those of another kernel, which would load none of them.
+    #[error("the kernel '{}' is {release}, and the modules in '{}' are those of another one, {others}: give it its own lib/modules/{release}", kernel.display(), tree.display())]
+    OtherKernels {
+        /// The kernel.
+        kernel: PathBuf,
+        /// Its release.
+        release: String,
+        /// The modules.
+        tree: PathBuf,
+        /// The release that they are for.
+        others: String,
+    },
     /// A package has no kernel in it.
     #[error("the package '{}' {why}", path.display())]
     Package {

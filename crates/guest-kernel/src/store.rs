@@ -85,7 +85,7 @@ impl KernelStore {
     ///
     /// # Errors
     ///
-    /// It is none, lacks a module that a machine needs, is there already, or something cannot be read or written.
+    /// It is none, its modules are another one's or lack one that a machine needs, it is there already, or something cannot be read or written.
     pub fn add(&self, source: &Source, name: Option<&str>) -> Result<Kernel, KernelError> {
         make_folder(&self.folder)?;
         let lock = self.lock()?;
@@ -118,9 +118,21 @@ impl KernelStore {
                 (kernel, Some(modules), format!("this host ({release})"))
             }
         };
-        let release = match &modules {
-            Some(tree) => ModuleTree::open(tree)?.release(),
-            None => release_of(&kernel).unwrap_or_default(),
+        let own = release_of(&kernel);
+        let release = match (&modules, own) {
+            (None, own) => own.unwrap_or_default(),
+            (Some(tree), own) => {
+                let others = ModuleTree::open(tree)?.release();
+                if let Some(release) = own.filter(|own| *own != others) {
+                    return Err(KernelError::OtherKernels {
+                        kernel,
+                        release,
+                        tree: tree.clone(),
+                        others,
+                    });
+                }
+                others
+            }
         };
         let name = match name {
             Some(name) => name,

@@ -262,6 +262,12 @@ fn what_is_no_kernel_leaves_nothing() {
     let dep = fs::read_to_string(tree.join("modules.dep")).unwrap();
     fs::write(tree.join("modules.dep"), dep.replace("erofs", "other")).unwrap();
     bench.refuses(&bench.files(), &["'erofs'", "linux-image"]);
+    // The folder's name is the release that its modules are of.
+    let others = at("lib/modules").join("6.1.0-8-test");
+    fs::rename(&tree, &others).unwrap();
+    let mixed = with("vmlinuz", Some("lib/modules/6.1.0-8-test"));
+    bench.refuses(&mixed, &[RELEASE, "another one, 6.1.0-8-test", "vmlinuz"]);
+    fs::rename(&others, &tree).unwrap();
     // A module that is named and not there.
     fs::write(
         tree.join("modules.dep"),

@@ -149,9 +149,15 @@ fn wait_for_guest(listener: &UnixListener, monitor: &mut Monitor) -> Result<Unix
             Err(e) => return Err(cannot(e)),
         }
         if monitor.has_ended() {
+            let words = monitor.last_words();
+            let said = match monitor.last_of_console() {
+                Some(line) => {
+                    format!("the last on its console, which is in the VM's folder: {line}")
+                }
+                None => "it said nothing on its console".into(),
+            };
             return Err(not_started(format!(
-                "the guest ended before its agent was there: {}; its console is in the VM's folder",
-                monitor.last_words()
+                "the guest ended before its agent was there: {words}; {said}"
             )));
         }
         if Instant::now() > until {

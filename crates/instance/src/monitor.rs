@@ -24,6 +24,12 @@ const MAX_OOM_EVENTS: u32 = 16;
 const MAX_LOOKED_AT_BYTES: usize = 1024;
 /// How much of what the monitor said last is told.
 const TOLD_BYTES: usize = 600;
+/// So much of a console is looked through for what was said last.
+const TOLD_LINES_BYTES: usize = 4096;
+/// What the agent's words on the console begin with: behind those about what it cannot do it powers the machine off.
+const AGENT_WORD: &str = "alveole-agent: ";
+/// So long the last of a console is waited for, where the monitor has ended.
+const CONSOLE_PATIENCE: Duration = Duration::from_millis(200);
 
 /// A process that has the snapshot prepared, and gives a monitor of it sooner than a program that is executed: see `alveole_process_template`.
 #[derive(Debug)]
@@ -38,6 +44,8 @@ pub struct MonitorTemplate {
 pub(crate) struct Monitor {
     process: Process,
     said: PathBuf,
+    console: PathBuf,
+    console_keeper: thread::JoinHandle<()>,
     /// Goes after the monitor.
     _held: Vec<Box<dyn Send>>,
 }
@@ -104,7 +112,8 @@ impl Monitor {
             None => Process::Child(execute(command, output, words)?),
         };
         let (path, vm) = (vm.at("console"), vm.clone());
-        thread::Builder::new()
+        let kept = path.clone();
+        let console_keeper = thread::Builder::new()
             .name("console".into())
             .spawn(move || {
                 keep_console(console, &path, |process| vm.note(Happened::Oom { process }));
@@ -112,6 +121,8 @@ impl Monitor {
         Ok(Self {
             process,
             said,
+            console: kept,
+            console_keeper,
             _held: held,
         })
     }
@@ -177,6 +188,32 @@ impl Monitor {
         }
         format!("{status}: {said}")
     }
+
+    /// Of a guest that has ended: the last line on its console, or that of the agent, where it says why.
+    pub(crate) fn last_of_console(&self) -> Option<String> {
+        let until = Instant::now() + CONSOLE_PATIENCE;
+        while !self.console_keeper.is_finished() && Instant::now() < until {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let said = fs::read(&self.console).ok()?;
+        last_line(&said[said.len().saturating_sub(TOLD_LINES_BYTES)..])
+    }
+}
+
+/// The last line of the agent's, or the last one of all, as it can be shown.
+fn last_line(console: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(console);
+    let lines = || text.lines().map(str::trim).filter(|l| !l.is_empty());
+    let line = lines()
+        .filter_map(|l| l.find(AGENT_WORD).map(|at| &l[at..]))
+        .next_back()
+        .or_else(|| lines().next_back())?;
+    let plain = line.chars().take(TOLD_BYTES);
+    Some(
+        plain
+            .map(|c| if c.is_control() { ' ' } else { c })
+            .collect(),
+    )
 }
 
 /// A monitor that the template makes.
@@ -292,6 +329,22 @@ impl Drop for Monitor {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_of_a_console_is_what_the_agent_says() {
+        let agent = b"[    0.5] x\r\nalveole-agent: cannot load the module '/modules/a': no\r\n[    1.2] reboot: Power down\r\n";
+        assert_eq!(
+            last_line(agent).unwrap(),
+            "alveole-agent: cannot load the module '/modules/a': no"
+        );
+        // Nothing that a terminal would obey.
+        let kernel = b"[    0.5] x\r\n\x1b[31m[    1.2] Kernel panic\r\n\r\n";
+        assert_eq!(last_line(kernel).unwrap(), " [31m[    1.2] Kernel panic");
+        assert_eq!(last_line(b"\r\n\xff"), Some("\u{fffd}".into()));
+        assert_eq!(last_line(b"\r\n"), None);
+        let long = vec![b'a'; 5000];
+        assert_eq!(last_line(&long).unwrap().len(), TOLD_BYTES);
+    }
 
     #[test]
     fn a_guest_out_of_memory_is_found_on_its_console_and_cannot_fill_a_disk_by_it() {
