@@ -208,12 +208,15 @@ fn last_line(console: &[u8]) -> Option<String> {
         .filter_map(|l| l.find(AGENT_WORD).map(|at| &l[at..]))
         .next_back()
         .or_else(|| lines().next_back())?;
-    let plain = line.chars().take(TOLD_BYTES);
-    Some(
-        plain
-            .map(|c| if c.is_control() { ' ' } else { c })
-            .collect(),
-    )
+    Some(plain(line, TOLD_BYTES))
+}
+
+/// The first characters of what a guest said, and nothing that a terminal would obey.
+fn plain(text: &str, most: usize) -> String {
+    let shown = text.chars().take(most);
+    shown
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
 }
 
 /// A monitor that the template makes.
@@ -312,12 +315,7 @@ fn killed_for_memory(line: &[u8]) -> Option<String> {
         return None;
     }
     let process = after.split(" total-vm:").next()?.trim();
-    let plain = process.chars().take(64);
-    Some(
-        plain
-            .map(|c| if c.is_control() { ' ' } else { c })
-            .collect(),
-    )
+    Some(plain(process, 64))
 }
 
 impl Drop for Monitor {
